@@ -1,0 +1,31 @@
+"""Save, verify and resume a run exactly; export it.
+
+| file | what it is |
+|---|---|
+| `state.py` | The part of a run's state that is ours: counters as JSON, random generators as JSON and safetensors |
+| `files.py` | Durable writes: fsync, atomic replace, and what a full disk looks like from Python |
+| `pickles.py` | Which pickled classes a shard may name, checked before anything is unpickled |
+| `manifest.py` | Which files a checkpoint consists of, with sizes and hashes; verification |
+| `shards.py` | DeepSpeed's shard files: write, load, and read the full parameters from them offline |
+| `store.py` | The `checkpoints/` folder of a run: save, find, retention |
+| `writer.py` | Parameters, one at a time, into a folder of safetensors that transformers loads |
+| `export.py` | The trained model as a Hugging Face folder, from a live engine or from a checkpoint |
+"""
+
+from dpo_dist.checkpoint.export import export_checkpoint, export_model, write_assets
+from dpo_dist.checkpoint.manifest import verify
+from dpo_dist.checkpoint.shards import load_shards, save_shards
+from dpo_dist.checkpoint.state import RunState, require_same
+from dpo_dist.checkpoint.store import CheckpointStore
+
+__all__ = [
+    "CheckpointStore",
+    "RunState",
+    "export_checkpoint",
+    "export_model",
+    "load_shards",
+    "require_same",
+    "save_shards",
+    "verify",
+    "write_assets",
+]

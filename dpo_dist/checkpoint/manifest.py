@@ -1,0 +1,149 @@
+"""Which files a checkpoint consists of, with sizes and hashes; verification.
+
+A manifest lists every regular file of the folder but itself. It is written last, so that a folder without one is not a
+checkpoint, and it is checked before any other file of the folder is opened by anything that interprets it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dpo_dist.checkpoint.files import sync
+from dpo_dist.checkpoint.pickles import require_harmless
+from dpo_dist.checkpoint.state import STATE_FILE, RunState
+from dpo_dist.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = "dpo_dist checkpoint 1"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must look like."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Lower-case hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`."""
+
+    sequence: int
+    """Counts the saves of a run folder. The greatest is the newest, also after a run went back to an earlier step."""
+    files: dict[str, FileRecord]
+    """By path relative to the checkpoint, with forward slashes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(record.size for record in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` and wait until it is on the device."""
+        values = {
+            "format": _FORMAT,
+            "sequence": self.sequence,
+            "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(self.files.items())},
+        }
+        path = folder / MANIFEST_FILE
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        sync(path)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read `manifest.json` of a folder.
+
+        Raises:
+            CheckpointError: if it is missing or broken, or names a path outside of the folder.
+        """
+        path = folder / MANIFEST_FILE
+        if not path.is_file() or path.is_symlink():
+            raise CheckpointError(f"{folder} has no {MANIFEST_FILE}; it is not a checkpoint, or was not completed")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != _FORMAT:
+                raise ValueError(f"format is {values['format']!r}, expected {_FORMAT!r}")
+            return cls(int(values["sequence"]), {name: _record(name, r) for name, r in values["files"].items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: {MANIFEST_FILE} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _record(name: str, values: Any) -> FileRecord:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST_FILE) or "\0" in name:
+        raise ValueError(f"the path {name!r} does not stay in the folder")
+    size, sha256 = values["size"], values["sha256"]
+    if type(size) is not int or size < 0 or not _SHA256.fullmatch(sha256):
+        raise ValueError(f"the entry of {name!r} has no size or no sha256")
+    return FileRecord(size, sha256)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below a folder but the manifest, as sorted relative paths.
+
+    Raises:
+        CheckpointError: if something there is neither a regular file nor a folder.
+    """
+    names = []
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise CheckpointError(f"{folder}: {relative} is a link or a special file; a checkpoint has none")
+            if path.is_file() and relative != MANIFEST_FILE:
+                names.append(relative)
+    return sorted(names)
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
+
+
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Check that a folder is a complete, unchanged checkpoint that can be loaded without executing anything.
+
+    Names, sizes, `state.json` and the manifest are always checked, hashes and pickles of this share's files only.
+
+    Args:
+        folder: The checkpoint, `.../step-000012`.
+        share: (k, n): this call is the k-th of n that split the reading of files between them.
+    Raises:
+        CheckpointError: naming the file and its fault.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    files = Manifest.read(folder).files
+    present = list_files(folder)
+    for name in sorted(files.keys() - present):
+        raise CheckpointError(f"{folder}: {name} is missing; {MANIFEST_FILE} lists it")
+    for name in sorted(set(present) - files.keys()):
+        raise CheckpointError(f"{folder}: {name} is not listed in {MANIFEST_FILE}; it does not belong there, remove it")
+    for name, record in files.items():
+        size = (folder / name).stat().st_size
+        if size != record.size:
+            raise CheckpointError(f"{folder}: {name} has {size} bytes, {MANIFEST_FILE} says {record.size}; damaged")
+    if STATE_FILE not in files:
+        raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists no {STATE_FILE}; not a checkpoint of this program")
+
+    part, parts = share
+    for name in sorted(files)[part::parts]:
+        if (found := hash_file(folder / name).sha256) != files[name].sha256:
+            raise CheckpointError(
+                f"{folder}: {name} has sha256 {found[:12]}..., {MANIFEST_FILE} says {files[name].sha256[:12]}...; "
+                "it was damaged or changed after it was saved"
+            )
+        if name.endswith(".pt"):
+            require_harmless(folder / name, f"{folder}: {name}")
+    RunState.read(folder / STATE_FILE)

@@ -1,0 +1,136 @@
+"""The part of a run's state that is ours: counters as JSON, random generators as JSON and safetensors. No pickle."""
+
+import dataclasses
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dpo_dist.errors import CheckpointError
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: with weights and random generators, all it takes to go on as if it had not stopped."""
+
+    step: int
+    """Optimizer steps completed."""
+    examples_seen: int
+    """Examples that went into those steps."""
+    seed: int
+    num_tokens: int
+    """Tokens the policy has processed since the run's start."""
+    pairs_seen: int
+    """Preference pairs scored since the run's start."""
+    metrics_window: dict[str, Any]
+    """Sums of a logging interval that has begun and is not written yet; JSON values."""
+    reference_identity: str
+    """Hash of the reference's weights and settings."""
+    data_fingerprint: str
+    """Hash of the training data's token ids and pairs."""
+    world_size: int
+    """Number of processes that wrote the shards."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+
+    def write(self, path: Path) -> None:
+        """Write the state as JSON; floats survive exactly."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "RunState":
+        """Read what `write` wrote.
+
+        Raises:
+            CheckpointError: if the file is missing, broken, or holds other fields than this version's.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text)
+            _require_fields(values)
+            TypeAdapter(cls).validate_json(text, strict=True)
+            return cls(**values)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read; it is not a checkpoint of this program ({error})") from None
+        except (ValidationError, ValueError) as error:
+            raise CheckpointError(f"{path} does not hold the state of a run: {error}") from None
+
+
+def _require_fields(values: object) -> None:
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    expected = {field.name for field in dataclasses.fields(RunState)}
+    if unlike := sorted(expected ^ values.keys()):
+        raise ValueError(f"missing or unknown: {', '.join(unlike)}; another version of dpo-dist wrote it")
+
+
+def require_same(saved: RunState, folder: Path, **current: object) -> None:
+    """Refuse to resume a checkpoint of a run that differs from this one in a field of RunState.
+
+    Args:
+        saved: The state read from the checkpoint.
+        folder: The checkpoint, for the message.
+        current: What this run has, by field name: `data_fingerprint=...`, `reference_identity=...`.
+    Raises:
+        CheckpointError: naming every field that differs, with both values.
+    """
+    differing = [
+        f"{name}={getattr(saved, name)} (this run: {value})"
+        for name, value in current.items()
+        if getattr(saved, name) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint.resume: {folder} belongs to another run: {', '.join(differing)}; "
+            "resume with the configuration and data it was made with, or export it and start a new run from the model"
+        )
+
+
+def write_rng(folder: Path, rank: int) -> None:
+    """Write the state of every random generator of this process to `rng-rank00000.json` and `.safetensors`."""
+    python_version, python_words, python_gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=True)
+    kind, numpy_words, position, has_gauss, cached_gauss = numpy_state
+    tensors = {"torch_cpu": torch.get_rng_state(), "numpy": torch.from_numpy(numpy_words.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors["torch_cuda"] = torch.cuda.get_rng_state()
+    values = {
+        "python": [python_version, list(python_words), python_gauss],
+        "numpy": [kind, int(position), int(has_gauss), float(cached_gauss)],
+    }
+    save_file(tensors, _rng_file(folder, rank, "safetensors"))
+    _rng_file(folder, rank, "json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def read_rng(folder: Path, rank: int) -> None:
+    """Set every random generator of this process to what `write_rng` found.
+
+    Raises:
+        CheckpointError: if this rank has no file there, or a broken one.
+    """
+    try:
+        tensors = load_file(_rng_file(folder, rank, "safetensors"))
+        values = json.loads(_rng_file(folder, rank, "json").read_text(encoding="utf-8"))
+        kind, position, has_gauss, cached_gauss = values["numpy"]
+        version, words, gauss = values["python"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached_gauss))
+        torch.set_rng_state(tensors["torch_cpu"])
+        # A checkpoint made on a GPU may be resumed on a CPU, where there is no such generator to set.
+        if torch.cuda.is_available() and "torch_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["torch_cuda"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the random state of rank {rank} cannot be restored ({error})") from error
+
+
+def _rng_file(folder: Path, rank: int, suffix: str) -> Path:
+    return folder / f"rng-rank{rank:05d}.{suffix}"

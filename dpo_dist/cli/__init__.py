@@ -1,0 +1,140 @@
+"""`dpo-dist <command>`: builds the objects and calls the layer below.
+
+    prepare.py   all that can be known before a process group exists
+    training.py  `train`
+    checking.py  `check`
+    progress.py  what a user sees while training
+
+Imports of torch and transformers stand inside the commands, so that a mistake in a configuration is reported within two
+seconds. Together with `distributed.py` the only place that reads environment variables.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpo_dist import __version__
+from dpo_dist.config import json_schema, load_config
+from dpo_dist.errors import DpoDistError
+
+app = typer.Typer(
+    help="Direct Preference Optimization for language models that need more than one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the file.")
+]
+
+
+def main() -> None:
+    """Entry point of `dpo-dist`, `python -m dpo_dist`, torchrun and the deepspeed launcher."""
+    # The deepspeed launcher hands every process its local rank as an argument; we read it from the environment.
+    arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    app(args=arguments, prog_name="dpo-dist")
+
+
+def cache_dir() -> Path:
+    """Where converted models and tokenised data are kept: $DPO_DIST_CACHE, else the user's cache folder."""
+    if own := os.environ.get("DPO_DIST_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist"
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Show a user's mistake once, without a traceback, and leave with its exit code."""
+    try:
+        yield
+    except DpoDistError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            # The first rank has most likely met the same mistake and says it; its launcher then ends this process. Only a
+            # rank that fails alone lives to speak.
+            time.sleep(15)
+        prefix = f"error on rank {rank}: " if rank else "error: "
+        print(prefix + str(error), file=sys.stderr, flush=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"dpo-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the policy. Alone, or once per rank under torchrun or the deepspeed launcher."""
+    with _user_errors():
+        run_config = load_config(config, overrides or ())
+        from dpo_dist.cli.training import run_training, set_up_logging
+
+        set_up_logging()
+        run_training(run_config, cache_dir())
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of processes the run will have.")] = 1,
+) -> None:
+    """Say all that can be known before training: data, tokens, packing, prefix sharing. Writes nothing."""
+    with _user_errors():
+        run_config = load_config(config, overrides or ())
+        from dpo_dist.cli.checking import print_check
+        from dpo_dist.cli.training import set_up_logging
+
+        set_up_logging()
+        print_check(run_config, cache_dir(), ranks)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder such as RUN/checkpoints/step-000100.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to make; must not exist, or be empty.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that belongs to the model.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint into a model folder for transformers. One process, no GPU, no network."""
+    with _user_errors():
+        from dpo_dist.checkpoint import export_checkpoint
+
+        typer.echo(export_checkpoint(checkpoint, out, trust_remote_code=trust_remote_code))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a run's configuration, for editors and checkers."""
+    import json
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command(name="demo-model")
+def demo_model() -> None:
+    """Convert the demo model (SmolLM2-135M-Instruct) if that is still to be done, and print its folder."""
+    with _user_errors():
+        from dpo_dist.demo import demo_model_folder
+
+        typer.echo(demo_model_folder(cache_dir()))

@@ -1,0 +1,92 @@
+"""`dpo-dist check`: all that can be known before training, in words and numbers."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_dist.cli.prepare import Prepared, prepare, require_usable_output
+from dpo_dist.config import RunConfig
+from dpo_dist.metrics import padded_tokens
+from dpo_dist.packing import sizes_of
+from dpo_dist.tokenization import TokenizedDataset, load_tokenizer
+
+
+def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
+    """Print the report; a mistake raises as it would in training."""
+    require_usable_output(config)
+    prepared = prepare(config, cache_dir)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    _print_model(console, prepared)
+    for name, dataset in {"data.train": prepared.dataset, **prepared.evaluation_sets}.items():
+        _print_data(console, name, dataset)
+    _print_sample(console, prepared)
+    _print_first_step(console, prepared, world_size)
+    console.print("the configuration can be trained", style="bold")
+
+
+def _print_model(console: Console, prepared: Prepared) -> None:
+    kernel, kernel_reason = prepared.attention
+    shared, sharing_reason = prepared.sharing
+    reference = "the policy's starting weights" if prepared.same_weights else str(prepared.reference_folder)
+    console.print(f"model              {prepared.model_folder} ({prepared.model_config.model_type})")
+    console.print(f"reference          {reference}")
+    console.print(f"dtype              {prepared.config.model.dtype}")
+    console.print(f"attention kernel   {kernel}: {kernel_reason}")
+    console.print(f"prefix sharing     {'on' if shared else 'off'}: {sharing_reason}")
+    disabled = prepared.model_config.disabled_dropout
+    console.print(f"dropout            off{f' (the model has {disabled})' if disabled else ''}")
+    stage = prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    console.print(f"ZeRO stage         {stage} ({prepared.config.parallel.deepspeed})")
+
+
+def _print_data(console: Console, name: str, dataset: TokenizedDataset) -> None:
+    table = Table(title=f"{name}: {len(dataset)} examples, tokens", title_justify="left")
+    stats = dataset.stats()
+    columns = list(next(iter(stats.values())))
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+    for kind, values in stats.items():
+        table.add_row(kind, *(f"{values[column]:.0f}" for column in columns))
+    console.print(table)
+    for what, counts in (("rows left out", dataset.bad_rows), ("notes", dataset.notes)):
+        for reason, count in counts.items():
+            console.print(f"{what}: {count} x {reason}")
+
+
+def _print_sample(console: Console, prepared: Prepared) -> None:
+    row = prepared.sampler.examples_of(0)[0]
+    example = prepared.dataset[row]
+    folder = Path(prepared.tokenizer.path)
+    has_tokenizer = not folder.is_dir() or (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(prepared.tokenizer) if has_tokenizer else None
+    sample = prepared.dataset.sample(row, tokenizer)
+    console.print(f"first example of the first step: {sample.source}")
+    console.print(f"prompt ({len(example.prompt_ids)} tokens): {sample.prompt!r}")
+    for pair in example.pairs[:1]:
+        for kind, index in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids = example.completion_ids[index]
+            console.print(f"{kind} ({len(ids)} tokens): {sample.completions[index]!r}")
+
+
+def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> None:
+    rows = prepared.sampler.examples_of(0)
+    sizes = sizes_of(prepared.dataset, rows)
+    plan = prepared.packer(world_size).plan(0, rows, sizes)
+    tokens = [size.input_tokens(prepared.sharing[0]) for size in sizes]
+    unshared = sum(
+        2 * size.prompt + size.completions[pair.chosen] + size.completions[pair.rejected]
+        for size in sizes
+        for pair in size.pairs
+    )
+    padded = padded_tokens([length for size in sizes for length in size.longest_rows])
+    console.print(f"first step on {world_size} ranks: {len(rows)} examples, {plan.num_pairs} pairs")
+    for rank, bins in enumerate(plan.micro_batches):
+        loads = [sum(tokens[i] for i in one) for one in bins]
+        bins_of_reference = len(plan.reference_bins[rank])
+        console.print(f"  rank {rank}: micro-batches of {loads} tokens; reference in {bins_of_reference} bins")
+    console.print(f"  {sum(tokens)} tokens processed; every pair on its own {unshared}; padded as TRL does {padded}")
+    console.print(
+        f"steps              {prepared.num_steps}, {prepared.sampler.steps_per_epoch} per epoch of "
+        f"{len(prepared.dataset)} examples"
+    )

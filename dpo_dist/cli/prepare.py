@@ -1,0 +1,149 @@
+"""All that can be known before a process group exists: files, model, data, packing. Shared by `check` and `train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from dpo_dist.attention import choose_backend
+from dpo_dist.config import DataSource, RunConfig, load_deepspeed
+from dpo_dist.engine import engine_config
+from dpo_dist.errors import ConfigError, ModelError
+from dpo_dist.model import DTYPES, decide_sharing, load_config, resolve_folder
+from dpo_dist.packing import Packer, longest_example, sizes_of
+from dpo_dist.sampler import Sampler
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose mistakes have been found, as far as one process can find them."""
+
+    config: RunConfig
+    deepspeed: dict[str, Any]  # the policy's complete DeepSpeed configuration
+    model_folder: Path
+    reference_folder: Path
+    model_config: PretrainedConfig
+    reference_config: PretrainedConfig
+    tokenizer: TokenizerSpec
+    dataset: TokenizedDataset
+    evaluation_sets: dict[str, TokenizedDataset]
+    attention: tuple[str, str]  # kernel, why
+    sharing: tuple[bool, str]  # prompts computed once, why
+    sampler: Sampler
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What policy and reference compute in."""
+        return DTYPES[self.config.model.dtype]
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether policy and reference start from the same folder."""
+        return self.model_folder == self.reference_folder
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.config.train
+        return train.max_steps or self.sampler.num_steps(train.num_train_epochs)
+
+    def packer(self, world_size: int) -> Packer:
+        """The packer for a number of ranks."""
+        packing = self.config.packing
+        reference_max_tokens = packing.reference_max_tokens or 2 * packing.max_tokens
+        return Packer(world_size, packing.max_tokens, reference_max_tokens, self.sharing[0])
+
+
+def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
+    """Find every mistake that can be found without starting; tokenise the data if that is still to be done.
+
+    Raises:
+        DpoDistError: the first mistake.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[config.model.dtype]
+    deepspeed = engine_config(load_deepspeed(config.parallel.deepspeed), dtype, device, config.train.max_grad_norm)
+    attention = choose_backend(config.model.attn_implementation, device, dtype)
+    model, key = config.model, "model.model_name_or_path"
+    model_folder = resolve_folder(model.model_name_or_path, key, model.revision, cache_dir)
+    reference_folder = model_folder
+    if model.reference_name_or_path is not None:
+        key = "model.reference_name_or_path"
+        reference_folder = resolve_folder(model.reference_name_or_path, key, None, cache_dir)
+    model_config = load_config(model_folder, model.trust_remote_code)
+    reference_config = load_config(reference_folder, model.trust_remote_code)
+    sharing = decide_sharing(model_config, model.prefix_sharing)
+    decide_sharing(reference_config, "auto")
+    if model_config.vocab_size != reference_config.vocab_size:
+        raise ModelError(
+            f"model.reference_name_or_path={model.reference_name_or_path} has a vocabulary of "
+            f"{reference_config.vocab_size} tokens, the policy one of {model_config.vocab_size}; "
+            "both must score the same token ids"
+        )
+    tokenizer = _tokenizer(config, model_folder)
+    dataset = _dataset(config, config.data.train, tokenizer, model_config, cache_dir, "data.train", 0)
+    names = config.data.evaluation_names
+    evaluation_sets = {
+        name: _dataset(config, [source], tokenizer, model_config, cache_dir, "data.evaluation", index)
+        for index, (name, source) in enumerate(zip(names, config.data.evaluation, strict=True))
+    }
+    train = config.train
+    sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
+    prepared = Prepared(
+        config, deepspeed, model_folder, reference_folder, model_config, reference_config, tokenizer, dataset,
+        evaluation_sets, attention, sharing, sampler,
+    )  # fmt: skip
+    for checked in (dataset, *evaluation_sets.values()):
+        row = longest_example(checked, prepared.sharing[0])
+        prepared.packer(1).require_fit(sizes_of(checked, [row])[0], checked.source_of(row))
+    return prepared
+
+
+def require_usable_output(config: RunConfig) -> None:
+    """A folder that holds something is not written into, unless the run is to be resumed in it.
+
+    Raises:
+        ConfigError: naming the folder and the ways out.
+    """
+    folder = Path(config.train.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"train.output_dir={folder} is a file; give a folder that is new or empty")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"train.output_dir={folder} is not empty; choose another folder, "
+            "or continue the run in it with checkpoint.resume=auto"
+        )
+    if config.checkpoint.resume == "auto" and not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"train.output_dir={folder} is not empty and holds no run (no config.yaml); checkpoint.resume=auto "
+            "continues a run in its own folder: choose that one, or a new one"
+        )
+
+
+def _tokenizer(config: RunConfig, model_folder: Path) -> TokenizerSpec:
+    model = config.model
+    if model.tokenizer_name_or_path is None:
+        return TokenizerSpec(str(model_folder), None, model.trust_remote_code, "model.model_name_or_path")
+    name = str(model_folder) if model.tokenizer_name_or_path == "demo" else model.tokenizer_name_or_path
+    return TokenizerSpec(name, model.revision, model.trust_remote_code, "model.tokenizer_name_or_path")
+
+
+def _dataset(
+    config: RunConfig,
+    sources: list[DataSource],
+    tokenizer: TokenizerSpec,
+    model_config: PretrainedConfig,
+    cache_dir: Path,
+    section: str,
+    first_index: int,
+) -> TokenizedDataset:
+    dataset = prepare_dataset(
+        sources, config.data, tokenizer, cache_dir / "data", section=section, first_index=first_index
+    )
+    dataset.check_vocabulary(model_config.vocab_size)
+    return dataset

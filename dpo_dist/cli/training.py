@@ -1,0 +1,224 @@
+"""`dpo-dist train`: build a run, prove it, train it, export it."""
+
+import hashlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+
+from dpo_dist import attention, losses
+from dpo_dist.batch import RankWork
+from dpo_dist.checkpoint import CheckpointStore, export_model, write_assets
+from dpo_dist.cli.prepare import Prepared, prepare, require_usable_output
+from dpo_dist.cli.progress import reporting
+from dpo_dist.config import RunConfig, dump_resolved
+from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
+from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
+from dpo_dist.errors import ConfigError
+from dpo_dist.metrics import TRACKER_PACKAGES, TRACKERS, MetricsFile
+from dpo_dist.model import identity, load_model
+from dpo_dist.reference import LiveReference
+from dpo_dist.selfcheck import Proof, check_agreement, prove
+from dpo_dist.tokenization import load_tokenizer
+from dpo_dist.trainer import Progress, Run, evaluate_all, restore, train
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging() -> None:
+    """Plain lines on standard error: everything from the first rank, warnings from the others."""
+    first = launched_rank() == 0
+    prefix = "" if first else f"rank {launched_rank()}: "
+    logging.basicConfig(level=logging.WARNING, format=prefix + "%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("dpo_dist").setLevel(logging.INFO if first else logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def run_training(config: RunConfig, cache_dir: Path) -> None:
+    """One whole run: from configuration to exported model, or to a request to stop."""
+    require_usable_output(config)
+    _require_trackers(config)
+    prepared = prepare(config, cache_dir)
+    stop = StopRequest()
+    with process_group() as ranks, stop.listening():
+        _announce(prepared, ranks)
+        run, checkpoint = _build(prepared, ranks, stop)
+        _open_folder(prepared, ranks)
+        progress = Progress() if checkpoint is None else restore(run, checkpoint)
+        with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
+            run = replace(run, report=report)
+            if checkpoint is None:
+                _begin(run, progress)
+            train(run, progress)
+        if not progress.stopped:
+            _export(prepared, run)
+        if ranks.is_first:
+            run.metrics_file.close()
+
+
+def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Path | None]:
+    """Load both models, prove the run, and find the checkpoint to go on from."""
+    config = prepared.config
+    packer = prepared.packer(ranks.world_size)
+    store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
+    checkpoint = store.find(config.checkpoint.resume)
+    policy, reference = _engines(prepared, ranks)
+    run = Run(
+        config=config,
+        ranks=ranks,
+        dataset=prepared.dataset,
+        evaluation_sets=prepared.evaluation_sets,
+        sampler=prepared.sampler,
+        packer=packer,
+        policy=policy,
+        reference=reference,
+        reference_identity=identity(prepared.reference_folder),
+        loss=losses.bind(config.loss),
+        num_steps=prepared.num_steps,
+        metrics_file=_metrics_file(config, ranks),
+        store=store,
+        write_assets=_asset_writer(prepared, policy),
+        report=lambda line: None,
+        stop=stop,
+        proof=None,
+    )
+    check_agreement(run.plan(0), prepared.dataset.fingerprint, _digest(dump_resolved(config)))
+    return replace(run, proof=_prove(prepared, run, reference)), checkpoint
+
+
+def _engines(prepared: Prepared, ranks: Ranks) -> tuple[TrainingEngine, LiveReference]:
+    config = prepared.config
+    name = attention.register(prepared.attention[0])
+    torch.manual_seed(config.train.seed)
+    reference_model = load_model(
+        prepared.reference_folder,
+        prepared.reference_config,
+        name,
+        prepared.dtype,
+        inference_config(prepared.deepspeed),
+        gradient_checkpointing=False,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    reference = LiveReference(InferenceEngine(reference_model, inference_config(prepared.deepspeed)))
+    policy_model = load_model(
+        prepared.model_folder,
+        prepared.model_config,
+        name,
+        prepared.dtype,
+        prepared.deepspeed,
+        config.model.gradient_checkpointing,
+        config.model.trust_remote_code,
+    )
+    return TrainingEngine(policy_model, prepared.deepspeed, config.train, ranks), reference
+
+
+def _prove(prepared: Prepared, run: Run, reference: LiveReference) -> Proof | None:
+    if not prepared.config.train.self_check:
+        return None
+    plan = run.plan(0)
+    work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts)
+    proof = prove(run.policy, reference, work, plan, prepared.same_weights, run.packer.reference_max_tokens)
+    if run.ranks.is_first:
+        for line in proof.lines():
+            logger.info(line)
+    return proof
+
+
+def _begin(run: Run, progress: Progress) -> None:
+    """What a run writes before its first update."""
+    if run.ranks.is_first:
+        run.metrics_file.keep_until(-1)  # of an earlier start that was killed before its first checkpoint
+        if run.proof is not None:
+            run.metrics_file.write({"step": 0, "split": "self_check", "numerics/margin_noise": run.proof.margin_noise})
+    if run.config.evaluation.eval_on_start:
+        evaluate_all(run, progress)
+
+
+def _open_folder(prepared: Prepared, ranks: Ranks) -> None:
+    """Everything has been found right: make the run's folder."""
+    folder = Path(prepared.config.train.output_dir)
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_resolved(prepared.config), encoding="utf-8")
+    barrier()
+
+
+def _metrics_file(config: RunConfig, ranks: Ranks) -> MetricsFile:
+    folder = Path(config.train.output_dir)
+    trackers = [
+        TRACKERS[name](folder, config.model_dump(mode="json")) for name in config.log.report_to if ranks.is_first
+    ]
+    return MetricsFile(folder / "metrics.jsonl", trackers)
+
+
+def _require_trackers(config: RunConfig) -> None:
+    for name in config.log.report_to:
+        if find_spec(TRACKER_PACKAGES[name]) is None:
+            raise ConfigError(
+                f"log.report_to={name} needs the package {name}; pip install dpo-dist[{name}], or leave it out"
+            )
+
+
+def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path], None]:
+    def write(checkpoint: Path) -> None:
+        assets = checkpoint / "model_assets"
+        write_assets(assets, policy.model.export_config(), _tokenizer(prepared), _generation(policy), prepared.dtype)
+
+    return write
+
+
+def _export(prepared: Prepared, run: Run) -> None:
+    out = export_model(
+        Path(run.config.train.output_dir) / "model",
+        run.policy.named_full_parameters(),
+        run.ranks,
+        run.policy.model.export_config(),
+        _tokenizer(prepared),
+        _generation(run.policy),
+        prepared.dtype,
+        trust_remote_code=run.config.model.trust_remote_code,
+    )
+    if run.ranks.is_first:
+        logger.info("trained model: %s", out)
+
+
+def _tokenizer(prepared: Prepared) -> object | None:
+    """The tokenizer to ship with the model; pre-tokenised data may come with a model that has none."""
+    folder = Path(prepared.tokenizer.path)
+    has_one = not folder.is_dir() or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return load_tokenizer(prepared.tokenizer) if has_one else None
+
+
+def _generation(policy: TrainingEngine) -> object | None:
+    return getattr(policy.model.model, "generation_config", None)
+
+
+def _announce(prepared: Prepared, ranks: Ranks) -> None:
+    if not ranks.is_first:
+        return
+    kernel, kernel_reason = prepared.attention
+    shared, sharing_reason = prepared.sharing
+    stage = prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    logger.info("%d ranks on %s, ZeRO stage %d, %s", ranks.world_size, ranks.device.type, stage, prepared.dtype)
+    logger.info("attention kernel %s: %s", kernel, kernel_reason)
+    logger.info("prompts are computed %s: %s", "once" if shared else "once per completion", sharing_reason)
+    disabled = prepared.model_config.disabled_dropout
+    logger.info("dropout is off%s", f" (the model had {disabled})" if disabled else "")
+    logger.info(
+        "%d examples, %d steps of %d",
+        len(prepared.dataset), prepared.num_steps, prepared.config.train.examples_per_step,
+    )  # fmt: skip
+    if prepared.dataset.bad_rows:
+        logger.info("rows left out: %s", prepared.dataset.bad_rows)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,54 @@
+"""The whole run as frozen pydantic models, and the strict loader.
+
+    models.py      every option: meaning, unit, default, bounds
+    rules.py       which combinations are impossible, and which keys have no effect in a combination
+    foreign.py     names that other systems use for our options
+    yaml_lines.py  YAML with the line of every key
+    deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
+    files.py       files that are shipped with the package, and how a relative path is looked up
+    messages.py    what is wrong with a key, in one line
+    draft.py       raw values of a file and its overrides
+    loader.py      file + overrides -> RunConfig, or all errors at once; and back
+
+Imports neither torch nor transformers: a mistake in a configuration is reported before anything slow happens.
+"""
+
+from dpo_dist.config.deepspeed import load_deepspeed
+from dpo_dist.config.files import package_file
+from dpo_dist.config.loader import dump_resolved, json_schema, load_config
+from dpo_dist.config.models import (
+    LOSS_TYPES,
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    EvaluationConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    PackingConfig,
+    ParallelConfig,
+    ReferenceConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "LOSS_TYPES",
+    "CheckpointConfig",
+    "DataConfig",
+    "DataSource",
+    "EvaluationConfig",
+    "LogConfig",
+    "LossConfig",
+    "ModelConfig",
+    "PackingConfig",
+    "ParallelConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "TrainConfig",
+    "dump_resolved",
+    "json_schema",
+    "load_config",
+    "load_deepspeed",
+    "package_file",
+]

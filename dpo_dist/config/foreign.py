@@ -1,0 +1,211 @@
+"""Names that TRL, transformers, axolotl, LLaMA-Factory and OpenRLHF use for what is called differently here.
+
+A run that silently ignores `gradient_accumulation_steps` trains something else than its author believes. So every such
+name is refused with the name it has here, or with the reason why there is none.
+"""
+
+_BATCH = (
+    "train.examples_per_step counts the examples of an update over all ranks, packing.max_tokens bounds a micro-batch; "
+    "accumulation follows from them"
+)
+_TEMPERATURE = "the name here is loss.beta"
+_DTYPE = "the name here is model.dtype (bfloat16, float16 or float32)"
+_DATA = "the name here is data.train: a list of {path, split, limit}"
+_LENGTH = "the name here is data.max_length (prompt plus completion)"
+_PROMPT = "only data.max_length (prompt plus completion) limits a length; there is no separate limit of one part"
+_PACKING = "examples are always packed without padding, up to packing.max_tokens"
+_ADAPTER = "adapters are not supported"
+_REFERENCE = "the name here is model.reference_name_or_path (null = the policy's starting weights)"
+_CACHE = "reference.source says where reference log-probabilities come from; only `live` exists"
+_WEIGHT = "no loss here has this term; loss has loss_type, beta and label_smoothing"
+_HEAD = "log-probabilities are always computed in chunks without keeping the logits"
+_OPTIMIZER = "AdamW is the only optimizer; see train.adam_beta1, adam_beta2, adam_epsilon, weight_decay"
+_PARALLEL = "the model is sharded by ZeRO alone; see parallel.deepspeed"
+_WORKERS = "data sets are tokenised once, before training; there is no loader to tune"
+_NONE = "there is no such option"
+
+FOREIGN_KEYS: dict[str, str] = {
+    # ---- batch
+    "per_device_train_batch_size": _BATCH,
+    "per_device_eval_batch_size": "evaluation uses micro-batches of packing.max_tokens",
+    "gradient_accumulation_steps": _BATCH,
+    "train_batch_size": _BATCH,
+    "micro_batch_size": _BATCH,
+    "micro_train_batch_size": _BATCH,
+    "batch_size": _BATCH,
+    "global_batch_size": _BATCH,
+    "eval_batch_size": "evaluation uses micro-batches of packing.max_tokens",
+    "auto_find_batch_size": _BATCH,
+    "padding_free": _PACKING,
+    "packing_length": "the name here is packing.max_tokens",
+    "sample_packing": _PACKING,
+    "eval_sample_packing": _PACKING,
+    "pad_to_sequence_len": _PACKING,
+    "pad_to_multiple_of": _PACKING,
+    "pad_token": _PACKING,
+    "padding_value": _PACKING,
+    "label_pad_token_id": _PACKING,
+    "group_by_length": _PACKING,
+    "length_column_name": _PACKING,
+    "train_sampling_strategy": "the name here is train.shuffle",
+    "dataloader_drop_last": "the last step of an epoch is shorter; nothing is dropped",
+    # ---- lengths
+    "max_prompt_length": _PROMPT,
+    "max_completion_length": _PROMPT,
+    "max_target_length": _PROMPT,
+    "prompt_max_len": _PROMPT,
+    "generate_max_len": _PROMPT,
+    "sequence_len": _LENGTH,
+    "max_len": _LENGTH,
+    "max_seq_length": _LENGTH,
+    "max_seq_len": _LENGTH,
+    "cutoff_len": _LENGTH,
+    # ---- loss
+    "pref_beta": _TEMPERATURE,
+    "rl_beta": _TEMPERATURE,
+    "dpo_beta": _TEMPERATURE,
+    "reference_policy_kl_penalty": _TEMPERATURE,
+    "kl_coef": _TEMPERATURE,
+    "pref_loss": "the name here is loss.loss_type",
+    "dpo_label_smoothing": "the name here is loss.label_smoothing",
+    "rpo_alpha": _WEIGHT,
+    "pref_ftx": _WEIGHT,
+    "nll_loss_coef": _WEIGHT,
+    "loss_weights": _WEIGHT,
+    "ld_alpha": _WEIGHT,
+    "use_weighting": _WEIGHT,
+    "f_divergence_type": _WEIGHT,
+    "f_alpha_divergence_coef": _WEIGHT,
+    "discopop_tau": _WEIGHT,
+    "router_aux_loss_coef": _WEIGHT,
+    "aux_loss_coef": _WEIGHT,
+    "simpo_gamma": _WEIGHT,
+    "use_logits_to_keep": _HEAD,
+    "use_liger_loss": _HEAD,
+    "use_liger_kernel": _HEAD,
+    "liger_fused_linear_cross_entropy": _HEAD,
+    # ---- reference
+    "ref_model": _REFERENCE,
+    "ref_model_name_or_path": _REFERENCE,
+    "ref_pretrain": _REFERENCE,
+    "ref_model_init_kwargs": _REFERENCE,
+    "force_use_ref_model": _REFERENCE,
+    "reference_free": "every loss here compares with a reference",
+    "precompute_ref_log_probs": _CACHE,
+    "precompute_ref_batch_size": _CACHE,
+    "sync_ref_model": "the reference is frozen for the whole run",
+    "ref_model_mixup_alpha": "the reference is frozen for the whole run",
+    "ref_model_sync_steps": "the reference is frozen for the whole run",
+    # ---- model
+    "base_model": "the name here is model.model_name_or_path",
+    "pretrain": "the name here is model.model_name_or_path",
+    "model": "the name here is model.model_name_or_path",
+    "tokenizer_config": "the name here is model.tokenizer_name_or_path",
+    "model_revision": "the name here is model.revision",
+    "torch_dtype": _DTYPE,
+    "bf16": _DTYPE,
+    "fp16": _DTYPE,
+    "tf32": _NONE,
+    "param_dtype": _DTYPE,
+    "precision": _DTYPE,
+    "pure_bf16": _DTYPE,
+    "flash_attention": "the name here is model.attn_implementation",
+    "flash_attn": "the name here is model.attn_implementation",
+    "sdp_attention": "the name here is model.attn_implementation",
+    "gradient_checkpointing_kwargs": "only model.gradient_checkpointing: true or false",
+    "activation_checkpointing": "the name here is model.gradient_checkpointing",
+    "activation_offloading": "activations are recomputed by model.gradient_checkpointing, not offloaded",
+    "model_init_kwargs": "options of the model stand in the section model",
+    "disable_dropout": "dropout is always off",
+    "torch_compile": "the model is not compiled",
+    "chat_template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
+    "template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
+    # ---- adapters and quantisation
+    **dict.fromkeys(
+        (
+            "use_peft",
+            "adapter",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_rank",
+            "lora_target",
+            "lora_target_modules",
+        )
+        + ("lora_target_linear", "lora_modules_to_save", "use_rslora", "use_dora", "finetuning_type", "lora_model_dir")
+        + ("model_adapter_name", "ref_adapter_name", "peft_config"),
+        _ADAPTER,
+    ),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization_bit"), "quantised weights are not supported"),
+    # ---- data
+    **dict.fromkeys(("dataset_name", "datasets", "dataset", "dataset_mixture", "dataset_dir", "train_file"), _DATA),
+    "dataset_config": _DATA,
+    "dataset_train_split": "the name here is split, in an element of data.train",
+    "dataset_test_split": "the name here is split, in an element of data.evaluation",
+    "dataset_streaming": _WORKERS,
+    "eval_dataset": "the name here is data.evaluation: a list of {path, split, limit}",
+    "test_datasets": "the name here is data.evaluation: a list of {path, split, limit}",
+    "val_size": "give held-out data as data.evaluation",
+    "val_set_size": "give held-out data as data.evaluation",
+    "test_split_size": "give held-out data as data.evaluation",
+    "max_samples": "the name here is limit, in an element of data.train",
+    "dataset_num_proc": _WORKERS,
+    "preprocessing_num_workers": _WORKERS,
+    "dataloader_num_workers": _WORKERS,
+    # ---- train
+    "epochs": "the name here is train.num_train_epochs",
+    "num_epochs": "the name here is train.num_train_epochs",
+    "max_epochs": "the name here is train.num_train_epochs",
+    "lr": "the name here is train.learning_rate",
+    "lr_scheduler": "the name here is train.lr_scheduler_type",
+    "lr_scheduler_kwargs": "train.lr_scheduler_type and train.warmup_steps are all there is",
+    "warmup_ratio": "the name here is train.warmup_steps; a value between 0 and 1 is a share of all steps",
+    "lr_warmup_ratio": "the name here is train.warmup_steps; a value between 0 and 1 is a share of all steps",
+    "max_norm": "the name here is train.max_grad_norm",
+    "gradient_clipping": "the name here is train.max_grad_norm",
+    "adam_betas": "the names here are train.adam_beta1 and train.adam_beta2",
+    "optim": _OPTIMIZER,
+    "optimizer": _OPTIMIZER,
+    "data_seed": "train.seed alone fixes the order of the data",
+    "full_determinism": _NONE,
+    "max_train_steps": "the name here is train.max_steps",
+    "save_path": "the name here is train.output_dir",
+    # ---- parallel
+    "deepspeed_config": "the name here is parallel.deepspeed",
+    "zero_stage": "the name here is parallel.deepspeed, e.g. zero3",
+    "fsdp": _PARALLEL,
+    "fsdp_config": _PARALLEL,
+    "tensor_parallel_size": _PARALLEL,
+    "context_parallel_size": _PARALLEL,
+    "sequence_parallel_size": _PARALLEL,
+    "ddp_timeout": _PARALLEL,
+    # ---- checkpoints, evaluation, logging
+    "resume_from_checkpoint": "the name here is checkpoint.resume: auto, never or the path of a checkpoint",
+    "auto_resume_from_checkpoints": "the name here is checkpoint.resume: auto, never or the path of a checkpoint",
+    "load_checkpoint": "the name here is checkpoint.resume: auto, never or the path of a checkpoint",
+    "overwrite_output_dir": "a folder that is not empty is never overwritten; give a new train.output_dir",
+    "save_strategy": "the name here is checkpoint.save_steps; 0 saves only at the end",
+    "save_only_model": "a checkpoint always holds the whole state; the model alone is written to model/",
+    "max_ckpt_num": "the name here is checkpoint.save_total_limit",
+    "load_best_model_at_end": "the last weights are exported; see the `export` command for a checkpoint",
+    "metric_for_best_model": "the last weights are exported; see the `export` command for a checkpoint",
+    "eval_strategy": "the name here is evaluation.eval_steps; 0 is never",
+    "evaluation_strategy": "the name here is evaluation.eval_steps; 0 is never",
+    "generate_during_eval": _NONE,
+    "logging_strategy": "the name here is log.logging_steps",
+    "logging_first_step": "the first line is written after log.logging_steps updates",
+    "logging_dir": "everything is written to train.output_dir",
+    "run_name": "the run is named by train.output_dir",
+    "use_wandb": "the name here is log.report_to: [wandb]",
+    "wandb_project": "the name here is log.report_to: [wandb]; wandb's own variables name the project",
+    "push_to_hub": "nothing is uploaded; the trained model is written to model/ in train.output_dir",
+    "hub_model_id": "nothing is uploaded; the trained model is written to model/ in train.output_dir",
+}
+
+FOREIGN_SOURCE_KEYS: dict[str, str] = {
+    **dict.fromkeys(("name", "id", "dataset_name", "data_dir", "data_files", "file_name"), "the name here is path"),
+    **dict.fromkeys(("columns", "type", "ds_type", "field", "formatting"), "columns are recognised by their names"),
+    **dict.fromkeys(("fraction", "weight", "probs"), "limit takes the first rows; sets are not weighted"),
+    "config": "a hub data set's configuration cannot be chosen; give a local file or folder",
+    "revision": "a hub data set's revision cannot be chosen; give a local file or folder",
+}

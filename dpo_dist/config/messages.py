@@ -1,0 +1,133 @@
+"""What is wrong with a key, and what would be right, in one line."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_SOURCE_KEYS
+from dpo_dist.config.models import DataSource, RunConfig
+
+KeyPath = tuple[str | int, ...]
+
+_SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
+_LONGEST_VALUE = 80  # characters of a value that are shown
+
+
+def _section_fields(section: str) -> Mapping[str, FieldInfo]:
+    model = RunConfig.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return model.model_fields
+
+
+SECTIONS = tuple(RunConfig.model_fields)
+KEYS = {section: tuple(_section_fields(section)) for section in SECTIONS}
+SECTION_OF = {key: section for section, keys in KEYS.items() for key in keys}
+
+
+def dotted(path: KeyPath) -> str:
+    """A key's path as it is written in an override."""
+    return ".".join(str(part) for part in path)
+
+
+def shown(path: KeyPath, value: Any) -> str:
+    """`section.key=value`; long values are cut, and values of keys that sound like a secret are left out."""
+    text = value if isinstance(value, str) and value.isprintable() and value.strip() else json.dumps(value, default=str)
+    if len(text) > _LONGEST_VALUE:
+        text = text[: _LONGEST_VALUE - 3] + "..."
+    if any(isinstance(part, str) and _SECRET.search(part) for part in path):
+        text = "(not shown)"
+    return f"{dotted(path)}={text}"
+
+
+def field_at(path: KeyPath) -> FieldInfo | None:
+    """The declared option at a path; for an element of data.train and data.evaluation, of its DataSource."""
+    names = [part for part in path if isinstance(part, str)]
+    if not names or names[0] not in KEYS:
+        return None
+    fields = RunConfig.model_fields if len(names) == 1 else _section_fields(names[0])
+    if len(names) == 3 and names[1] in ("train", "evaluation"):
+        fields = DataSource.model_fields
+    return fields.get(names[-1])
+
+
+def describe(error: ErrorDetails) -> str:
+    """One line for one error of pydantic's."""
+    path, kind, value = error["loc"], error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return unknown_key(path, value)
+    if kind == "missing":
+        field = field_at(path)
+        meaning = " ".join((field.description or "").split()) if field else ""
+        return f"{dotted(path)} is missing, and has no default; set it: {meaning}"
+    return f"{shown(path, value)} {_wrong_value(error)}"
+
+
+def _wrong_value(error: ErrorDetails) -> str:
+    """`what is wrong; what would be right` for a value of a known key."""
+    path, kind, value, context = error["loc"], error["type"], error["input"], error.get("ctx", {})
+    bounds = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">=")}
+    bounds |= {"less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
+    if kind in bounds:
+        name, sign = bounds[kind]
+        return f"is out of range; it must be {sign} {context[name]}"
+    if kind == "literal_error":
+        return f"is not known; it must be {context['expected']}{_did_you_mean(value, path)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        keys = KEYS.get(str(path[-1]), ()) if len(path) == 1 else tuple(DataSource.model_fields)
+        return f"is not a mapping; write `key: value` with the keys {', '.join(keys)}"
+    if kind in ("int_parsing", "int_type", "int_from_float", "int_parsing_size"):
+        return "is not a whole number; write one, without a unit"
+    if kind in ("float_parsing", "float_type"):
+        return "is not a number; write one, without a unit"
+    texts = {
+        "value_error": "is a truth value; write a number",
+        "finite_number": "is not finite; write a finite number",
+        "bool_type": "is not a truth value; write true or false",
+        "string_type": "is not text; write text, in quotes if it looks like something else",
+        "string_pattern_mismatch": "is empty; write a name or path, or leave the key out",
+        "list_type": "is not a list; write it in brackets, [] for none",
+        "too_short": "is empty; give at least one element",
+    }
+    return texts.get(kind) or f"is not valid ({error['msg']}); see `dpo-dist schema`"
+
+
+def _did_you_mean(value: Any, path: KeyPath) -> str:
+    """Ending of a sentence that suggests one of the words an option knows."""
+    field = field_at(path)
+    words = re.findall(r"Literal\[(.*?)\]", str(field.annotation)) if field else []
+    choices = re.findall(r"'(.*?)'", words[0]) if words else []
+    close = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def unknown_key(path: KeyPath, value: Any) -> str:
+    """One line for a key that does not exist here: its right place, its name here, or the nearest name."""
+    key, where = str(path[-1]), dotted(path[:-1])
+    text = shown(path, value) if not isinstance(value, dict | list) else dotted(path)
+    if len(path) > 2:
+        return f"{text} is not a key of a data set; {_advice_for_source(key)}"
+    at = f"in section {where}" if where else "at top level"
+    if key in SECTION_OF and SECTION_OF[key] != where:
+        return f"{text} is not a key {at}; write {SECTION_OF[key]}.{key}"
+    if key in FOREIGN_KEYS:
+        return f"{text} is not a key {at}; {FOREIGN_KEYS[key]}"
+    close = difflib.get_close_matches(key.lower(), KEYS.get(where, SECTIONS), n=1, cutoff=0.6)
+    if close:
+        return f"{text} is not a key {at}; did you mean {where + '.' if where else ''}{close[0]}?"
+    close = difflib.get_close_matches(key.lower(), SECTION_OF, n=1, cutoff=0.7)
+    if close:
+        return f"{text} is not a key {at}; did you mean {SECTION_OF[close[0]]}.{close[0]}?"
+    return f"{text} is not a key {at}; there are {', '.join(KEYS.get(where, SECTIONS))}"
+
+
+def _advice_for_source(key: str) -> str:
+    close = difflib.get_close_matches(key.lower(), DataSource.model_fields, n=1)
+    if key in FOREIGN_SOURCE_KEYS:
+        return FOREIGN_SOURCE_KEYS[key]
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(DataSource.model_fields)}"

@@ -1,0 +1,229 @@
+"""The sections of a run's configuration: every option with its meaning, unit and effect.
+
+A docstring under a field is its help text, its description in `configs/schema.json`, and its line in the documentation.
+TRL's names where TRL has a name. The models are frozen: a run never changes its configuration after loading it.
+"""
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+LOSS_TYPES = ("sigmoid",)
+
+_DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow)(\.gz)?$", re.IGNORECASE)
+
+
+def _refuse_bool(value: Any) -> Any:
+    """A bool is an int in Python, and in pydantic's lax mode; `beta: true` is a mistake, not 1.0."""
+    if isinstance(value, bool):
+        raise ValueError("a truth value is not a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_refuse_bool)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(pattern=r"\S")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
+    )
+
+
+class ModelConfig(_Section):
+    """Which weights are trained, which ones they are compared with, and how the forward pass is computed."""
+
+    model_name_or_path: Text
+    """The policy: a local folder with safetensors weights, a hub id, or `demo` (SmolLM2-135M-Instruct from a Python
+    package)."""
+    reference_name_or_path: Text | None = None
+    """The frozen reference: folder, hub id or `demo`. null: the weights the policy starts from."""
+    tokenizer_name_or_path: Text | None = None
+    """Folder or hub id of the tokenizer. null: the one of model_name_or_path."""
+    revision: Text | None = None
+    """Branch, tag or commit of the hub repository model_name_or_path (and of reference and tokenizer if they name
+    the same repository). null: its main branch."""
+    trust_remote_code: Flag = False
+    """Run Python code that comes with the model. Needs a commit hash in `revision`, or local folders."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Number format of the forward and backward pass. Master weights, optimizer state and log-softmax are float32
+    always; float16 scales the loss and needs a GPU."""
+    attn_implementation: Literal["auto", "sdpa", "torch", "flash_attn"] = "auto"
+    """Attention kernel. `flash_attn`: the flash-attn package; `torch`: PyTorch's variable-length kernel; `sdpa`: one
+    call for each completion, runs everywhere; `auto`: the fastest of these that this machine and dtype have."""
+    prefix_sharing: Literal["auto", "on", "off"] = "auto"
+    """Compute every prompt once for all its completions. `auto`: where the architecture is known to allow it; `on`: an
+    error where it is not; `off`: each completion carries its own copy of the prompt (same result, more tokens)."""
+    gradient_checkpointing: Flag = True
+    """Recompute activations in the backward pass: much less memory, about a third more compute."""
+
+
+class DataSource(_Section):
+    """One data set."""
+
+    path: Text
+    """A file (.jsonl, .json, .parquet, .arrow, plain or .gz), a folder of such files, or a hub id. A relative path
+    is looked up in the current folder, then in the folder of the configuration file."""
+    split: Text = "train"
+    """Split of a folder or hub data set. A single file has none."""
+    limit: Annotated[Whole, Field(ge=1)] | None = None
+    """Use only the first so many rows. null: all."""
+
+
+class DataConfig(_Section):
+    """What is trained on, and what happens to rows that do not fit or are faulty."""
+
+    train: Annotated[list[DataSource], Field(min_length=1)]
+    """Data sets to train on, one after another (mixed by train.shuffle)."""
+    evaluation: list[DataSource] = []
+    """Held-out data sets; each is evaluated as a whole, and reported under its own name."""
+    max_length: Annotated[Whole, Field(ge=2)] | None = None
+    """Longest prompt plus completion, in tokens. null: no limit but packing.max_tokens."""
+    truncation_mode: Literal["drop", "keep_start", "error"] = "error"
+    """What happens to an example longer than max_length: left out, cut at its end, or the run is refused."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row that cannot be used (equal or empty completions, different prompts, over-long): `error`
+    names file and line; `skip` leaves it out and counts it by reason."""
+
+    @property
+    def evaluation_names(self) -> tuple[str, ...]:
+        """Name of each held-out set in metrics: the shortest end of its path that tells it apart, `:split` if not
+        train."""
+        splits = ["" if source.split == "train" else f":{source.split}" for source in self.evaluation]
+        parts = [PurePosixPath(_DATA_SUFFIX.sub("", source.path)).parts for source in self.evaluation]
+        for depth in range(1, max((len(part) for part in parts), default=0) + 1):
+            names = tuple("/".join(part[-depth:]) + split for part, split in zip(parts, splits, strict=True))
+            if len(set(names)) == len(names):
+                return names
+        return tuple(source.path + split for source, split in zip(self.evaluation, splits, strict=True))
+
+
+class LossConfig(_Section):
+    """The objective."""
+
+    loss_type: Literal["sigmoid"] = "sigmoid"
+    """`sigmoid`: DPO, -log sigmoid(beta * (difference of the log-ratios of chosen and rejected))."""
+    beta: Annotated[Number, Field(gt=0)] = 0.1
+    """Inverse temperature: how strongly the policy is held to the reference. Per nat; larger stays closer."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a preference label is wrong (conservative DPO)."""
+
+
+class ReferenceConfig(_Section):
+    """Where the reference's log-probabilities come from."""
+
+    source: Literal["live"] = "live"
+    """`live`: a second, sharded engine computes them in the same step."""
+
+
+class TrainConfig(_Section):
+    """How far, how fast, and where to."""
+
+    output_dir: Text
+    """The run's folder: configuration, metrics, checkpoints and the trained model. Relative to the current folder.
+    Must be empty or absent unless the run is resumed."""
+    examples_per_step: Annotated[Whole, Field(ge=1)] = 32
+    """Examples (a prompt with its completions) for each update of the weights, over all ranks together. How they are
+    split over ranks and micro-batches never changes the result."""
+    max_steps: Annotated[Whole, Field(ge=1)] | None = None
+    """Updates of the weights. null: as many as num_train_epochs needs."""
+    num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
+    """Passes over the training data, if max_steps is null."""
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Learning rate after the warmup: falls to 0 in a straight line or a half cosine, or stays."""
+    warmup_steps: Annotated[Number, Field(ge=0)] = 0.0
+    """Updates in which the learning rate rises from 0 to its peak. Between 0 and 1: a share of all updates."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW, per update and unit of learning rate; not applied to biases and norms."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] = 1.0
+    """Gradients whose global norm is larger are scaled down to it."""
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+    """Added to the denominator of AdamW's update."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 42
+    """Seed of the order of examples; together with the step number it fixes every step's examples."""
+    shuffle: Flag = True
+    """Draw a new order of the examples in each epoch. false: the order of the files."""
+    self_check: Flag = True
+    """Before the first update, prove that policy and reference agree where they must, and measure rounding noise."""
+
+
+class PackingConfig(_Section):
+    """How many tokens are computed at once. Changes speed and memory, never the result beyond rounding."""
+
+    max_tokens: Annotated[Whole, Field(ge=1)] = 8192
+    """Tokens in a micro-batch of the policy on one rank, prompts counted once if they are shared. The longest
+    example must fit."""
+    reference_max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    """Tokens in a micro-batch of the reference, which keeps no activations. null: twice max_tokens."""
+
+
+class ParallelConfig(_Section):
+    """How the model is spread over processes."""
+
+    deepspeed: Text = "zero3"
+    """A file in `deepspeed_configs/` by its name without .json, or the path of a .json file."""
+
+
+class CheckpointConfig(_Section):
+    """When the run's state is saved, and what it starts from."""
+
+    save_steps: Annotated[Whole, Field(ge=0)] = 500
+    """Save after so many updates, and at the end. 0: only at the end."""
+    save_total_limit: Annotated[Whole, Field(ge=1)] | None = None
+    """Keep the newest so many checkpoints. null: all."""
+    resume: Text = "never"
+    """`never`: start new; `auto`: go on from the newest sound checkpoint of output_dir, if there is one; or the path
+    of a checkpoint to go on from."""
+
+
+class EvaluationConfig(_Section):
+    """When the held-out data sets are evaluated."""
+
+    eval_steps: Annotated[Whole, Field(ge=0)] = 0
+    """Evaluate after so many updates. 0: never."""
+    eval_on_start: Flag = False
+    """Evaluate before the first update, too."""
+
+
+class LogConfig(_Section):
+    """Where the run's numbers go; `metrics.jsonl` is always written."""
+
+    logging_steps: Annotated[Whole, Field(ge=1)] = 1
+    """Write one line of metrics, means over these updates, after so many updates."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Trackers that get the same numbers. []: none."""
+
+
+class RunConfig(_Section):
+    """One training run of dpo_dist."""
+
+    model: ModelConfig
+    """Which weights are trained, which ones they are compared with, and how the forward pass is computed."""
+    data: DataConfig
+    """What is trained on, and what happens to rows that do not fit or are faulty."""
+    loss: LossConfig = LossConfig()
+    """The objective."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """Where the reference's log-probabilities come from."""
+    train: TrainConfig
+    """How far, how fast, and where to."""
+    packing: PackingConfig = PackingConfig()
+    """How many tokens are computed at once. Changes speed and memory, never the result beyond rounding."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over processes."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run's state is saved, and what it starts from."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When the held-out data sets are evaluated."""
+    log: LogConfig = LogConfig()
+    """Where the run's numbers go; `metrics.jsonl` is always written."""

@@ -1,0 +1,14 @@
+"""Preference examples as text: read, validate, normalise, mix, split.
+
+    files.py     bytes of a local file          (line, row) with the line numbers a user can look up
+    rows.py      one row, of any accepted shape PreferenceExample or RowFault
+    sources.py   one entry of data.train        local file, folder of splits, or hub data set
+
+A *file fault* (cannot be read, broken JSON, a column missing or of the wrong type) is always a DataError; a *row fault*
+(equal or empty completions, different prompts) is returned, and `data.on_bad_row` decides. Nothing here knows tokens.
+"""
+
+from dpo_dist.data.example import Message, Pair, PreferenceExample, RowFault
+from dpo_dist.data.sources import Source, open_source
+
+__all__ = ["Message", "Pair", "PreferenceExample", "RowFault", "Source", "open_source"]

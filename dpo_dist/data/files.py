@@ -1,0 +1,211 @@
+"""Rows of a local file, with the line numbers a user can look up.
+
+JSON Lines and Parquet/Arrow are streamed; a JSON array is held as one text while it is read.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_dist.data.rows import COLUMNS
+from dpo_dist.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+ROWS_PER_BATCH = 1024
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What reading a damaged file raises: a cut gzip ends in EOFError, a flipped bit in zlib.error or an OSError.
+_READ_ERRORS = (OSError, EOFError, zlib.error)
+
+
+def data_suffix(path: Path) -> str | None:
+    """The suffix that names the format, without .gz; None if the file is not one we read."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else None
+
+
+def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of every row: the line where it begins, or the row's number in Parquet and Arrow, from 1.
+
+    Args:
+        path: the file; data_suffix(path) is not None.
+        shown: its name in messages, as the user wrote it.
+    Raises:
+        DataError: at the first line that cannot be read, or if the file holds no row.
+    """
+    suffix = data_suffix(path)
+    if suffix == ".parquet":
+        rows = _columnar_rows(_parquet_batches(path, shown), shown)
+    elif suffix == ".arrow":
+        rows = _columnar_rows(_arrow_batches(path, shown), shown)
+    elif _is_json_array(path, shown):
+        rows = _json_array_rows(path, shown)
+    else:
+        rows = _json_lines_rows(path, shown)
+    empty = True
+    for line, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{shown}:{line}: the row is of type {type(row).__name__}; give a JSON object per row")
+        empty = False
+        yield line, row
+    if empty:
+        raise DataError(f"{shown}:1: the file has no rows; give at least one preference")
+
+
+# ---- JSON
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+    line = 0
+    try:
+        with _open(path) as stream:
+            for line, raw in enumerate(stream, start=1):
+                yield line, raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw
+    except _READ_ERRORS as error:
+        raise _damaged(shown, line + 1, error) from error
+
+
+def _is_json_array(path: Path, shown: str) -> bool:
+    for _, raw in _lines(path, shown):
+        if raw.strip():
+            return raw.lstrip().startswith(b"[")
+    return False
+
+
+def _json_lines_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
+    for line, raw in _lines(path, shown):
+        text = _decode(raw, shown, line)
+        if not text.strip():
+            continue
+        try:
+            yield line, json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _broken_json(shown, line, error) from None
+
+
+def _json_array_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
+    text = "".join(_decode(raw, shown, line) for line, raw in _lines(path, shown))
+    decoder = json.JSONDecoder()
+    position, line, counted = _skip_whitespace(text, text.index("[") + 1), 1, 0
+    if text[position : position + 1] == "]":
+        return
+    while True:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else position
+            raise _broken_json(shown, 1 + text.count("\n", 0, at), error) from None
+        yield line, row
+        position = _skip_whitespace(text, position)
+        separator = text[position : position + 1]
+        if separator == "]" and not text[position + 1 :].strip():
+            return
+        if separator != ",":
+            problem = "more text after the array" if separator == "]" else "',' or ']' expected after a row"
+            raise _broken_json(shown, 1 + text.count("\n", 0, position), ValueError(problem))
+        position = _skip_whitespace(text, position + 1)
+
+
+def _skip_whitespace(text: str, position: int) -> int:
+    match = _WHITESPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _decode(raw: bytes, shown: str, line: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown}:{line}: byte {error.start + 1} of the line is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from None
+
+
+def _broken_json(shown: str, line: int, error: Exception) -> DataError:
+    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(
+        f"{shown}:{line}: broken JSON ({what}); "
+        "give one JSON object per line, or one array of objects for the whole file"
+    )
+
+
+# ---- Parquet and Arrow
+
+
+def _columnar_rows(batches: Iterator[pa.RecordBatch], shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    line = 0
+    try:
+        for batch in batches:
+            for values in zip(*batch.columns, strict=True):
+                row = {
+                    name: without_nulls(value.as_py()) for name, value in zip(batch.schema.names, values, strict=True)
+                }
+                line += 1
+                yield line, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown}:{line + 1}: a string is not UTF-8 ({error.reason}); write the file again") from error
+    except (pa.ArrowException, *_READ_ERRORS) as error:
+        raise _damaged(shown, line + 1, error) from error
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop keys that are null: one schema for all rows gives every message the keys of every other message."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _parquet_batches(path: Path, shown: str) -> Iterator[pa.RecordBatch]:
+    with _seekable(path) as stream, pq.ParquetFile(stream) as file:
+        columns = _known_columns(file.schema_arrow, shown)
+        yield from file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns)
+
+
+def _arrow_batches(path: Path, shown: str) -> Iterator[pa.RecordBatch]:
+    """Both forms of the IPC format: files, and the streams that the datasets library writes."""
+    with _seekable(path) as stream:
+        if stream.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(stream)
+            columns = _known_columns(reader.schema, shown)
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index).select(columns)
+            return
+        stream.seek(0)
+        reader = pa.ipc.open_stream(stream)
+        columns = _known_columns(reader.schema, shown)
+        for batch in reader:
+            yield batch.select(columns)
+
+
+def _seekable(path: Path) -> pa.NativeFile:
+    # Parquet is read from its end: a compressed file has to be decompressed as a whole.
+    compressed = path.name.lower().endswith(".gz")
+    return pa.BufferReader(gzip.decompress(path.read_bytes())) if compressed else pa.memory_map(str(path))
+
+
+def _known_columns(schema: pa.Schema, shown: str) -> list[str]:
+    known = [name for name in schema.names if name in COLUMNS]
+    if not known:
+        raise DataError(
+            f"{shown}:1: none of the columns {', '.join(schema.names) or '(none)'} is a preference; "
+            "give prompt, chosen, rejected"
+        )
+    return known
+
+
+def _damaged(shown: str, line: int, error: BaseException) -> DataError:
+    detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{shown}:{line}: cannot be read from here on ({detail}); the file is damaged or not of its type")

@@ -1,0 +1,159 @@
+"""One entry of data.train or data.evaluation: a local file, a folder of splits, or a hub data set."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from dpo_dist.config import DataSource
+from dpo_dist.data.example import PreferenceExample, RowFault
+from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
+from dpo_dist.data.rows import Row, holds_token_ids, parse_row
+from dpo_dist.errors import DataError
+
+# `name` or `owner/name`, as the hub allows them: anything else can only be a local path.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FORMATS = f"{', '.join(SUFFIXES)}, each plain or .gz"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened entry: rows can be read any number of times, always in the same order."""
+
+    key: str
+    """The entry's place in the configuration, such as `data.train.0`."""
+    name: str
+    """Its path, for messages."""
+    limit: int | None
+    files: tuple[tuple[Path, str], ...] = ()
+    """Local files in order, each with its name in messages."""
+    hub_dataset: datasets.Dataset | None = None
+
+    def identity(self) -> list[str]:
+        """What the rows depend on: names and SHA-256 of all files, or the hub data set's fingerprint.
+
+        Names count because they are stored with every row, for messages.
+        """
+        if self.hub_dataset is not None:
+            return [self.name, self.hub_dataset._fingerprint, str(self.limit)]
+        parts = [part for path, shown in self.files for part in (shown, _digest(path, shown))]
+        return [*parts, str(self.limit)]
+
+    def holds_token_ids(self) -> bool:
+        """Whether the rows are already tokenised; the first row tells."""
+        _, first = next(self._raw_rows())
+        return holds_token_ids(first)
+
+    def examples(self) -> Iterator[PreferenceExample | RowFault]:
+        """Every row up to the limit, as an example or as the reason why it is none.
+
+        Raises:
+            DataError: at a fault of the file, naming file:line.
+        """
+        tokenised: bool | None = None
+        for where, row in islice(self._raw_rows(), self.limit):
+            if tokenised is None:
+                tokenised = holds_token_ids(row)
+            elif tokenised != holds_token_ids(row):
+                kinds = ("text", "token ids") if tokenised else ("token ids", "text")
+                raise DataError(
+                    f"{where}: the row holds {kinds[0]}, earlier rows hold {kinds[1]}; use one kind per source"
+                )
+            yield parse_row(row, where)
+
+    def _raw_rows(self) -> Iterator[tuple[str, Row]]:
+        if self.hub_dataset is not None:
+            for number, row in enumerate(self.hub_dataset, start=1):
+                yield (
+                    f"{self.name}:{number}",
+                    {name: without_nulls(value) for name, value in dict[str, Any](row).items()},
+                )
+            return
+        for path, shown in self.files:
+            for line, row in read_rows(path, shown):
+                yield f"{shown}:{line}", row
+
+
+def open_source(source: DataSource, key: str) -> Source:
+    """Find the files or the hub data set that an entry names.
+
+    Args:
+        source: path, split and limit.
+        key: the entry's place in the configuration, for messages.
+    Raises:
+        DataError: if there is nothing to read; says what was looked for.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return Source(key, source.path, source.limit, _split_files(path, source, key))
+    if path.exists():
+        return Source(key, source.path, source.limit, (_single_file(path, source, key),))
+    is_hub_id = _HUB_ID.fullmatch(source.path) and data_suffix(path) is None
+    if not is_hub_id:
+        raise DataError(
+            f"{key}.path={source.path} does not exist (looked for {path.absolute()}); "
+            f"give a file ({_FORMATS}), a folder of such files named by split, or a hub id such as owner/name"
+        )
+    return _open_hub(source, key)
+
+
+def _single_file(path: Path, source: DataSource, key: str) -> tuple[Path, str]:
+    if data_suffix(path) is None:
+        raise DataError(f"{key}.path={source.path} is not a file of a known type; give one of {_FORMATS}")
+    if source.split != "train":
+        raise DataError(
+            f"{key}.split={source.split} has no effect on the single file {source.path}; "
+            "leave split out, or give a folder with a file per split"
+        )
+    return path, source.path
+
+
+def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path, str], ...]:
+    """`<split>.<suffix>`, or the shards `<split>-00000-of-00002.<suffix>` in order."""
+    found = sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path) is not None)
+    stems = {path: path.name[: path.name.lower().rindex(data_suffix(path) or "")] for path in found}
+    whole = [path for path in found if stems[path] == source.split]
+    shards = [path for path in found if stems[path].startswith(f"{source.split}-")]
+    if len(whole) > 1 or (whole and shards):
+        names = ", ".join(path.name for path in (*whole, *shards))
+        raise DataError(
+            f"{key}.path={source.path} holds split {source.split} more than once ({names}); keep one of them"
+        )
+    if not whole and not shards:
+        names = ", ".join(path.name for path in found) or "no data file"
+        raise DataError(
+            f"{key}.split={source.split} is not in the folder {source.path}, which holds {names}; "
+            f"name a file {source.split}.jsonl, or set split to one that is there"
+        )
+    return tuple((path, f"{source.path.rstrip('/')}/{path.name}") for path in (whole or shards))
+
+
+def _open_hub(source: DataSource, key: str) -> Source:
+    try:
+        dataset = datasets.load_dataset(source.path, split=source.split)
+    # The library raises anything from ConnectionError to pickle errors, depending on network, cache and data set.
+    except Exception as error:
+        detail = str(error).splitlines()[0] if str(error) else "no details"
+        raise DataError(
+            f"{key}.path={source.path} is not a local file or folder ({Path(source.path).absolute()} does not exist), "
+            f"and split {source.split} of the hub data set cannot be loaded ({type(error).__name__}: {detail}); "
+            "correct path or split, go online, or download the data set and give the local path"
+        ) from error
+    if not isinstance(dataset, datasets.Dataset) or len(dataset) == 0:
+        raise DataError(f"{key}.path={source.path} has no rows in split {source.split}; set another split")
+    return Source(key, f"{source.path}[{source.split}]", source.limit, hub_dataset=dataset)
+
+
+def _digest(path: Path, shown: str) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"{shown}:1: cannot be read ({error.strerror or error}); check the file's permissions"
+        ) from error

@@ -1,0 +1,162 @@
+"""backward, step, gather: the only file that knows DeepSpeed.
+
+DeepSpeed runs at every stage from 0 to 3, also for one process and on CPU: one code path. It averages gradients over
+ranks; here that is undone, and nobody else knows. Contract: the backward calls of all ranks between two step calls add
+up to the gradient of the objective.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dpo_dist.batch import MicroBatch
+from dpo_dist.config import TrainConfig
+from dpo_dist.distributed import Ranks
+from dpo_dist.errors import ConfigError
+from dpo_dist.model import ScoringModel
+from dpo_dist.optim import parameter_groups
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def engine_config(
+    file: dict[str, Any], dtype: torch.dtype, device: torch.device, max_grad_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of the policy: the user's file, and what the run's own configuration decides.
+
+    Raises:
+        ConfigError: the dtype cannot be computed with on this device.
+    """
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError(
+            "model.dtype=float16 needs a GPU: DeepSpeed has no float16 loss scaling on CPU; use float32 or bfloat16"
+        )
+    config = dict(file)
+    config["train_micro_batch_size_per_gpu"] = 1  # only feeds DeepSpeed's own counters
+    config["gradient_accumulation_steps"] = 1  # the boundary is set by hand: micro-batches differ from step to step
+    config["gradient_clipping"] = max_grad_norm
+    config["steps_per_print"] = None
+    for key, its_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        config.pop(key, None)
+        if dtype == its_dtype:
+            config[key] = {**file.get(key, {}), "enabled": True}
+    return config
+
+
+def inference_config(policy_config: dict[str, Any]) -> dict[str, Any]:
+    """The same for an engine without optimizer: stage 3 as the policy has it, or whole replicas below."""
+    zero = dict(policy_config.get("zero_optimization", {}))
+    config = {key: value for key, value in policy_config.items() if key not in ("gradient_clipping", "data_types")}
+    if zero.get("stage", 0) < 3:
+        # DeepSpeed refuses stages 1 and 2 where there is no optimizer to shard.
+        return {**config, "zero_optimization": {"stage": 0}}
+    zero.pop("offload_optimizer", None)
+    return {**config, "zero_optimization": zero}
+
+
+class InferenceEngine:
+    """A model that is only asked for log-probabilities: no optimizer, no gradient, no graph."""
+
+    def __init__(self, model: ScoringModel, config: dict[str, Any]) -> None:
+        model.requires_grad_(False).eval()
+        self.engine, *_ = deepspeed.initialize(model=model, config=config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.engine.module.parameters()).dtype
+
+    @torch.no_grad()
+    def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
+        return self.engine(batch.to(self.engine.device))
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Every parameter whole, one at a time, on the first rank's CPU (None elsewhere). Every rank must iterate."""
+        return _named_full_parameters(self.engine.module.model)
+
+
+class TrainingEngine:
+    """The policy: forward with or without gradient, backward, update, shards on disk."""
+
+    def __init__(self, model: ScoringModel, config: dict[str, Any], train: TrainConfig, ranks: Ranks) -> None:
+        zero = config.get("zero_optimization", {})
+        offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        named = ((name, p, len(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters())
+        groups = parameter_groups(named, train.weight_decay)
+        optimizer = _adamw(groups, train, use_deepspeed=offloaded and ranks.device.type == "cuda")
+        if ranks.device.type == "cpu":
+            # Compiling DeepSpeed's CPU Adam takes a minute and gains nothing where everything is on the CPU.
+            config = {**config, "zero_force_ds_cpu_optimizer": False}
+        self.ranks = ranks
+        self.engine, *_ = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)
+        self._computes_own_norm = zero.get("stage", 0) == 0 and not ({"bf16", "fp16"} & config.keys())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.engine.module.parameters()).dtype
+
+    @property
+    def model(self) -> ScoringModel:
+        """The wrapped model; under ZeRO-3 its parameters are empty outside of forward and backward."""
+        return self.engine.module
+
+    def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
+        return self.engine(batch.to(self.engine.device))
+
+    def completion_logps(self, batch: MicroBatch) -> Float[Tensor, " C"]:
+        """log pi(completion | prompt) of every completion of the micro-batch, nats."""
+        return batch.to(self.engine.device).completion_sums(self.token_logps(batch))
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches of one step; DeepSpeed is told before the last one that gradients are complete after it."""
+        for index, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            yield batch.to(self.engine.device)
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add the gradient of this rank's part of the objective. Every rank must call it equally often."""
+        # DeepSpeed averages over ranks; the objective is a sum over ranks.
+        self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, and forget the gradients; returns the gradient's norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        own_norm = self._full_precision_norm() if self._computes_own_norm else None
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if own_norm is None else own_norm)
+
+    def _full_precision_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Every parameter whole, one at a time, on the first rank's CPU (None elsewhere). Every rank must iterate."""
+        return _named_full_parameters(self.engine.module.model)
+
+
+def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:
+    betas = (train.adam_beta1, train.adam_beta2)
+    if use_deepspeed:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
+
+
+def _named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            yield name, parameter.detach().cpu() if torch.distributed.get_rank() == 0 else None
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().cpu().clone() if torch.distributed.get_rank() == 0 else None
+        yield name, whole

@@ -1,0 +1,56 @@
+"""Exact metrics over a held-out set.
+
+Every row counts exactly once at any world size: the set is planned like training steps, sums are reduced once, and
+nothing is padded, repeated or dropped.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from dpo_dist.batch import RankWork
+from dpo_dist.distributed import sum_over_ranks
+from dpo_dist.engine import TrainingEngine
+from dpo_dist.losses import PairLoss
+from dpo_dist.metrics import SUMS, Window, step_sums
+from dpo_dist.packing import Packer, StepPlan, sizes_of
+from dpo_dist.reference import Reference
+from dpo_dist.tokenization import TokenizedDataset
+
+CHUNK_EXAMPLES = 1024  # planned at once; only the balance over ranks depends on it
+
+
+@torch.no_grad()
+def evaluate(
+    policy: TrainingEngine,
+    reference: Reference,
+    dataset: TokenizedDataset,
+    packer: Packer,
+    loss: PairLoss,
+    beta: float,
+) -> dict[str, float]:
+    """The metrics of a training step, over a whole data set and without an update. Every rank must call it.
+
+    Returns:
+        `loss`, `rewards/*`, `logps/*` as means over all pairs, `num_pairs`, and the token counts; equal on every rank.
+    """
+    rank = policy.ranks.rank
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=policy.ranks.device)
+    for plan in _plans(dataset, packer):
+        work = RankWork(plan, rank, dataset, packer.share_prompts)
+        bins = work.reference_bins()  # no activations are kept, so the policy takes the large bins too
+        reference_logps = reference.completion_logps(bins, work.num_completions)
+        for batch in bins:
+            on_device = batch.to(policy.ranks.device)
+            logps = policy.completion_logps(on_device)
+            logratios = logps - reference_logps[on_device.completion_index_C]
+            pair_losses = loss(logratios[on_device.pair_chosen_B], logratios[on_device.pair_rejected_B])
+            sums += step_sums(on_device, logps, logratios, pair_losses, beta)
+    window = Window(dict(zip(SUMS, sum_over_ranks(sums).tolist(), strict=True)))
+    return {**window.means(), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}
+
+
+def _plans(dataset: TokenizedDataset, packer: Packer) -> Iterator[StepPlan]:
+    for start in range(0, len(dataset), CHUNK_EXAMPLES):
+        rows = range(start, min(start + CHUNK_EXAMPLES, len(dataset)))
+        yield packer.plan(start, rows, sizes_of(dataset, rows))

@@ -1,0 +1,135 @@
+"""log pi(token given prefix) without keeping the logits.
+
+    M scored tokens   m tokens of one chunk   D model dimension   V vocabulary
+
+The head is a module that owns `lm_head`'s parameter, so that ZeRO-3's hooks gather and prefetch it; reading
+`lm_head.weight` from outside would see an empty tensor. Logits exist for one chunk of tokens at a time, in forward and
+again in backward.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+CHUNK_TOKENS = 2048  # a chunk of float32 logits of a 128k vocabulary is 1 GiB
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What an architecture does between the last matrix product and the softmax."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits -> softcap * tanh(scale * logits / softcap)."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def gradient(self, grad: Tensor, transformed: Tensor) -> Tensor:
+        """d loss / d logits from d loss / d transformed logits and the transformed logits."""
+        if self.softcap is not None:
+            grad = grad * (1.0 - (transformed / self.softcap) ** 2)
+        return grad * self.scale if self.scale != 1.0 else grad
+
+
+class LogProbHead(nn.Module):
+    """The output head: log-probabilities of targets, or the stock logits when there are none.
+
+    Args:
+        linear: the model's own `lm_head`; its parameters are taken over, names and tying included.
+        transform: logit scale and final softcap of the architecture.
+        chunk_tokens: scored tokens whose logits exist at the same time.
+    """
+
+    def __init__(self, linear: nn.Linear, transform: LogitTransform, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.transform = transform
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, targets_M: Int[Tensor, " M"] | None = None) -> Tensor:
+        """Token log-probabilities in nats, float32, of `targets_M` given `hidden` (M, D); or logits (..., V).
+
+        Equals:
+            torch.log_softmax(transform((hidden @ weight.T + bias).float()), -1)[range(M), targets]
+        """
+        if targets_M is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return _ChunkedLogProbs.apply(hidden, self.weight, self.bias, targets_M, self.transform, self.chunk_tokens)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(transform(h W^T + b))[target], chunk by chunk; the logits are recomputed in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Float[Tensor, "M D"],
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Int[Tensor, " M"],
+        transform: LogitTransform,
+        chunk_tokens: int,
+    ) -> Float[Tensor, " M"]:
+        precision = torch.promote_types(hidden_MD.dtype, torch.float32)
+        logps_M, lse_M = (hidden_MD.new_empty(len(hidden_MD), dtype=precision) for _ in range(2))
+        for chunk in _chunks(len(hidden_MD), chunk_tokens):
+            logits_mV = transform(F.linear(hidden_MD[chunk], weight_VD, bias_V).to(precision))
+            lse_M[chunk] = logits_mV.logsumexp(-1)
+            logps_M[chunk] = logits_mV.gather(-1, targets_M[chunk, None])[:, 0] - lse_M[chunk]
+        ctx.save_for_backward(hidden_MD, targets_M, lse_M)
+        # The parameters themselves, not saved tensors: ZeRO-3 has released the data by now and gathers it into the
+        # same objects before backward.
+        ctx.weight, ctx.bias, ctx.transform, ctx.chunk_tokens = weight_VD, bias_V, transform, chunk_tokens
+        return logps_M
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_M,) = grad_outputs
+        hidden_MD, targets_M, lse_M = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        weight_VD = ctx.weight
+        grad_hidden_MD = torch.empty_like(hidden_MD)
+        # float32 sums: in bfloat16 the rounding of every chunk would add up to a bias.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_M.dtype) if needs_weight else None
+        grad_bias_V = torch.zeros_like(ctx.bias, dtype=lse_M.dtype) if needs_bias else None
+        for chunk in _chunks(len(hidden_MD), ctx.chunk_tokens):
+            grad_mV = _grad_logits(ctx, chunk, hidden_MD, targets_M, lse_M, grad_M)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_mV.sum(0)
+            if grad_weight_VD is not None:
+                grad_weight_VD.addmm_(grad_mV.t(), hidden_MD[chunk].to(grad_mV.dtype))
+            if needs_hidden:
+                grad_hidden_MD[chunk] = grad_mV.to(hidden_MD.dtype) @ weight_VD
+        return (
+            grad_hidden_MD if needs_hidden else None,
+            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
+            None if grad_bias_V is None else grad_bias_V.to(ctx.bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _grad_logits(
+    ctx: Any, chunk: slice, hidden_MD: Tensor, targets_M: Tensor, lse_M: Tensor, grad_M: Tensor
+) -> Float[Tensor, "m V"]:
+    """d loss / d logits of a chunk: grad * (one_hot(target) - softmax), through the logit transform."""
+    transformed_mV = ctx.transform(F.linear(hidden_MD[chunk], ctx.weight, ctx.bias).to(lse_M.dtype))
+    grad_mV = (transformed_mV - lse_M[chunk, None]).exp_().neg_()
+    grad_mV.scatter_add_(1, targets_M[chunk, None], grad_mV.new_ones(len(grad_mV), 1))
+    grad_mV *= grad_M[chunk, None].to(grad_mV.dtype)
+    return ctx.transform.gradient(grad_mV, transformed_mV)
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]

@@ -1,0 +1,17 @@
+"""An example as token ids: chat template, truncation, completion spans.
+
+    tokenizer.py  load a tokenizer; what identifies it
+    encode.py     text examples            TokenizedExample or RowFault
+    writer.py     tokenised examples       Arrow file and its summary
+    dataset.py    the same, memory-mapped  any row in constant time
+    prepare.py    entries of data.train    one TokenizedDataset, tokenised once and found again
+
+Rows that hold token ids already pass through unchanged, and no tokenizer is loaded for them. Needs no process group.
+"""
+
+from dpo_dist.tokenization.dataset import TokenizedDataset
+from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.prepare import prepare_dataset
+from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer
+
+__all__ = ["TokenizedDataset", "TokenizedExample", "TokenizerSpec", "load_tokenizer", "prepare_dataset"]

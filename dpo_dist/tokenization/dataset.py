@@ -1,0 +1,208 @@
+"""Tokenised examples, memory-mapped: any row in constant time.
+
+Reading a row touches that row's pages only, so a data set may be larger than memory, and all ranks of a node share one
+copy in the page cache.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.data import Pair
+from dpo_dist.errors import DataError
+from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, Summary
+
+_PERCENTILES = (5, 25, 50, 75, 95, 99)
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedLengths(Sequence[tuple[int, ...]]):
+    """Completion lengths in tokens: item i is the tuple of example i. Two flat arrays, however many examples."""
+
+    flat: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        """Lengths of one example's completions, or of several examples'."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return tuple(self.flat[self.starts[position] : self.starts[position + 1]].tolist())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example as text, for people."""
+
+    source: str
+    prompt: str
+    completions: tuple[str, ...]
+
+
+class TokenizedDataset(Sequence[TokenizedExample]):
+    """All examples of a data set as token ids, in order; any row in constant time.
+
+    Attributes:
+        prompt_lengths: tokens of each prompt, int64, shape (examples,).
+        completion_lengths: for each example, the tokens of each of its completions.
+        fingerprint: hash of all ids and pairs, in order; the same on every machine, wherever the files are.
+        bad_rows: rows left out, by reason.
+        notes: rows used that the user should know about, by reason (truncated, ...).
+        max_token_id: the largest id in any prompt or completion.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Map a finished folder.
+
+        Raises:
+            DataError: if the folder is not whole.
+        """
+        try:
+            self._summary = Summary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+            reader = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES_FILE)))
+            self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"{folder}: not a whole tokenised data set ({error}); delete the folder") from error
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
+        self.fingerprint = self._summary.fingerprint
+        self.bad_rows = dict(self._summary.bad_rows)
+        self.notes = dict(self._summary.notes)
+        self.max_token_id = self._summary.max_token_id
+        self.prompt_lengths = _concatenated([_list_lengths(batch.column("prompt_ids")) for batch in self._batches])
+        nested = [batch.column("completion_ids") for batch in self._batches]
+        counts = _concatenated([_list_lengths(column) for column in nested])
+        self.completion_lengths = RaggedLengths(
+            flat=_concatenated([_list_lengths(column.flatten()) for column in nested]),
+            starts=np.concatenate([[0], np.cumsum(counts)]),
+        )
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self._summary.num_examples
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        """One example, or several."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        batch, row = self._locate(index)
+        return TokenizedExample(
+            prompt_ids=_row_ids(batch.column("prompt_ids")[row].values),
+            completion_ids=tuple(_row_ids(ids.values) for ids in batch.column("completion_ids")[row]),
+            pairs=self.pairs_of(index),
+            source=batch.column("source")[row].as_py(),
+        )
+
+    def pairs_of(self, index: int) -> tuple[Pair, ...]:
+        """The preference pairs of one example."""
+        batch, row = self._locate(index)
+        return tuple(Pair(**pair) for pair in batch.column("pairs")[row].as_py())
+
+    def source_of(self, index: int) -> str:
+        """`path:line` of one example."""
+        batch, row = self._locate(index)
+        return batch.column("source")[row].as_py()
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Make sure that a model with `vocab_size` embeddings knows every token.
+
+        Raises:
+            DataError: naming the first row with an unknown id.
+        """
+        if self.max_token_id < vocab_size:
+            return
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            prompts, completions = batch.column("prompt_ids"), batch.column("completion_ids")
+            largest = max(_largest(prompts.flatten()), _largest(completions.flatten().flatten()))
+            if largest < vocab_size:
+                continue
+            for index in range(start, start + batch.num_rows):
+                _check_example(self[index], vocab_size)
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Token counts: min, percentiles, max, mean and sum of prompts, completions, sequences and examples.
+
+        A `sequence` is a prompt with one completion (what data.max_length bounds), an `example` a prompt with all its
+        completions (what packing.max_tokens bounds when prompts are shared).
+        """
+        flat, starts = self.completion_lengths.flat, self.completion_lengths.starts
+        sequences = flat + np.repeat(self.prompt_lengths, np.diff(starts))
+        examples = self.prompt_lengths + np.add.reduceat(flat, starts[:-1])
+        counts = {"prompt": self.prompt_lengths, "completion": flat, "sequence": sequences, "example": examples}
+        return {name: _describe(values) for name, values in counts.items()}
+
+    def sample(self, index: int, tokenizer: PreTrainedTokenizerBase | None = None) -> Sample:
+        """One example as the model sees it, special tokens included; as numbers if there is no tokenizer."""
+        example = self[index]
+
+        def text(ids: tuple[int, ...]) -> str:
+            if tokenizer is None:
+                return " ".join(str(token) for token in ids)
+            return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+        return Sample(example.source, text(example.prompt_ids), tuple(text(ids) for ids in example.completion_ids))
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        position = range(len(self))[index]
+        number = bisect_right(self._starts, position) - 1
+        return self._batches[number], position - self._starts[number]
+
+
+def _check_example(example: TokenizedExample, vocab_size: int) -> None:
+    parts = [
+        ("prompt", example.prompt_ids),
+        *((f"completion {i}", ids) for i, ids in enumerate(example.completion_ids)),
+    ]
+    for name, ids in parts:
+        if max(ids) >= vocab_size:
+            raise DataError(
+                f"{example.source}: token id {max(ids)} of the {name} is outside the model's "
+                f"vocabulary (0 to {vocab_size - 1}); tokenise with the model's own tokenizer, "
+                "or use the model the data was made for"
+            )
+
+
+def _row_ids(values: pa.Array) -> tuple[int, ...]:
+    return tuple(values.to_numpy(zero_copy_only=True).tolist())
+
+
+def _list_lengths(lists: pa.ListArray) -> np.ndarray:
+    return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+
+
+def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+
+
+def _largest(ids: pa.Array) -> int:
+    return int(ids.to_numpy(zero_copy_only=True).max())
+
+
+def _describe(values: np.ndarray) -> dict[str, float]:
+    percentiles = np.percentile(values, _PERCENTILES)
+    return {
+        "min": int(values.min()),
+        **{f"p{name}": float(value) for name, value in zip(_PERCENTILES, percentiles, strict=True)},
+        "max": int(values.max()),
+        "mean": float(values.mean()),
+        "sum": int(values.sum()),
+    }

@@ -1,0 +1,210 @@
+"""Text examples as token ids.
+
+String rows: the prompt with the tokens its tokenizer puts in front of a text (BOS), each completion on its own, then
+one EOS. Prompt and completion are tokenised apart, so that the prompt's ids are those the model sees when it is asked.
+
+Message rows: the chat template renders the whole conversation, and the completion is all that it renders after the
+prompt with its generation header. Nothing is added: the template writes BOS and end-of-turn tokens itself.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config import DataConfig
+from dpo_dist.data import Message, Pair, PreferenceExample, RowFault
+from dpo_dist.data.example import (
+    EMPTY_COMPLETION,
+    EMPTY_PROMPT,
+    IDENTICAL_COMPLETIONS,
+    OVER_LONG,
+    TEMPLATE_ERROR,
+    common_prefix_length,
+    is_token_ids,
+)
+from dpo_dist.errors import ModelError
+
+# Counted in TokenizedDataset.notes: rows that are used, and that the user should know about.
+PROMPT_NOT_A_PREFIX = "prompt_not_a_prefix"
+BOUNDARY_MERGED = "boundary_merged"
+TRUNCATED = "truncated"
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """A prompt, its completions and the preferences among them, as token ids. `source` is `path:line`."""
+
+    prompt_ids: Ids
+    completion_ids: tuple[Ids, ...]
+    pairs: tuple[Pair, ...]
+    source: str
+
+
+class Encoder:
+    """Turns examples into token ids; counts in `notes` what it had to decide for the user.
+
+    Args:
+        tokenizer: None if every example holds token ids already.
+        tokenizer_name: the tokenizer as `key=value` of the configuration, for messages.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None, tokenizer_name: str) -> None:
+        self.notes: Counter[str] = Counter()
+        self._data = data
+        self._tokenizer = tokenizer
+        self._tokenizer_name = tokenizer_name
+        self.chat_template = str(getattr(tokenizer, "chat_template", None) or "")
+        self._leading_ids = _leading_ids(tokenizer) if tokenizer is not None else ()
+
+    def encode(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample | RowFault]:
+        """Token ids of every example, in order, within `data.max_length`, or why it is of no use."""
+        texts = [self._texts(example) for example in examples]
+        flat = [text for group in texts if isinstance(group, list) for text in group]
+        ids = iter(self._tokenize(flat))
+        results: list[TokenizedExample | RowFault] = []
+        for example, group in zip(examples, texts, strict=True):
+            if isinstance(group, RowFault):
+                results.append(group)
+                continue
+            prompt, completions = self._spans(example, group, [next(ids) for _ in group])
+            results.append(self._checked(TokenizedExample(prompt, completions, example.pairs, example.source)))
+        return results
+
+    # ---- text
+
+    def _texts(self, example: PreferenceExample) -> list[str] | RowFault:
+        """What has to be tokenised: prompt and completions, or prompt and whole conversations; [] for token ids."""
+        if is_token_ids(example.prompt):
+            return []
+        if isinstance(example.prompt, str):
+            return [example.prompt, *example.completions]  # pyright: ignore[reportReturnType]
+        prompt = list[Message](example.prompt)  # pyright: ignore[reportArgumentType]
+        conversations = [[*prompt, *completion] for completion in example.completions]
+        try:
+            return [
+                self._render(prompt, example, add_generation_prompt=True),
+                *(self._render(conversation, example) for conversation in conversations),
+            ]
+        except ModelError:
+            raise
+        # A chat template is a program by somebody else: it may raise anything on a conversation it does not expect.
+        except Exception as error:
+            what = f"the chat template refuses the conversation ({type(error).__name__}: {error})"
+            return RowFault(TEMPLATE_ERROR, example.source, what)
+
+    def _render(self, messages: list[Any], example: PreferenceExample, *, add_generation_prompt: bool = False) -> str:
+        tokenizer = self._required_tokenizer(example.source)
+        if tokenizer.chat_template is None:
+            raise ModelError(
+                f"{self._tokenizer_name} has no chat template, and {example.source} holds chat messages; "
+                "name the tokenizer of an instruct model in model.tokenizer_name_or_path, or give rows of strings"
+            )
+        tools: Any = list(example.tools) if example.tools else None
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(rendered)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # Truncation and padding are switched off by name: a tokenizer.json may have them on. verbose=False: whether a
+        # text is too long is decided here, not by the tokenizer's model_max_length.
+        encoded = self._required_tokenizer("")(
+            texts, add_special_tokens=False, truncation=False, padding=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+    def _required_tokenizer(self, where: str) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise ModelError(f"{where}: the row holds text, and no tokenizer is given; name one in the configuration")
+        return self._tokenizer
+
+    # ---- token ids
+
+    def _spans(self, example: PreferenceExample, texts: list[str], ids: list[list[int]]) -> tuple[Ids, tuple[Ids, ...]]:
+        """Prompt and completions of one example as token ids."""
+        if not texts:
+            return example.prompt, example.completions  # pyright: ignore[reportReturnType]
+        if isinstance(example.prompt, str):
+            return self._string_spans(ids, example.source)
+        return self._conversation_spans(texts, ids)
+
+    def _string_spans(self, ids: list[list[int]], source: str) -> tuple[Ids, tuple[Ids, ...]]:
+        prompt, *completions = (tuple(part) for part in ids)
+        # A prompt that was written with its BOS gets no second one.
+        if prompt and prompt[: len(self._leading_ids)] != self._leading_ids:
+            prompt = self._leading_ids + prompt
+        eos = self._required_tokenizer(source).eos_token_id
+        if not isinstance(eos, int):
+            raise ModelError(
+                f"{self._tokenizer_name} has no EOS token, and {source} holds strings, whose completions end with "
+                "one; set eos_token in its tokenizer_config.json, or give rows of messages"
+            )
+        # An empty completion stays empty, so that it is found below.
+        return prompt, tuple(part if not part or part[-1] == eos else (*part, eos) for part in completions)
+
+    def _conversation_spans(self, texts: list[str], ids: list[list[int]]) -> tuple[Ids, tuple[Ids, ...]]:
+        """Cut each tokenised conversation where the prompt ends.
+
+        Normally the prompt's ids begin the conversation's. Where text merges across the border, the rest is tokenised
+        on its own: the model is asked with exactly the prompt's ids. Where the template renders the prompt in another
+        way once an answer follows, the border is where all renderings still agree, and no token is lost.
+        """
+        prompt_text, *conversation_texts = texts
+        prompt, *conversations = (tuple(part) for part in ids)
+        if not all(text.startswith(prompt_text) for text in conversation_texts):
+            self.notes[PROMPT_NOT_A_PREFIX] += 1
+            border = min(common_prefix_length(prompt, conversation) for conversation in conversations)
+            return prompt[:border], tuple(conversation[border:] for conversation in conversations)
+        if all(conversation[: len(prompt)] == prompt for conversation in conversations):
+            return prompt, tuple(conversation[len(prompt) :] for conversation in conversations)
+        self.notes[BOUNDARY_MERGED] += 1
+        rests = self._tokenize([text[len(prompt_text) :] for text in conversation_texts])
+        return prompt, tuple(tuple(rest) for rest in rests)
+
+    def _checked(self, example: TokenizedExample) -> TokenizedExample | RowFault:
+        """The example within `data.max_length`, with a prompt and completions that can be told apart."""
+        if not example.prompt_ids:
+            return RowFault(EMPTY_PROMPT, example.source, "the prompt has no token before the completions begin")
+        fitted = self._fitted(example)
+        if isinstance(fitted, RowFault):
+            return fitted
+        if not all(fitted.completion_ids):
+            return RowFault(EMPTY_COMPLETION, example.source, "a completion has no token")
+        for pair in fitted.pairs:
+            if fitted.completion_ids[pair.chosen] == fitted.completion_ids[pair.rejected]:
+                how = "identical" if fitted is example else f"identical within data.max_length={self._data.max_length}"
+                return RowFault(IDENTICAL_COMPLETIONS, example.source, f"chosen and rejected are {how} as token ids")
+        # Counted last: only rows that are used.
+        if fitted is not example:
+            self.notes[TRUNCATED] += 1
+        return fitted
+
+    def _fitted(self, example: TokenizedExample) -> TokenizedExample | RowFault:
+        limit = self._data.max_length
+        num_prompt = len(example.prompt_ids)
+        longest = num_prompt + max(len(ids) for ids in example.completion_ids)
+        if limit is None or longest <= limit:
+            return example
+        if self._data.truncation_mode == "keep_start" and num_prompt < limit:
+            # TRL's rule. No EOS is put at the cut: it would teach the model to stop in mid-sentence.
+            cut = tuple(ids[: limit - num_prompt] for ids in example.completion_ids)
+            return TokenizedExample(example.prompt_ids, cut, example.pairs, example.source)
+        what = f"prompt and completion have {longest} tokens (the prompt {num_prompt}), data.max_length={limit}"
+        return RowFault(OVER_LONG, example.source, what)
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """What the tokenizer puts before a text (BOS, if any); what it puts after one, such as EOS, is not the prompt's."""
+    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_special = tokenizer("a")["input_ids"]
+    for start in range(len(with_special) - len(probe) + 1):
+        if with_special[start : start + len(probe)] == probe:
+            return tuple(with_special[:start])
+    return ()

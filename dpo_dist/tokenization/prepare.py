@@ -1,0 +1,198 @@
+"""Entries of data.train as one data set: tokenised once, found again by its content.
+
+The folder's name is a hash of all that decides what is in it. It is written under a temporary name and renamed when it
+is complete and on the disk, behind a file lock: of any number of processes one tokenises, the others wait and map its
+result, and a kill at any moment leaves nothing that could be taken for whole.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dpo_dist.config import DataConfig, DataSource
+from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
+from dpo_dist.data.example import OVER_LONG
+from dpo_dist.errors import DataError
+from dpo_dist.tokenization.dataset import TokenizedDataset
+from dpo_dist.tokenization.encode import Encoder, TokenizedExample
+from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
+from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
+
+# Raise when the same rows would be written as other ids or in another layout.
+DATA_FORMAT = 1
+_EXAMPLES_PER_CALL = 256
+_LOG_EVERY_S = 10.0
+_LOGGER = logging.getLogger(__name__)
+
+
+def prepare_dataset(
+    sources: Sequence[DataSource],
+    data: DataConfig,
+    tokenizer: TokenizerSpec,
+    cache_dir: Path,
+    *,
+    section: str = "data.train",
+    first_index: int = 0,
+) -> TokenizedDataset:
+    """Tokenise all rows of `sources`, one source after another, or find them in the cache.
+
+    Safe to call from any number of processes at once; needs no process group. The tokenizer is loaded only if a source
+    holds text.
+
+    Args:
+        sources: entries of data.train, or one entry of data.evaluation.
+        data: what to do with over-long and bad rows.
+        tokenizer: which tokenizer text is given to.
+        cache_dir: where tokenised data sets are kept; made if missing.
+        section: where `sources` stand in the configuration, for messages.
+        first_index: index of the first of them there.
+    Raises:
+        DataError: at a fault of a file; at a bad row unless data.on_bad_row is skip; if a source has no usable row.
+        ModelError: if text has to be tokenised, and the tokenizer cannot be loaded or lacks what the rows need.
+    """
+    opened = [open_source(source, f"{section}.{first_index + index}") for index, source in enumerate(sources)]
+    needs_tokenizer = not all(source.holds_token_ids() for source in opened)
+    loaded = load_tokenizer(tokenizer) if needs_tokenizer else None
+    encoder = Encoder(data, loaded, f"{tokenizer.key}={tokenizer.path}")
+    folder = cache_dir / _cache_key(opened, data, tokenizer_digest(loaded) if loaded is not None else None)
+    # Looked up without the lock first: a folder under its final name is whole, and most starts find it.
+    if not is_whole(folder):
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                if not is_whole(folder):
+                    _write(folder, opened, data, encoder)
+        except OSError as error:
+            raise DataError(
+                f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
+                "make room, or choose another folder for the cache"
+            ) from error
+    return TokenizedDataset(folder)
+
+
+def _cache_key(sources: Sequence[Source], data: DataConfig, tokenizer: str | None) -> str:
+    """Name of the folder: equal for equal content, whatever the machine or the time of the files."""
+    parts = {
+        "format": DATA_FORMAT,
+        "sources": [source.identity() for source in sources],
+        "max_length": data.max_length,
+        "truncation_mode": data.truncation_mode,
+        "on_bad_row": data.on_bad_row,
+        "tokenizer": tokenizer,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a data set; the system frees it if its holder dies."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    while True:
+        try:
+            lock.acquire(timeout=_LOG_EVERY_S)
+            break
+        except Timeout:
+            _LOGGER.info("waiting for another process that tokenises the same data (%s)", lock.lock_file)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: Encoder) -> None:
+    """Tokenise into a temporary folder, bring it to the disk, give it its name. Needs the lock."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover)
+    if folder.exists():
+        _LOGGER.warning("%s is damaged and is written again", folder)
+        shutil.rmtree(folder)
+    if "strftime_now" in encoder.chat_template:
+        _LOGGER.warning("the chat template writes today's date into prompts: data tokenised on another day will differ")
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with ExampleWriter(partial) as writer:
+            bad_rows: Counter[str] = Counter()
+            for source in sources:
+                _write_source(source, data, encoder, writer, bad_rows)
+            writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())))
+        for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
+            _sync(partial / name)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _LOGGER.info(
+        "tokenised %s examples, %s tokens, into %s", f"{writer.num_examples:,}", f"{writer.num_tokens:,}", folder
+    )
+
+
+def _write_source(
+    source: Source, data: DataConfig, encoder: Encoder, writer: ExampleWriter, bad_rows: Counter[str]
+) -> None:
+    counts: Counter[str] = Counter()
+    num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
+    for group in _grouped(source.examples(), _EXAMPLES_PER_CALL):
+        for result in _encoded(group, encoder):
+            num_read += 1
+            if isinstance(result, RowFault):
+                _count_or_raise(result, data, counts)
+            else:
+                writer.write(result)
+        if time.monotonic() >= next_log_s:
+            next_log_s += _LOG_EVERY_S
+            _LOGGER.info("%s: %s rows read, %s tokens", source.key, f"{num_read:,}", f"{writer.num_tokens:,}")
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
+    if writer.num_examples == num_before:
+        raise DataError(
+            f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
+            "repair the data, or change the setting that leaves the rows out"
+        )
+    if counts:
+        _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)
+    bad_rows.update(counts)
+
+
+def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Iterator[TokenizedExample | RowFault]:
+    """The group in its order, faults in their places, so that the first fault of the file is the one reported."""
+    encoded = iter(encoder.encode([item for item in group if isinstance(item, PreferenceExample)]))
+    for item in group:
+        yield item if isinstance(item, RowFault) else next(encoded)
+
+
+def _count_or_raise(fault: RowFault, data: DataConfig, counts: Counter[str]) -> None:
+    over_long = fault.reason == OVER_LONG
+    left_out = data.on_bad_row == "skip" or (over_long and data.truncation_mode != "error")
+    if not left_out:
+        way_out = (
+            "raise data.max_length, set data.truncation_mode=drop or keep_start," if over_long else "repair the row,"
+        )
+        raise DataError(f"{fault.source}: {fault.what}; {way_out} or set data.on_bad_row=skip ({fault.reason})")
+    counts[fault.reason] += 1
+
+
+def _grouped(items: Iterable[PreferenceExample | RowFault], size: int) -> Iterator[list[PreferenceExample | RowFault]]:
+    """Lists of up to `size` items."""
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

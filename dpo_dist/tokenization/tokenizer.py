@@ -1,0 +1,76 @@
+"""Load a tokenizer, and say what it would do to any text."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_dist.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer a run uses: a folder or hub id, and the setting that named it."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    key: str = "model.tokenizer_name_or_path"
+
+
+def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ModelError: if there is none that can be loaded.
+    """
+    path = Path(spec.path).expanduser()
+    if not path.exists() and (path.is_absolute() or spec.path.startswith((".", "~")) or spec.path.count("/") > 1):
+        raise ModelError(
+            f"{spec.key}={spec.path} does not exist; give a folder with tokenizer.json or a hub id such as owner/name"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(path) if path.exists() else spec.path,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    # transformers raises OSError, ValueError, KeyError, ImportError and others, depending on what is missing.
+    except Exception as error:
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+        raise ModelError(
+            f"{spec.key}={spec.path} holds no tokenizer that can be loaded ({type(error).__name__}: {detail}); "
+            "give a folder with tokenizer.json and tokenizer_config.json, or the hub id of a model that has them"
+        ) from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that decides which ids a text or a conversation becomes.
+
+    The versions of the libraries count: they hold part of the rules.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "chat_template": tokenizer.chat_template,
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "rules": backend.to_str() if backend is not None else _slow_rules(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _slow_rules(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    """What a tokenizer written in Python has instead of one JSON text: vocabulary, settings, its files."""
+    settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    files = [getattr(tokenizer, f"{name}", None) for name in tokenizer.vocab_files_names]
+    contents = [
+        hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        for file in files
+        if isinstance(file, str) and Path(file).is_file()
+    ]
+    return [sorted(tokenizer.get_vocab().items()), settings, contents]

@@ -1,0 +1,127 @@
+"""Tokenised examples written to an Arrow file in batches, and summed up."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_dist.tokenization.encode import TokenizedExample
+
+EXAMPLES_FILE = "examples.arrow"
+SUMMARY_FILE = "summary.json"
+# Bounds the memory of writing, and the 32-bit offsets of Arrow lists.
+_ROWS_PER_BATCH = 1024
+_TOKENS_PER_BATCH = 2**22
+
+_IDS = pa.list_(pa.int32())
+_PAIR = pa.struct(
+    [("chosen", pa.int32()), ("rejected", pa.int32()), ("weight", pa.float64()), ("margin", pa.float64())]
+)
+_SCHEMA = pa.schema(
+    [("prompt_ids", _IDS), ("completion_ids", pa.list_(_IDS)), ("pairs", pa.list_(_PAIR)), ("source", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a data set without reading its rows."""
+
+    num_examples: int
+    num_bytes: int
+    """Size of the Arrow file: a shorter one was damaged after it was written."""
+    fingerprint: str
+    max_token_id: int
+    bad_rows: dict[str, int]
+    notes: dict[str, int]
+
+
+class ExampleWriter:
+    """Writes examples to a folder, and sums them up; nothing is valid before `finish` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = pa.OSFile(str(folder / EXAMPLES_FILE), "wb")
+        self._stream = pa.ipc.new_file(self._file, _SCHEMA)
+        self._buffer: list[TokenizedExample] = []
+        self._digest = hashlib.sha256()
+        self._max_token_id = -1
+        self._buffered_tokens = 0
+        self.num_examples = 0
+        self.num_tokens = 0
+
+    def __enter__(self) -> Self:
+        """Opened by the constructor."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
+
+    def write(self, example: TokenizedExample) -> None:
+        """Append one example."""
+        self._digest.update(_canonical_bytes(example))
+        sequences = (example.prompt_ids, *example.completion_ids)
+        self._max_token_id = max(self._max_token_id, *(max(ids) for ids in sequences))
+        num_tokens = sum(len(ids) for ids in sequences)
+        self.num_examples += 1
+        self.num_tokens += num_tokens
+        self._buffered_tokens += num_tokens
+        self._buffer.append(example)
+        if len(self._buffer) >= _ROWS_PER_BATCH or self._buffered_tokens >= _TOKENS_PER_BATCH:
+            self._flush()
+
+    def finish(self, bad_rows: dict[str, int], notes: dict[str, int]) -> None:
+        """Write what is left and the summary."""
+        self._flush()
+        self._stream.close()
+        self._file.close()
+        summary = Summary(
+            num_examples=self.num_examples,
+            num_bytes=(self._folder / EXAMPLES_FILE).stat().st_size,
+            fingerprint=self._digest.hexdigest(),
+            max_token_id=self._max_token_id,
+            bad_rows=bad_rows,
+            notes=notes,
+        )
+        (self._folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        columns = [
+            pa.array([example.prompt_ids for example in self._buffer], _IDS),
+            pa.array([example.completion_ids for example in self._buffer], pa.list_(_IDS)),
+            pa.array([[asdict(pair) for pair in example.pairs] for example in self._buffer], pa.list_(_PAIR)),
+            pa.array([example.source for example in self._buffer], pa.string()),
+        ]
+        self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        self._buffer.clear()
+        self._buffered_tokens = 0
+
+
+def _canonical_bytes(example: TokenizedExample) -> bytes:
+    """The same bytes on every machine for the same ids and pairs: little-endian, every list after its length."""
+    counts = [len(example.prompt_ids), len(example.completion_ids), *(len(ids) for ids in example.completion_ids)]
+    ids = [token for part in (example.prompt_ids, *example.completion_ids) for token in part]
+    pairs = [(pair.chosen, pair.rejected, pair.weight, pair.margin) for pair in example.pairs]
+    return (
+        np.array([*counts, len(pairs)], dtype="<i8").tobytes()
+        + np.array(ids, dtype="<i4").tobytes()
+        + np.array(pairs, dtype="<f8").tobytes()
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a finished data set of the size that was written."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return (folder / EXAMPLES_FILE).stat().st_size == summary["num_bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

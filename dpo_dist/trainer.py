@@ -1,0 +1,221 @@
+"""The algorithm: one optimizer step of DPO, read top to bottom.
+
+Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290) raises the likelihood of chosen completions
+relative to rejected ones, measured against a frozen reference. `train` is the paper; what a run writes down about itself
+stands below it.
+"""
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_dist.batch import RankWork
+from dpo_dist.checkpoint import CheckpointStore, RunState, load_shards, require_same, save_shards
+from dpo_dist.config import RunConfig
+from dpo_dist.distributed import Ranks, StopRequest, sum_over_ranks
+from dpo_dist.engine import TrainingEngine
+from dpo_dist.evaluation import evaluate
+from dpo_dist.losses import PairLoss
+from dpo_dist.metrics import SUMS, MetricsFile, Window, padded_tokens, require_finite, step_sums
+from dpo_dist.optim import learning_rate_at
+from dpo_dist.packing import Packer, StepPlan, sizes_of
+from dpo_dist.reference import Reference
+from dpo_dist.sampler import Sampler
+from dpo_dist.selfcheck import Proof, check_first_loss
+from dpo_dist.tokenization import TokenizedDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run consists of, built before it starts."""
+
+    config: RunConfig
+    ranks: Ranks
+    dataset: TokenizedDataset
+    evaluation_sets: Mapping[str, TokenizedDataset]
+    sampler: Sampler
+    packer: Packer
+    policy: TrainingEngine
+    reference: Reference
+    reference_identity: str
+    loss: PairLoss
+    num_steps: int
+    metrics_file: MetricsFile
+    store: CheckpointStore
+    write_assets: Callable[[Path], None]  # what a checkpoint holds besides shards and state, to be exported alone
+    report: Callable[[Mapping[str, Any]], None]  # shows a written line to the user
+    stop: StopRequest
+    proof: Proof | None  # None where train.self_check is off
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of a global step; every rank computes the same one."""
+        rows = self.sampler.examples_of(step)
+        return self.packer.plan(step, rows, sizes_of(self.dataset, rows))
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what changes from step to step besides weights and optimizer."""
+
+    step: int = 0  # updates completed
+    num_tokens: int = 0  # tokens the policy has processed, over the whole run
+    pairs_seen: int = 0
+    window: Window = field(default_factory=Window)
+    window_started: float = field(default_factory=time.perf_counter)
+    stopped: bool = False  # somebody asked for it, and all ranks agreed
+
+
+def train(run: Run, progress: Progress) -> None:
+    """Minimise the preference loss from where `progress` stands to the last step, or to a request to stop."""
+    beta, device = run.config.loss.beta, run.ranks.device
+    while progress.step < run.num_steps and not progress.stopped:
+        plan = run.plan(progress.step)
+        work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+
+        # 1. How likely is every completion under the frozen reference?  (no gradient, large bins)
+        reference_logps = run.reference.completion_logps(work.reference_bins(), work.num_completions)
+
+        for batch in run.policy.accumulate(work.micro_batches()):
+            # 2. How likely is it under the policy?
+            logps = run.policy.completion_logps(batch)
+
+            # 3. Log-ratios: how far the policy has moved from the reference on each completion.
+            logratios = logps - reference_logps[batch.completion_index_C]
+
+            # 4. The loss prefers moving towards the chosen completion over the rejected one.  (eq. 7)
+            pair_losses = run.loss(logratios[batch.pair_chosen_B], logratios[batch.pair_rejected_B])
+
+            # 5. Divide by the step's total weight: the gradient cannot depend on how the step is split.
+            run.policy.backward((pair_losses * batch.pair_weight_B).sum() / plan.pair_weight)
+            sums += step_sums(batch, logps, logratios, pair_losses, beta)
+
+        # 6. Update theta; then, once in a while: log, evaluate, save.
+        learning_rate = learning_rate_at(progress.step, run.config.train, run.num_steps)
+        grad_norm = run.policy.step(learning_rate)
+        # The one device-to-host copy of a step; every rank learns here whether any rank was asked to stop.
+        *totals, stop_requests = sum_over_ranks(torch.cat([sums, run.stop.as_tensor(device)])).tolist()
+        progress.stopped = stop_requests > 0
+        _finish_step(run, progress, plan, dict(zip(SUMS, totals, strict=True)), grad_norm, learning_rate)
+
+
+def _finish_step(
+    run: Run, progress: Progress, plan: StepPlan, totals: dict[str, float], grad_norm: float, learning_rate: float
+) -> None:
+    """Count the step, and do what is due after it. Every rank must get here."""
+    progress.step += 1
+    step, is_last = progress.step, progress.step == run.num_steps
+    step_loss = totals["loss"] / totals["pair_weight"]
+    require_finite(step, {"loss": step_loss, "grad_norm": grad_norm})
+    if step == 1 and run.proof is not None:
+        verdict = check_first_loss(step_loss, run.loss, run.proof)
+        if run.ranks.is_first:
+            logger.info(verdict)
+    progress.num_tokens += int(totals["tokens_processed"])
+    progress.pairs_seen += int(totals["num_pairs"])
+    rows = [length for size in sizes_of(run.dataset, plan.examples) for length in size.longest_rows]
+    progress.window.add({**totals, "tokens_padded": padded_tokens(rows)})
+
+    if step % run.config.log.logging_steps == 0 or is_last:
+        _write_train_line(run, progress, grad_norm, learning_rate)
+    eval_steps = run.config.evaluation.eval_steps
+    if eval_steps and (step % eval_steps == 0 or is_last):
+        evaluate_all(run, progress)
+    save_steps = run.config.checkpoint.save_steps
+    if is_last or progress.stopped or (save_steps and step % save_steps == 0):
+        save(run, progress)
+
+
+def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_rate: float) -> None:
+    """One line of means over the interval; the first rank writes."""
+    now = time.perf_counter()
+    seconds, progress.window_started = now - progress.window_started, now
+    window, progress.window = progress.window, Window()
+    counts = window.counts()
+    line = {
+        "step": progress.step,
+        "epoch": run.sampler.examples_seen(progress.step) / run.sampler.num_examples,
+        **window.means(),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "num_tokens": progress.num_tokens,
+        **counts,
+        "pairs_per_second": window.sums["num_pairs"] / seconds,
+        "tokens_per_second": counts["tokens_processed"] / seconds,
+        "time/step": seconds / window.num_steps,
+        "memory/peak_gib": peak_memory_gib(run.ranks.device),
+    }
+    if run.ranks.is_first:
+        run.metrics_file.write(line)
+        run.report(line)
+
+
+def evaluate_all(run: Run, progress: Progress) -> None:
+    """Evaluate every held-out set, each under its own name. Every rank must call it."""
+    started = time.perf_counter()
+    for name, dataset in run.evaluation_sets.items():
+        values = evaluate(run.policy, run.reference, dataset, run.packer, run.loss, run.config.loss.beta)
+        line = {"step": progress.step, "split": "evaluation", "dataset": name, **values}
+        if run.ranks.is_first:
+            run.metrics_file.write(line)
+            run.report(line)
+    progress.window_started += time.perf_counter() - started  # evaluation is not training time
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint from which the run continues exactly. Every rank must call it."""
+    started = time.perf_counter()
+    state = RunState(
+        step=progress.step,
+        examples_seen=run.sampler.examples_seen(progress.step),
+        seed=run.config.train.seed,
+        num_tokens=progress.num_tokens,
+        pairs_seen=progress.pairs_seen,
+        metrics_window=progress.window.to_json(),
+        reference_identity=run.reference_identity,
+        data_fingerprint=run.dataset.fingerprint,
+        world_size=run.ranks.world_size,
+        config=run.config.model_dump(mode="json"),
+    )
+    folder = run.store.save(state, lambda folder: save_shards(run.policy.engine, folder), run.write_assets)
+    progress.window_started += time.perf_counter() - started
+    if run.ranks.is_first:
+        logger.info("saved %s", folder)
+
+
+def restore(run: Run, folder: Path) -> Progress:
+    """Put weights, optimizer and random generators back to where a verified checkpoint left them.
+
+    Raises:
+        CheckpointError: it belongs to another run: other data, another reference, another order of examples.
+    """
+    state = run.store.load_state(folder)
+    require_same(
+        state,
+        folder,
+        seed=run.config.train.seed,
+        data_fingerprint=run.dataset.fingerprint,
+        reference_identity=run.reference_identity,
+        examples_seen=run.sampler.examples_seen(state.step),
+    )
+    load_shards(run.policy.engine, folder)
+    run.store.restore_rng(folder)
+    if run.ranks.is_first:
+        run.metrics_file.keep_until(state.step)
+        logger.info("resuming after step %d (%d examples) from %s", state.step, state.examples_seen, folder)
+    return Progress(state.step, state.num_tokens, state.pairs_seen, Window.from_json(state.metrics_window))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held at once: the device's, or on CPU the process's resident set, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train a real language model by DPO on this machine's CPU, from a fresh clone: ./launch/quickstart.sh [section.key=value ...]
+#
+# SmolLM2-135M-Instruct on the project's own preference pairs: 2 processes, policy and reference sharded by ZeRO-3.
+# Does all set-up first (see launch/setup.sh for its environment variables), then trains into
+# runs/quickstart-<date>-<time>. Arguments override the configuration, as in: train.max_steps=2 loss.beta=0.5
+# Paths in arguments are relative to the repository.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1:-}" in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' launch/quickstart.sh && exit 0 ;; esac
+# shellcheck source=launch/setup.sh
+source launch/setup.sh
+set_up demo
+
+output_dir=runs/quickstart-$(date +%Y%m%d-%H%M%S)-$$
+for argument in "$@"; do
+  case $argument in train.output_dir=*) output_dir=${argument#*=} ;; esac
+done
+
+say "Training into $output_dir"
+# One thread for each rank: more of them than cores makes gloo's ranks wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+run_stoppable torchrun --standalone --nproc-per-node 2 -m dpo_dist train configs/smollm2_demo.yaml \
+  "train.output_dir=$output_dir" "$@"
+
+[ -d "$output_dir/model" ] || fail "stopped before the end; what there is lies in $output_dir"
+say "Done"
+cat << MESSAGE
+model        $output_dir/model            loads with transformers' from_pretrained
+metrics      $output_dir/metrics.jsonl    one line for every step
+curves       tensorboard --logdir runs
+settings     $output_dir/config.yaml      reproduces the run
+MESSAGE

@@ -1,0 +1,1 @@
+"""The tests are a package so that ranks launched by torchrun can be started as `-m tests.checked`."""

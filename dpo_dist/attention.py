@@ -9,8 +9,6 @@ transformers infer packing from position ids would be wrong here: the rejected c
 Without a layout (generate, somebody else's code) the name behaves like transformers' own sdpa for a single sequence.
 """
 
-import importlib.util
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.batch import AttentionLayout
 from dpo_dist.errors import ConfigError
 
-NAME_PREFIX = "dpo_dist_"
+# transformers reads "sdpa" and "flash" inside a name as its own kernels: it would refuse architectures that do not
+# support those, or swap in another kernel. So our names say neither.
+_NAMES = {"flash_attn": "dpo_dist_fused", "torch": "dpo_dist_varlen", "sdpa": "dpo_dist_segments"}
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -52,16 +53,18 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"needs a CUDA device, and this run is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bfloat16 or float16 only, and model.dtype is {str(dtype).removeprefix('torch.')}"
-    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        return "needs the package flash-attn (pip install dpo-dist[flash])"
+    if name == "flash_attn":
+        try:
+            _flash_attn_function()
+        except ImportError as error:
+            return f"needs the package flash-attn (pip install dpo-dist[flash]): {error}"
     return None
 
 
 def register(backend: str) -> str:
     """Make a backend known to transformers; returns the name to load a model with."""
-    name = NAME_PREFIX + backend
-    AttentionInterface.register(name, _with_layout(_BACKENDS[backend]))
-    return name
+    AttentionInterface.register(_NAMES[backend], _with_layout(_BACKENDS[backend]))
+    return _NAMES[backend]
 
 
 def _with_layout(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
@@ -87,6 +90,7 @@ def _with_layout(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, N
                 )
             whole = _one_segment(query_1NTH.shape[2], key_1KTH.shape[2])
             return _sdpa(query_1NTH, key_1KTH, value_1KTH, whole, scale, sliding_window, softcap, s_aux), None
+        dpo_layout.reached.add(id(module))
         if dpo_layout.kv_index_U is not None:
             key_1KTH = key_1KTH.index_select(2, dpo_layout.kv_index_U)
             value_1KTH = value_1KTH.index_select(2, dpo_layout.kv_index_U)
@@ -172,6 +176,12 @@ def _explicit_softmax(
 # ---- one varlen call over all segments. Not yet run on a GPU.
 
 
+def _flash_attn_function() -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_varlen_func  # noqa: PLC0415 - an optional package
+
+    return flash_attn_varlen_func
+
+
 def _flash_attn(
     query_1NTH: Tensor,
     key_1KUH: Tensor,
@@ -182,12 +192,10 @@ def _flash_attn(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
     if s_aux is not None:
         raise ConfigError("model.attn_implementation=flash_attn has no attention sinks; use sdpa for this architecture")
     # By keyword only: the packages that install this name disagree on the order of its arguments.
-    out_TNH = flash_attn_varlen_func(
+    out_TNH = _flash_attn_function()(
         q=query_1NTH[0].transpose(0, 1),
         k=key_1KUH[0].transpose(0, 1),
         v=value_1KUH[0].transpose(0, 1),
@@ -213,8 +221,6 @@ def _torch_varlen(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     if softcap is not None or s_aux is not None:
         raise ConfigError(
             "model.attn_implementation=torch has neither softcap nor attention sinks; "

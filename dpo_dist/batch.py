@@ -43,6 +43,7 @@ class AttentionLayout:
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)  # kept for the layers
+    reached: set[int] = field(default_factory=set, repr=False)  # ids of the attention modules that were handed this
 
     @property
     def max_q(self) -> int:
@@ -233,4 +234,4 @@ def _moved_tensors(of: "MicroBatch | AttentionLayout", device: torch.device) -> 
 
 
 def _move(layout: AttentionLayout, device: torch.device) -> AttentionLayout:
-    return replace(layout, masks={}, **_moved_tensors(layout, device))
+    return replace(layout, masks={}, reached=set(), **_moved_tensors(layout, device))

@@ -1,6 +1,6 @@
 """Ranks, process groups, and the few collectives we use.
 
-Nothing here pickles: what travels between ranks is a tensor, or JSON as bytes. Together with `cli.py` the only file that
+Nothing here pickles: what travels between ranks is a tensor, or JSON as bytes. Together with `cli` the only place that
 reads environment variables.
 """
 
@@ -70,7 +70,8 @@ def _initialise(timeout: timedelta) -> None:
         return
     # DeepSpeed asks the environment who it is; a single process started by hand has to say so itself.
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _ranks() -> Ranks:

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -63,22 +64,23 @@ class InferenceEngine:
     """A model that is only asked for log-probabilities: no optimizer, no gradient, no graph."""
 
     def __init__(self, model: ScoringModel, config: dict[str, Any]) -> None:
-        model.requires_grad_(False).eval()
-        self.engine, *_ = deepspeed.initialize(model=model, config=config)
+        self.model = model.requires_grad_(False).eval()
+        self.engine: Any = deepspeed.initialize(model=model, config=config)[0]
+        self.device = torch.device(self.engine.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return next(self.engine.module.parameters()).dtype
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
-        return self.engine(batch.to(self.engine.device))
+        return self.engine(batch.to(self.device))
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter whole, one at a time, on the first rank's CPU (None elsewhere). Every rank must iterate."""
-        return _named_full_parameters(self.engine.module.model)
+        return _named_full_parameters(self.model.model)
 
 
 class TrainingEngine:
@@ -94,32 +96,29 @@ class TrainingEngine:
             # Compiling DeepSpeed's CPU Adam takes a minute and gains nothing where everything is on the CPU.
             config = {**config, "zero_force_ds_cpu_optimizer": False}
         self.ranks = ranks
-        self.engine, *_ = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)
+        self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
+        self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.device = torch.device(self.engine.device)
         self._computes_own_norm = zero.get("stage", 0) == 0 and not ({"bf16", "fp16"} & config.keys())
 
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return next(self.engine.module.parameters()).dtype
-
-    @property
-    def model(self) -> ScoringModel:
-        """The wrapped model; under ZeRO-3 its parameters are empty outside of forward and backward."""
-        return self.engine.module
+        return next(self.model.parameters()).dtype
 
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
-        return self.engine(batch.to(self.engine.device))
+        return self.engine(batch.to(self.device))
 
     def completion_logps(self, batch: MicroBatch) -> Float[Tensor, " C"]:
         """log pi(completion | prompt) of every completion of the micro-batch, nats."""
-        return batch.to(self.engine.device).completion_sums(self.token_logps(batch))
+        return batch.to(self.device).completion_sums(self.token_logps(batch))
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches of one step; DeepSpeed is told before the last one that gradients are complete after it."""
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            yield batch.to(self.engine.device)
+            yield batch.to(self.device)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradient of this rank's part of the objective. Every rank must call it equally often."""
@@ -135,19 +134,17 @@ class TrainingEngine:
         return float(self.engine.get_global_grad_norm() if own_norm is None else own_norm)
 
     def _full_precision_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter whole, one at a time, on the first rank's CPU (None elsewhere). Every rank must iterate."""
-        return _named_full_parameters(self.engine.module.model)
+        return _named_full_parameters(self.model.model)
 
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:
     betas = (train.adam_beta1, train.adam_beta2)
     if use_deepspeed:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
         return DeepSpeedCPUAdam(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
 

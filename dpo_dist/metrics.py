@@ -1,19 +1,20 @@
 """Implicit rewards of a step, and where numbers are written.
 
-Names and meanings are TRL's: `rewards/*` = beta * log-ratio summed over completion tokens, for every loss; a tie counts
-as wrong; `logps/*` are sums over a completion. Everything is summed over pairs on the device, added up over micro-batches
-and ranks once per step, and divided once when a line is written: never a mean of means.
+Names and meanings are TRL's: `rewards/*` = beta * log-ratio summed over completion tokens, for every loss; a tie
+counts as wrong; `logps/*` are sums over a completion. Everything is summed over pairs on the device, added up over
+micro-batches and ranks once per step, and divided once when a line is written: never a mean of means.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from dpo_dist.batch import MicroBatch
 from dpo_dist.errors import NumericsError
@@ -126,6 +127,7 @@ def require_finite(step: int, values: Mapping[str, float]) -> None:
         )
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where the lines of `metrics.jsonl` are sent as well."""
 
@@ -179,8 +181,6 @@ class TensorBoardTracker:
     """Event files that `tensorboard --logdir` reads."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._writer = SummaryWriter(str(folder))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -194,10 +194,10 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; needs the extra `wandb`. The key comes from the environment or `wandb login`, never from here."""
+    """Weights & Biases; needs the extra `wandb`. The key comes from the environment or `wandb login`, not from here."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb
+        import wandb  # noqa: PLC0415  (optional package)
 
         self._run = wandb.init(dir=str(folder), name=folder.name, config=dict(config))
 
@@ -214,7 +214,7 @@ class MlflowTracker:
     """MLflow; needs the extra `mlflow`. The server is what MLFLOW_TRACKING_URI says."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import mlflow
+        import mlflow  # noqa: PLC0415  (optional package)
 
         self._mlflow = mlflow
         mlflow.start_run(run_name=folder.name)

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from dpo_dist.batch import MicroBatch
+from dpo_dist.batch import AttentionLayout, MicroBatch
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.logprobs import LogitTransform, LogProbHead
@@ -30,8 +33,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Softmax attention over all keys, positions only through position_ids: checked one by one against their own stock
 # forward in tests/parity/test_architectures.py.
 SHARES_PROMPTS = frozenset(
-    "cohere cohere2 gemma gemma2 gemma3_text gpt_oss granite llama mistral mixtral olmo2 olmo3 phi3 qwen2 qwen2_moe "
-    "qwen3 qwen3_moe smollm3".split()
+    "apertus arcee cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe "
+    "gpt2 gpt_neox gpt_oss granite granitemoe helium llama ministral mistral mixtral nanochat olmo olmo2 olmo3 olmoe phi "
+    "phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
 )
 # State that flows along the sequence would carry one packed completion into the next.
 STATEFUL_LAYERS = frozenset({"linear_attention", "mamba", "conv", "chunked_attention", "recurrent"})
@@ -71,9 +75,6 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
 
 
 def _download(name: str, key: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         return Path(
             snapshot_download(
@@ -174,8 +175,6 @@ def sharded_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) < 3:
         yield
         return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
     keep_alive = HfDeepSpeedConfig(deepspeed_config)
     try:
         yield
@@ -194,12 +193,14 @@ class ScoringModel(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats, float32."""
+        batch.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
         hidden_TD = self.model.get_decoder()(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
             use_cache=False,
             dpo_layout=batch.layout,
         ).last_hidden_state[0]
+        _require_reached(batch.layout, self.model.config)
         head = self.model.get_output_embeddings()
         return head(hidden_TD[batch.score_index_M], batch.target_ids_M)
 
@@ -259,6 +260,17 @@ def load_model(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return ScoringModel(model)
+
+
+def _require_reached(layout: AttentionLayout, config: PretrainedConfig) -> None:
+    """A layer that never saw the layout mixes packed completions: it dropped the argument, or is no attention layer."""
+    num_layers = config.get_text_config().num_hidden_layers
+    if len(layout.reached) != num_layers:
+        raise ModelError(
+            f"model.model_name_or_path: architecture {config.model_type} cannot be packed: {len(layout.reached)} of its "
+            f"{num_layers} layers compute attention through transformers' attention interface and pass its arguments on, "
+            "so packed completions would leak into each other"
+        )
 
 
 def _linear_head(model: PreTrainedModel) -> nn.Linear:

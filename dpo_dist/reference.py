@@ -1,7 +1,7 @@
 """log pi_ref: from a live sharded engine.
 
-The reference answers for the rank's whole share of a step at once, before the policy's micro-batches, in bins of its own:
-fewer gathers, and its activations never stand beside the policy's.
+The reference answers for the rank's whole share of a step at once, before the policy's micro-batches, in bins of its
+own: fewer gathers, and its activations never stand beside the policy's.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class LiveReference:
 
     def completion_logps(self, bins: Sequence[MicroBatch], num_completions: int) -> Float[Tensor, " C"]:
         """See `Reference`. Every rank must call it with equally many bins."""
-        device = self.engine.engine.device
+        device = self.engine.device
         logps = torch.zeros(num_completions, dtype=torch.float32, device=device)
         for batch in bins:
             on_device = batch.to(device)

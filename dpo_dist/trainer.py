@@ -1,8 +1,8 @@
 """The algorithm: one optimizer step of DPO, read top to bottom.
 
 Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290) raises the likelihood of chosen completions
-relative to rejected ones, measured against a frozen reference. `train` is the paper; what a run writes down about itself
-stands below it.
+relative to rejected ones, measured against a frozen reference. `train` is the paper; what a run writes down about
+itself stands below it.
 """
 
 import logging

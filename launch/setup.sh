@@ -82,7 +82,7 @@ make_venv() { # make_venv PYTHON
 }
 
 pip_install() {
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$repo/constraints.txt" "$@"
+  env "$mark" "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$repo/constraints.txt" "$@"
 }
 
 install_packages() { # install_packages EXTRA...
@@ -123,9 +123,9 @@ prepare_caches() {
   say "Compiling DeepSpeed's operator for sums over the processes of one machine (about a minute)"
   # A build that was killed leaves its lock, and every later start would wait for it forever. A build takes a minute.
   [ ! -d "$extensions" ] || find "$extensions" -path '*/deepspeed_shm_comm/lock' -mmin +10 -delete
-  "$venv/bin/python" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' > /dev/null
+  env "$mark" "$venv/bin/python" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' > /dev/null
   say "Converting the demo model, SmolLM2-135M-Instruct (about half a minute)"
-  "$venv/bin/python" -m dpo_dist demo-model
+  env "$mark" "$venv/bin/python" -m dpo_dist demo-model
   printf '%s\n' "$places" > "$state/prepared"
 }
 
@@ -146,13 +146,13 @@ set_up() { # set_up EXTRA...
 
 # ---- running
 
-# Everything these scripts start carries this mark in its environment, which outlives parents and process groups.
-DPO_DIST_LAUNCH_ID=$$.$(date +%s%N)
-export DPO_DIST_LAUNCH_ID
+# What is started through `env "$mark"` carries it, and so does everything that descends from it, whatever becomes of
+# parents and process groups.
+mark=DPO_DIST_LAUNCH_ID=$$.$(date +%s%N)
 trap end_leftovers EXIT
 
 marked_processes() {
-  env -u DPO_DIST_LAUNCH_ID grep -lzsx "DPO_DIST_LAUNCH_ID=$DPO_DIST_LAUNCH_ID" /proc/[0-9]*/environ | cut -d / -f 3
+  grep -lzsxF "$mark" /proc/[0-9]*/environ | cut -d / -f 3
 }
 
 end_leftovers() {
@@ -170,7 +170,7 @@ run_stoppable() {
   # In a process group of its own the command does not see the terminal's Ctrl-C. torchrun would give its ranks 30 s and
   # then kill them, perhaps in the middle of a save: so the ranks are asked directly, and torchrun just sees them end.
   set -m
-  "$@" &
+  env "$mark" "$@" &
   child=$!
   set +m
   trap 'requests=$((requests + 1))' INT TERM HUP

@@ -14,4 +14,4 @@ set_up demo test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export HF_HUB_OFFLINE=1 # a test that reaches for the network must fail on every machine, not only without one
 # In the foreground, so that `--pdb` has the terminal; Ctrl-C goes to pytest, and ranks it leaves behind end with us.
-python -m pytest "$@"
+env "$mark" python -m pytest "$@"

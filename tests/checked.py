@@ -1,7 +1,7 @@
-"""`python -m dpo_dist` with every annotated call checked, for ranks that tests launch: `torchrun -m tests.checked train ...`.
+"""`python -m dpo_dist` with every annotated call checked, for ranks that tests launch: `torchrun -m tests.checked ...`.
 
-pytest's own flag (--jaxtyping-packages) acts in pytest's process only. Not an environment variable: the package would carry
-code for its tests. Not a sitecustomize: it would act on torchrun and every other Python process, too.
+pytest's own flag (--jaxtyping-packages) acts in pytest's process only. Not an environment variable: the package would
+carry code for its tests. Not a sitecustomize: it would act on torchrun and every other Python process, too.
 """
 
 import runpy

@@ -14,8 +14,15 @@ from dpo_dist.errors import CheckpointError
 REPLACED_PREFIX = ".replaced-"
 # No room on the device, the user's quota, or a file larger than the process may write.
 _FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# torch reports a short write as a wrong position in its archive, safetensors in its message only: both hide the errno.
-_FULL_DISK_TEXTS = ("unexpected pos", "PytorchStreamWriter failed", "No space left", "File too large", "quota exceeded")
+# torch's archive writer reports a short write as a wrong position or a failed stream, safetensors in its text only.
+_FULL_DISK_TEXTS = (
+    "unexpected pos",
+    "PytorchStreamWriter failed",
+    "iostream error",
+    "No space left",
+    "File too large",
+    "quota exceeded",
+)
 
 
 def sync(path: Path) -> None:

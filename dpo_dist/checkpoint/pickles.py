@@ -6,6 +6,7 @@ executes none of the file's own calls.
 """
 
 import importlib
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,16 @@ def allowed_globals() -> Iterator[None]:
 
 
 def load_restricted(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """`torch.load` of a shard that can build tensors, containers, the classes of ALLOWED_GLOBALS, and nothing else."""
-    with allowed_globals():
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    """`torch.load` of a shard that can build tensors, containers, the classes of ALLOWED_GLOBALS, and nothing else.
+
+    Raises:
+        CheckpointError: if the file asks for more than that; nothing of it was executed.
+    """
+    try:
+        with allowed_globals():
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and plain values; it is not loaded") from error
 
 
 def require_harmless(path: Path, name: str) -> None:
@@ -57,11 +65,8 @@ def require_harmless(path: Path, name: str) -> None:
         ) from None
     if foreign:
         raise CheckpointError(
-            f"{name} wants to import {', '.join(foreign)} while loading, it is not loaded; "
+            f"{name} wants to import {', '.join(foreign)} while loading; it is not loaded: "
             "a checkpoint of this program holds tensors and plain values only"
         )
-    try:
-        # The list of names sees no class that is made up while unpickling; the restricted unpickler does.
-        load_restricted(path, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"{name} holds more than tensors and plain values, it is not loaded ({error})") from None
+    # The list of names sees no class that is made up while unpickling; the restricted unpickler does.
+    load_restricted(path, mmap=True)

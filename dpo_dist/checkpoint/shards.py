@@ -96,6 +96,8 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
         with _guarded(deepspeed_engine):
             # Without a `latest` file or shards DeepSpeed only warns, returns None and trains from step 0.
             path, _ = deepspeed_engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER)
+    except CheckpointError:
+        raise
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
         raise CheckpointError(f"{folder} does not fit the model or its optimizer ({error})") from error
     if path is None:
@@ -138,14 +140,16 @@ def _joined_partitions(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, 
         parts = [model["frozen_param_fragments"][name].flatten() for model in models]
         yield name, torch.cat(parts)[: shape.numel()].view(shape)
 
+    shapes = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
+    lengths = {name: -(-shape.numel() // len(partitions)) for name, shape in shapes.items()}
+    if (held := sum(len(flat) for flat in partitions[0])) != (needed := sum(lengths.values())):
+        raise CheckpointError(f"{folder}: parameters need {needed} values of each rank, the shards hold {held}")
     offset = 0
-    for name, shape in (item for group in first["param_shapes"] for item in group.items()):
-        length = -(-shape.numel() // len(partitions))
+    for name, shape in shapes.items():
+        length = lengths[name]
         parts = [_slice(flat_groups, offset, length) for flat_groups in partitions]
         yield name, torch.cat(parts)[: shape.numel()].view(shape).to(dtype)
         offset += length
-    if (held := sum(len(flat) for flat in partitions[0])) != offset:
-        raise CheckpointError(f"{folder}: parameters need {offset} values of each rank, the shards hold {held}")
 
 
 def _model_states(folder: Path) -> list[dict[str, Any]]:

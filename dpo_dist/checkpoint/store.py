@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,8 +84,8 @@ class CheckpointStore:
             self._on_every_rank(lambda: self._write_files(staging, write_shards, extra), needed)
             names = self._on_first_rank(lambda: list_files(staging))
             shares = all_gather_json(self._on_every_rank(lambda: self._settle(staging, names), needed))
-            hashes = {name: size_and_hash for share in shares for name, size_and_hash in share.items()}
-            self._on_first_rank(lambda: self._commit(staging, final, state, hashes), needed)
+            records = {name: FileRecord(**values) for share in shares for name, values in share.items()}
+            self._on_first_rank(lambda: self._commit(staging, final, state, records), needed)
         except Exception:
             if self.ranks.is_first:
                 remove_path(staging)
@@ -121,21 +122,19 @@ class CheckpointStore:
         if self.ranks.is_first and extra is not None:
             extra(staging)
 
-    def _settle(self, staging: Path, names: list[str]) -> dict[str, tuple[int, str]]:
+    def _settle(self, staging: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         """Sync and hash this rank's share of the files, and make sure that they can be loaded again."""
-        hashes = {}
+        records = {}
         for name in names[self.ranks.rank :: self.ranks.world_size]:
             sync(staging / name)
             if name.endswith(".pt"):
                 require_harmless(staging / name, name)
-            record = hash_file(staging / name)
-            hashes[name] = (record.size, record.sha256)
-        return hashes
+            records[name] = asdict(hash_file(staging / name))
+        return records
 
-    def _commit(self, staging: Path, final: Path, state: RunState, hashes: dict[str, tuple[int, str]]) -> None:
+    def _commit(self, staging: Path, final: Path, state: RunState, records: dict[str, FileRecord]) -> None:
         state.write(staging / STATE_FILE)
         sync(staging / STATE_FILE)
-        records = {name: FileRecord(*size_and_hash) for name, size_and_hash in hashes.items()}
         records[STATE_FILE] = hash_file(staging / STATE_FILE)
         newest = self._by_age()[-1:]
         sequence = Manifest.read(newest[0]).sequence + 1 if newest else 0
@@ -242,12 +241,15 @@ class CheckpointStore:
         """Finish or undo what an interrupted save has left."""
         for path in sorted(self.folder.glob(".*")):
             original = path.with_name(path.name.removeprefix(REPLACED_PREFIX))
-            if path.name.startswith(REPLACED_PREFIX) and not original.exists():
-                os.rename(path, original)
-                logger.warning("%s restored; the save that was to replace it was interrupted", original)
-            elif path.name.startswith((_STAGING, REPLACED_PREFIX)):
-                remove_path(path)
-                logger.warning("%s removed; an interrupted save has left it", path)
+            try:
+                if path.name.startswith(REPLACED_PREFIX) and not original.exists():
+                    os.rename(path, original)
+                    logger.warning("%s restored; the save that was to replace it was interrupted", original)
+                elif path.name.startswith((_STAGING, REPLACED_PREFIX)):
+                    remove_path(path)
+                    logger.warning("%s removed; an interrupted save has left it", path)
+            except OSError as error:
+                logger.warning("%s is left of an interrupted save and cannot be removed (%s)", path, error)
 
     def _step_folders(self) -> list[Path]:
         if not self.folder.is_dir():

@@ -36,10 +36,10 @@ class ModelWriter:
         self.out = out
         self.max_shard_bytes = max_shard_bytes
         self.trust_remote_code = trust_remote_code
+        config = copy.deepcopy(model_config)
+        config._attn_implementation = "eager"  # every architecture has it; this model only says which tensors there are
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), trust_remote_code=trust_remote_code
-            )
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         self.expected = self.model.state_dict()
         # Tied weights stand in the file once, under the name transformers ties the others to.
         self.primary_of: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}))
@@ -147,7 +147,7 @@ def _require_loadable(folder: Path, trust_remote_code: bool) -> None:
 def _digest(tensor: Tensor) -> str:
     # As bytes: numpy knows no bfloat16.
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(content)).hexdigest()
+    return hashlib.sha256(content.data).hexdigest()
 
 
 @contextmanager

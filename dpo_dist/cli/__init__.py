@@ -50,6 +50,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist"
 
 
+def _quiet_imports() -> None:
+    """Settle what torch and deepspeed would otherwise print about this machine while they are imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 @contextmanager
 def _user_errors() -> Iterator[None]:
     """Show a user's mistake once, without a traceback, and leave with its exit code."""
@@ -58,18 +66,19 @@ def _user_errors() -> Iterator[None]:
     except DpoDistError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
-            # The first rank has most likely met the same mistake and says it; its launcher then ends this process. Only a
-            # rank that fails alone lives to speak.
+            # The first rank has most likely met the same mistake and says it; its launcher then ends this process.
+            # Only a rank that fails alone lives to speak.
             time.sleep(15)
         prefix = f"error on rank {rank}: " if rank else "error: "
         print(prefix + str(error), file=sys.stderr, flush=True)
         raise typer.Exit(error.exit_code) from None
 
 
-def _print_version(value: bool) -> None:
+def _print_version(value: bool) -> bool:
     if value:
         typer.echo(f"dpo-dist {__version__}")
         raise typer.Exit
+    return value  # what a callback returns is what the command gets
 
 
 @app.callback()
@@ -86,6 +95,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train the policy. Alone, or once per rank under torchrun or the deepspeed launcher."""
     with _user_errors():
         run_config = load_config(config, overrides or ())
+        _quiet_imports()
         from dpo_dist.cli.training import run_training, set_up_logging
 
         set_up_logging()
@@ -101,6 +111,7 @@ def check(
     """Say all that can be known before training: data, tokens, packing, prefix sharing. Writes nothing."""
     with _user_errors():
         run_config = load_config(config, overrides or ())
+        _quiet_imports()
         from dpo_dist.cli.checking import print_check
         from dpo_dist.cli.training import set_up_logging
 
@@ -118,6 +129,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a model folder for transformers. One process, no GPU, no network."""
     with _user_errors():
+        _quiet_imports()
         from dpo_dist.checkpoint import export_checkpoint
 
         typer.echo(export_checkpoint(checkpoint, out, trust_remote_code=trust_remote_code))

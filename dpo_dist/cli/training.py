@@ -23,6 +23,7 @@ from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.metrics import TRACKER_PACKAGES, TRACKERS, MetricsFile
 from dpo_dist.model import identity, load_model
+from dpo_dist.packing import sizes_of
 from dpo_dist.reference import LiveReference
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
@@ -68,6 +69,10 @@ def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Pa
     """Load both models, prove the run, and find the checkpoint to go on from."""
     config = prepared.config
     packer = prepared.packer(ranks.world_size)
+    rows = prepared.sampler.examples_of(0)
+    plan = packer.plan(0, rows, sizes_of(prepared.dataset, rows))
+    # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
+    check_agreement(plan, prepared.dataset.fingerprint, _digest(dump_resolved(config)))
     store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
     checkpoint = store.find(config.checkpoint.resume)
     policy, reference = _engines(prepared, ranks)
@@ -90,7 +95,6 @@ def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Pa
         stop=stop,
         proof=None,
     )
-    check_agreement(run.plan(0), prepared.dataset.fingerprint, _digest(dump_resolved(config)))
     return replace(run, proof=_prove(prepared, run, reference)), checkpoint
 
 

@@ -92,7 +92,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         stage = None
     yield from _section_problems((), content, FILE, stage)
     if stage == 0 and isinstance(content.get("data_types"), dict) and "grad_accum_dtype" in content["data_types"]:
-        yield "data_types.grad_accum_dtype has no effect at ZeRO stage 0, which adds up in model.dtype; leave it out"
+        yield "data_types.grad_accum_dtype is refused by DeepSpeed at ZeRO stage 0; leave it out, or use stage 1"
     for name in ("offload_param", "offload_optimizer"):
         section = zero.get(name) if isinstance(zero, dict) else None
         if isinstance(section, dict):

@@ -48,17 +48,19 @@ class Draft:
         name, equals, text = override.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts):
-            self.problems[override,] = (None, f"{override} is not an override; write section.key=value")
+            self.problems.setdefault((override,), (None, f"{override} is not an override; write section.key=value"))
             return
         try:
             value = parse(text).value
         except YamlError as error:
-            self.problems[tuple(parts)] = (None, f"{name} is not valid YAML ({error}); put the value in quotes")
+            self.problems.setdefault(
+                tuple(parts), (None, f"{name} is not valid YAML ({error}); put the value in quotes")
+            )
             return
         try:
             path = _set(self.values, parts, value, take_out=not text.strip())
         except _CannotSetError as error:
-            self.problems[tuple(parts)] = (None, f"{name} cannot be set: {error}")
+            self.problems.setdefault(tuple(parts), (None, f"{name} cannot be set: {error}"))
             return
         for known in [known for known in self.origins if known[: len(path)] == path]:
             del self.origins[known]
@@ -100,7 +102,7 @@ def _set(values: dict[str, Any], parts: list[str], value: Any, take_out: bool) -
     container: Any = values
     path: list[str | int] = []
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        key = _key_of(container, part, dotted(tuple(path)))
+        key: Any = _key_of(container, part, dotted(tuple(path)))
         path.append(key)
         is_new = key == len(container) if isinstance(container, list) else key not in container
         if following is None and take_out:

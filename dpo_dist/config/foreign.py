@@ -24,6 +24,12 @@ _PARALLEL = "the model is sharded by ZeRO alone; see parallel.deepspeed"
 _WORKERS = "data sets are tokenised once, before training; there is no loader to tune"
 _NONE = "there is no such option"
 
+_ADAPTER_KEYS = (
+    *("use_peft", "peft_config", "adapter", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_target"),
+    *("lora_target_modules", "lora_target_parameters", "lora_target_linear", "lora_modules_to_save", "lora_task_type"),
+    *("use_rslora", "use_dora", "finetuning_type", "lora_model_dir", "model_adapter_name", "ref_adapter_name"),
+)
+
 FOREIGN_KEYS: dict[str, str] = {
     # ---- batch
     "per_device_train_batch_size": _BATCH,
@@ -121,22 +127,11 @@ FOREIGN_KEYS: dict[str, str] = {
     "chat_template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
     "template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
     # ---- adapters and quantisation
+    **dict.fromkeys(_ADAPTER_KEYS, _ADAPTER),
     **dict.fromkeys(
-        (
-            "use_peft",
-            "adapter",
-            "lora_r",
-            "lora_alpha",
-            "lora_dropout",
-            "lora_rank",
-            "lora_target",
-            "lora_target_modules",
-        )
-        + ("lora_target_linear", "lora_modules_to_save", "use_rslora", "use_dora", "finetuning_type", "lora_model_dir")
-        + ("model_adapter_name", "ref_adapter_name", "peft_config"),
-        _ADAPTER,
+        ("load_in_8bit", "load_in_4bit", "quantization_bit", "bnb_4bit_quant_type"),
+        "quantised weights are not supported",
     ),
-    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization_bit"), "quantised weights are not supported"),
     # ---- data
     **dict.fromkeys(("dataset_name", "datasets", "dataset", "dataset_mixture", "dataset_dir", "train_file"), _DATA),
     "dataset_config": _DATA,

@@ -87,8 +87,7 @@ def _find_file(path: str | Path) -> Path:
 
 
 def _validate(draft: Draft) -> RunConfig:
-    """The draft as a RunConfig. Faulty keys are noted, and stand in it with a placeholder so that the rest can be
-    judged."""
+    """The draft as a RunConfig. Faulty keys are noted, and get a placeholder so that the rest can be judged."""
     values = copy.deepcopy(draft.values)
     for section in SECTIONS:
         values.setdefault(section, {})

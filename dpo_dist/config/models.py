@@ -6,24 +6,15 @@ TRL's names where TRL has a name. The models are frozen: a run never changes its
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 LOSS_TYPES = ("sigmoid",)
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow)(\.gz)?$", re.IGNORECASE)
 
-
-def _refuse_bool(value: Any) -> Any:
-    """A bool is an int in Python, and in pydantic's lax mode; `beta: true` is a mistake, not 1.0."""
-    if isinstance(value, bool):
-        raise ValueError("a truth value is not a number")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_refuse_bool)]
-Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(pattern=r"\S")]
 
@@ -32,6 +23,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: Any) -> Any:
+        """A bool is an int in Python, and becomes a number in pydantic; `beta: true` is a mistake, not 1.0.
+
+        `info` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
+        """
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {getattr(part, "__origin__", part) for part in (annotation, *get_args(annotation))}  # without Annotated
+        if isinstance(value, bool) and kinds & {int, float}:
+            raise ValueError("a truth value is not a number")
+        return value
 
 
 class ModelConfig(_Section):
@@ -45,8 +49,7 @@ class ModelConfig(_Section):
     tokenizer_name_or_path: Text | None = None
     """Folder or hub id of the tokenizer. null: the one of model_name_or_path."""
     revision: Text | None = None
-    """Branch, tag or commit of the hub repository model_name_or_path (and of reference and tokenizer if they name
-    the same repository). null: its main branch."""
+    """Branch, tag or commit of the hub repository model_name_or_path, not of any other. null: its main branch."""
     trust_remote_code: Flag = False
     """Run Python code that comes with the model. Needs a commit hash in `revision`, or local folders."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -70,7 +73,7 @@ class DataSource(_Section):
     is looked up in the current folder, then in the folder of the configuration file."""
     split: Text = "train"
     """Split of a folder or hub data set. A single file has none."""
-    limit: Annotated[Whole, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first so many rows. null: all."""
 
 
@@ -81,7 +84,7 @@ class DataConfig(_Section):
     """Data sets to train on, one after another (mixed by train.shuffle)."""
     evaluation: list[DataSource] = []
     """Held-out data sets; each is evaluated as a whole, and reported under its own name."""
-    max_length: Annotated[Whole, Field(ge=2)] | None = None
+    max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt plus completion, in tokens. null: no limit but packing.max_tokens."""
     truncation_mode: Literal["drop", "keep_start", "error"] = "error"
     """What happens to an example longer than max_length: left out, cut at its end, or the run is refused."""
@@ -126,10 +129,10 @@ class TrainConfig(_Section):
     output_dir: Text
     """The run's folder: configuration, metrics, checkpoints and the trained model. Relative to the current folder.
     Must be empty or absent unless the run is resumed."""
-    examples_per_step: Annotated[Whole, Field(ge=1)] = 32
+    examples_per_step: Annotated[int, Field(ge=1)] = 32
     """Examples (a prompt with its completions) for each update of the weights, over all ranks together. How they are
     split over ranks and micro-batches never changes the result."""
-    max_steps: Annotated[Whole, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1)] | None = None
     """Updates of the weights. null: as many as num_train_epochs needs."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
     """Passes over the training data, if max_steps is null."""
@@ -149,7 +152,7 @@ class TrainConfig(_Section):
     """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
     """Added to the denominator of AdamW's update."""
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of the order of examples; together with the step number it fixes every step's examples."""
     shuffle: Flag = True
     """Draw a new order of the examples in each epoch. false: the order of the files."""
@@ -160,10 +163,10 @@ class TrainConfig(_Section):
 class PackingConfig(_Section):
     """How many tokens are computed at once. Changes speed and memory, never the result beyond rounding."""
 
-    max_tokens: Annotated[Whole, Field(ge=1)] = 8192
+    max_tokens: Annotated[int, Field(ge=1)] = 8192
     """Tokens in a micro-batch of the policy on one rank, prompts counted once if they are shared. The longest
     example must fit."""
-    reference_max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    reference_max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens in a micro-batch of the reference, which keeps no activations. null: twice max_tokens."""
 
 
@@ -177,9 +180,9 @@ class ParallelConfig(_Section):
 class CheckpointConfig(_Section):
     """When the run's state is saved, and what it starts from."""
 
-    save_steps: Annotated[Whole, Field(ge=0)] = 500
+    save_steps: Annotated[int, Field(ge=0)] = 500
     """Save after so many updates, and at the end. 0: only at the end."""
-    save_total_limit: Annotated[Whole, Field(ge=1)] | None = None
+    save_total_limit: Annotated[int, Field(ge=1)] | None = None
     """Keep the newest so many checkpoints. null: all."""
     resume: Text = "never"
     """`never`: start new; `auto`: go on from the newest sound checkpoint of output_dir, if there is one; or the path
@@ -189,7 +192,7 @@ class CheckpointConfig(_Section):
 class EvaluationConfig(_Section):
     """When the held-out data sets are evaluated."""
 
-    eval_steps: Annotated[Whole, Field(ge=0)] = 0
+    eval_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate after so many updates. 0: never."""
     eval_on_start: Flag = False
     """Evaluate before the first update, too."""
@@ -198,7 +201,7 @@ class EvaluationConfig(_Section):
 class LogConfig(_Section):
     """Where the run's numbers go; `metrics.jsonl` is always written."""
 
-    logging_steps: Annotated[Whole, Field(ge=1)] = 1
+    logging_steps: Annotated[int, Field(ge=1)] = 1
     """Write one line of metrics, means over these updates, after so many updates."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Trackers that get the same numbers. []: none."""

@@ -65,7 +65,7 @@ def broken_rules(config: RunConfig) -> Iterator[Broken]:
             yield path, (cause,), text
     yield from _model_rules(config)
     yield from _data_rules(config)
-    yield from _schedule_rules(config)
+    yield from _run_rules(config)
 
 
 def is_set(config: RunConfig, path: KeyPath) -> bool:
@@ -88,13 +88,9 @@ def value_at(value: Any, path: KeyPath) -> Any:
 
 
 def _other_names(config: RunConfig) -> dict[str, str]:
-    """Reference and tokenizer, where they are not the policy's own repository."""
-    model = config.model
-    named = {
-        "reference_name_or_path": model.reference_name_or_path,
-        "tokenizer_name_or_path": model.tokenizer_name_or_path,
-    }
-    return {key: name for key, name in named.items() if name is not None and name != model.model_name_or_path}
+    """Names of reference and tokenizer, where they are given; `model.revision` does not hold for them."""
+    named = {key: getattr(config.model, key) for key in ("reference_name_or_path", "tokenizer_name_or_path")}
+    return {key: name for key, name in named.items() if name is not None}
 
 
 def _model_rules(config: RunConfig) -> Iterator[Broken]:
@@ -148,7 +144,7 @@ def _data_rules(config: RunConfig) -> Iterator[Broken]:
         )
 
 
-def _schedule_rules(config: RunConfig) -> Iterator[Broken]:
+def _run_rules(config: RunConfig) -> Iterator[Broken]:
     train, path = config.train, ("train", "warmup_steps")
     if train.lr_scheduler_type == "constant_with_warmup" and train.warmup_steps == 0:
         yield (
@@ -156,14 +152,17 @@ def _schedule_rules(config: RunConfig) -> Iterator[Broken]:
             (path,),
             "has no warmup without train.warmup_steps; set it, or use constant",
         )
+    ramps = train.lr_scheduler_type != "constant" and train.warmup_steps >= 1
     if train.warmup_steps > 1 and not train.warmup_steps.is_integer():
         yield path, (), "is neither a number of steps nor a share of them; write a whole number, or one between 0 and 1"
-    elif train.max_steps is not None and train.warmup_steps >= max(train.max_steps, 1) and train.warmup_steps >= 1:
-        if train.lr_scheduler_type != "constant":
-            yield (
-                path,
-                (("train", "max_steps"),),
-                f"leaves no step at the full learning rate of a run with train.max_steps={train.max_steps}; lower it",
-            )
+    elif ramps and train.max_steps is not None and train.warmup_steps >= train.max_steps:
+        yield (
+            path,
+            (("train", "max_steps"),),
+            f"leaves no step at the full learning rate of a run with train.max_steps={train.max_steps}; lower it",
+        )
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        yield ("checkpoint", "resume"), (), "does not exist; write auto, never, or the folder of a checkpoint"
     if len(set(config.log.report_to)) != len(config.log.report_to):
         yield ("log", "report_to"), (), "names a tracker twice; name each once"

@@ -7,11 +7,11 @@ text.
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 _RESOLVERS = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
@@ -36,8 +36,6 @@ class YamlError(ValueError):
 class _Loader(yaml.SafeLoader):
     """Keys are always text: `1: x` has the key "1", and there are no merge keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
@@ -45,17 +43,23 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either version of YAML would not read as text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
-
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """PyYAML writes Unicode's own line breaks (U+0085) unescaped, and reads them back as spaces; not so in quotes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {
+    first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first])
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), ["" if c == "\0" else c for c in _first])
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Document:
     """A YAML text as Python values, and where each of them stands."""
 
     value: Any
-    lines: dict[Path, int]
-    repeated: tuple[tuple[Path, int], ...]
+    lines: dict[KeyPath, int]
+    repeated: tuple[tuple[KeyPath, int], ...]
 
 
 def parse(text: str) -> Document:
@@ -73,8 +77,8 @@ def parse(text: str) -> Document:
     Raises:
         YamlError: if it is not YAML, or holds anything but text, numbers, truth values, lists and mappings.
     """
-    lines: dict[Path, int] = {}
-    repeated: list[tuple[Path, int]] = []
+    lines: dict[KeyPath, int] = {}
+    repeated: list[tuple[KeyPath, int]] = []
     try:
         loader = _Loader(text)
         try:
@@ -100,9 +104,9 @@ def parse(text: str) -> Document:
 
 def _walk(
     node: yaml.Node,
-    path: Path,
-    lines: dict[Path, int],
-    repeated: list[tuple[Path, int]],
+    path: KeyPath,
+    lines: dict[KeyPath, int],
+    repeated: list[tuple[KeyPath, int]],
     loader: yaml.SafeLoader,
     open_nodes: frozenset[int],
 ) -> None:

@@ -4,12 +4,13 @@ JSON Lines and Parquet/Arrow are streamed; a JSON array is held as one text whil
 """
 
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,7 +63,7 @@ def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
 # ---- JSON
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 

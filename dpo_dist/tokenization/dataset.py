@@ -138,7 +138,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             for index in range(start, start + batch.num_rows):
                 _check_example(self[index], vocab_size)
 
-    def stats(self) -> dict[str, dict[str, float]]:
+    def stats(self) -> dict[str, dict[str, int | float]]:
         """Token counts: min, percentiles, max, mean and sum of prompts, completions, sequences and examples.
 
         A `sequence` is a prompt with one completion (what data.max_length bounds), an `example` a prompt with all its
@@ -197,7 +197,7 @@ def _largest(ids: pa.Array) -> int:
     return int(ids.to_numpy(zero_copy_only=True).max())
 
 
-def _describe(values: np.ndarray) -> dict[str, float]:
+def _describe(values: np.ndarray) -> dict[str, int | float]:
     percentiles = np.percentile(values, _PERCENTILES)
     return {
         "min": int(values.min()),

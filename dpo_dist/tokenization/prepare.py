@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: E
         _LOGGER.warning("the chat template writes today's date into prompts: data tokenised on another day will differ")
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with ExampleWriter(partial) as writer:
+        with closing(ExampleWriter(partial)) as writer:
             bad_rows: Counter[str] = Counter()
             for source in sources:
                 _write_source(source, data, encoder, writer, bad_rows)

@@ -41,6 +41,11 @@ def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
         )
     # transformers raises OSError, ValueError, KeyError, ImportError and others, depending on what is missing.
     except Exception as error:
+        if not spec.trust_remote_code and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{spec.key}={spec.path} needs code of its own, which is not run unasked; "
+                "read that code, then set model.trust_remote_code=true, or name another tokenizer"
+            ) from error
         detail = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
         raise ModelError(
             f"{spec.key}={spec.path} holds no tokenizer that can be loaded ({type(error).__name__}: {detail}); "

@@ -4,8 +4,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -54,16 +52,6 @@ class ExampleWriter:
         self.num_examples = 0
         self.num_tokens = 0
 
-    def __enter__(self) -> Self:
-        """Opened by the constructor."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file, finished or not."""
-        self._file.close()
-
     def write(self, example: TokenizedExample) -> None:
         """Append one example."""
         self._digest.update(_canonical_bytes(example))
@@ -81,7 +69,7 @@ class ExampleWriter:
         """Write what is left and the summary."""
         self._flush()
         self._stream.close()
-        self._file.close()
+        self.close()
         summary = Summary(
             num_examples=self.num_examples,
             num_bytes=(self._folder / EXAMPLES_FILE).stat().st_size,
@@ -91,6 +79,10 @@ class ExampleWriter:
             notes=notes,
         )
         (self._folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
 
     def _flush(self) -> None:
         if not self._buffer:

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist import demo
 from dpo_dist.errors import ModelError
 
-CACHE = Path(os.environ.get("DPO_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist")
+CACHE = Path(
+    os.environ.get("DPO_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist"
+)
 FILES = {"config.json": b"{}", "model.safetensors": b"weights"}
 
 
@@ -82,7 +84,9 @@ def test_second_call_converts_nothing(tmp_path: Path, conversions: list[Path]) -
     assert stat.S_IMODE(first.stat().st_mode) == 0o755
 
 
-def test_complete_copy_needs_no_package(tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_copy_needs_no_package(
+    tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     demo.demo_model_folder(tmp_path)
     monkeypatch.setattr(demo, "_PACKAGE", "no_such_package")
     demo.demo_model_folder(tmp_path)

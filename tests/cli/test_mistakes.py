@@ -1,0 +1,239 @@
+"""What a user gets wrong ends in exit code 2, one message with path, value and way out, no traceback, nothing written.
+
+Most cases run the real command in this process; those that are about processes are launched.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dpo_dist.cli import app
+from tests.launching import REPOSITORY, launch
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+PAIR = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration that would train, in an empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPO_DIST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "prompt_ids": [11, 12]}) + "\n")
+    values = {
+        "model": {"model_name_or_path": str(GOLDEN / "tiny_policy"), "dtype": "float32"},
+        "data": {"train": [{"path": "pairs.jsonl"}]},
+        "train": {"output_dir": "out", "examples_per_step": 2, "max_steps": 2},
+        "parallel": {"deepspeed": "zero0_cpu"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def refuse(folder: Path, *overrides: str, command: str = "train") -> str:
+    """Run the command, which must fail as a user's mistake; returns its message."""
+    before = snapshot(folder)
+    result = CliRunner().invoke(app, [command, "run.yaml", *overrides])
+    assert result.exit_code == 2, f"exit {result.exit_code}: {result.output}\n{result.exception!r}"
+    assert "Traceback" not in result.output
+    assert result.output.count("error:") == 1
+    after = snapshot(folder)
+    assert {path for path in after if not path.startswith("cache")} == before, "something was written"
+    return result.output
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not str(path).startswith(str(folder / "cache"))}
+
+
+# ---- the configuration
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("loss.bta=0.1", ["loss.bta", "loss.beta"]),
+        ("loss.beta=high", ["loss.beta", "high"]),
+        ("loss.loss_type=sigmoyd", ["loss.loss_type", "sigmoyd", "sigmoid"]),
+        ("train.num_train_epochs=2", ["train.num_train_epochs", "train.max_steps"]),
+        ("train.warmup_ratio=0.1", ["warmup_ratio", "warmup_steps"]),
+        ("data.truncation_mode=drop", ["data.truncation_mode", "data.max_length"]),
+        ("parallel.deepspeed=zero4", ["parallel.deepspeed", "zero4", "zero3"]),
+    ],
+)
+def test_configuration(config: Path, override: str, fragments: list[str]) -> None:
+    message = refuse(config, override)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_all_configuration_errors_at_once(config: Path) -> None:
+    message = refuse(config, "loss.bta=0.1", "train.examples_per_step=0", "packing.max_token=5")
+    for fragment in ("loss.bta", "train.examples_per_step", "packing.max_token"):
+        assert fragment in message
+
+
+def test_configuration_errors_come_in_under_two_seconds(config: Path) -> None:
+    launch(1, "dpo_dist", "train", "run.yaml", "loss.bta=0.1", cwd=config)  # file caches are warm after this
+    fastest = min(_seconds_to_refuse(config) for _ in range(3))
+    assert fastest < 2.0
+
+
+def _seconds_to_refuse(config: Path) -> float:
+    started = time.perf_counter()
+    done = launch(1, "dpo_dist", "train", "run.yaml", "loss.bta=0.1", cwd=config)
+    assert done.returncode == 2
+    assert "loss.bta" in done.stderr
+    return time.perf_counter() - started
+
+
+def test_deepspeed_file_that_sets_what_is_ours(config: Path) -> None:
+    (config / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}))
+    message = refuse(config, "parallel.deepspeed=mine.json")
+    assert "gradient_clipping" in message
+    assert "train.max_grad_norm" in message
+
+
+def test_float16_on_cpu(config: Path) -> None:
+    for command in ("train", "check"):
+        message = refuse(config, "model.dtype=float16", command=command)
+        assert "model.dtype=float16" in message
+        assert "bfloat16" in message
+
+
+def test_kernel_that_needs_a_gpu(config: Path) -> None:
+    message = refuse(config, "model.attn_implementation=torch", "model.dtype=bfloat16")
+    assert "model.attn_implementation=torch" in message
+    assert "CUDA" in message
+
+
+def test_output_folder_in_use(config: Path) -> None:
+    (config / "out").mkdir()
+    (config / "out" / "thesis.tex").write_text("years of work")
+    assert "train.output_dir=out is not empty" in refuse(config)
+    assert "holds no run" in refuse(config, "checkpoint.resume=auto")
+
+
+def test_tracker_without_its_package(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_dist.cli.training.find_spec", lambda name: None)
+    message = refuse(config, "log.report_to=[wandb]")
+    assert "log.report_to=wandb" in message
+    assert "pip install" in message
+
+
+# ---- the model
+
+
+def test_model_that_is_not_there(config: Path) -> None:
+    message = refuse(config, "model.model_name_or_path=./nowhere")
+    assert "model.model_name_or_path=./nowhere" in message
+
+
+def test_model_folder_without_weights(config: Path) -> None:
+    (config / "empty").mkdir()
+    (config / "empty" / "config.json").write_bytes((GOLDEN / "tiny_policy" / "config.json").read_bytes())
+    message = refuse(config, "model.model_name_or_path=empty")
+    assert "no weights" in message
+    assert "safetensors" in message
+
+
+def test_reference_with_another_vocabulary(config: Path) -> None:
+    values = json.loads((GOLDEN / "tiny_policy" / "config.json").read_text())
+    (config / "other").mkdir()
+    (config / "other" / "config.json").write_text(json.dumps({**values, "vocab_size": 64}))
+    (config / "other" / "model.safetensors").write_bytes((GOLDEN / "tiny_policy" / "model.safetensors").read_bytes())
+    message = refuse(config, "model.reference_name_or_path=other")
+    assert "model.reference_name_or_path" in message
+    assert "64" in message
+    assert "128" in message
+
+
+def test_text_without_a_tokenizer(config: Path) -> None:
+    (config / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    message = refuse(config)
+    assert "tokenizer" in message
+
+
+# ---- the data
+
+
+@pytest.mark.parametrize(
+    ("second_line", "fragments"),
+    [
+        ('{"prompt_ids": [5', ["pairs.jsonl:2"]),
+        (json.dumps({"prompt_ids": [5], "chosen_ids": [6]}), ["pairs.jsonl:2", "rejected_ids"]),
+        (json.dumps({**PAIR, "chosen_ids": "abc"}), ["pairs.jsonl:2", "chosen_ids"]),
+        (json.dumps({**PAIR, "rejected_ids": PAIR["chosen_ids"]}), ["pairs.jsonl:2", "data.on_bad_row"]),
+        (json.dumps({**PAIR, "rejected_ids": []}), ["pairs.jsonl:2", "data.on_bad_row"]),
+        (json.dumps({**PAIR, "prompt_ids": [5, 500]}), ["pairs.jsonl:2", "500", "vocabulary"]),
+    ],
+)
+def test_data_row(config: Path, second_line: str, fragments: list[str]) -> None:
+    (config / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n" + second_line + "\n")
+    message = refuse(config)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_data_file_that_is_not_there(config: Path) -> None:
+    message = refuse(config, "data.train.0.path=./nowhere.jsonl")
+    assert "data.train.0" in message
+    assert "nowhere.jsonl" in message
+
+
+def test_no_usable_row_is_an_error_even_when_skipping(config: Path) -> None:
+    (config / "pairs.jsonl").write_text(2 * (json.dumps({**PAIR, "rejected_ids": PAIR["chosen_ids"]}) + "\n"))
+    message = refuse(config, "data.on_bad_row=skip")
+    assert "pairs.jsonl" in message
+    assert "2" in message
+
+
+def test_example_larger_than_the_budget(config: Path) -> None:
+    message = refuse(config, "packing.max_tokens=5")
+    assert "packing.max_tokens=5" in message
+    assert "pairs.jsonl:1" in message
+    assert "6 packed tokens" in message
+
+
+def test_over_long_row(config: Path) -> None:
+    message = refuse(config, "data.max_length=4")
+    assert "pairs.jsonl:1" in message
+    assert "data.max_length" in message
+
+
+# ---- checkpoints, and two ranks
+
+
+def test_checkpoint_that_is_not_one(config: Path) -> None:
+    (config / "step-000001").mkdir()
+    message = refuse(config, "checkpoint.resume=step-000001")
+    assert "checkpoint.resume=step-000001" in message
+
+
+def test_export_of_something_else(config: Path) -> None:
+    (config / "step-000001").mkdir()
+    result = CliRunner().invoke(app, ["export", "step-000001", "exported"])
+    assert result.exit_code == 2
+    assert "step-000001" in result.output
+    assert not (config / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("data.train.0.path=./nowhere.jsonl", "nowhere.jsonl"),  # found by every rank on its own
+        ("checkpoint.resume=pairs.jsonl", "checkpoint.resume=pairs.jsonl"),  # found by all ranks together
+    ],
+)
+def test_two_ranks_say_it_once_and_end(config: Path, override: str, fragment: str) -> None:
+    done = launch(2, "tests.checked", "train", "run.yaml", override, cwd=config, timeout=240)
+    assert done.returncode != 0
+    assert "exitcode  : 2" in done.stderr  # torchrun's own report: it always exits with 1 itself
+    assert done.stderr.count("error:") == 1
+    assert fragment in done.stderr
+    assert "dpo_dist/" not in done.stderr.split("error:")[1]  # no frame of ours in any traceback
+    assert not (config / "out").exists()

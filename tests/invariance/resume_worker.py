@@ -1,0 +1,103 @@
+"""Runs, one after another in one process group, some of them killed or stopped on the way.
+
+    python -m tests.invariance.resume_worker ACTIONS.json          (or under torchrun)
+
+ACTIONS.json is a list of `Action`. Each goes through the CLI's own run function. Afterwards `NAME.rank0.json` and so on,
+beside ACTIONS.json, say what happened (`Outcome`), and `NAME.metrics.jsonl` is the run's file as it was then.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import install_import_hook
+
+if __name__ == "__main__":
+    install_import_hook("dpo_dist", "beartype.beartype")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One start of a run."""
+
+    name: str
+    config: str  # path of a YAML file
+    overrides: tuple[str, ...] = ()
+    kill_at: int | None = None  # SIGKILL before this step, counted from 0, on every rank
+    stop_at: int | None = None  # SIGTERM during this step ...
+    stop_rank: int = 0  # ... on this rank alone
+
+
+@dataclass
+class Outcome:
+    """What a start of a run did on one rank."""
+
+    steps: list[tuple[int, list[int]]] = field(default_factory=list)  # trained steps, and rows of the whole step
+    error: str | None = None
+    message: str = ""
+    exit_code: int = 0
+
+
+@contextmanager
+def observed(action: Action, rank: int) -> Iterator[Outcome]:
+    """Note every step the training loop takes up; send the action's signals there."""
+    from dpo_dist import trainer
+    from dpo_dist.batch import RankWork
+
+    outcome = Outcome()
+
+    def noting(plan: Any, *arguments: Any) -> RankWork:
+        if plan.step == action.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if plan.step == action.stop_at and rank == action.stop_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        outcome.steps.append((plan.step, list(plan.examples)))
+        return RankWork(plan, *arguments)
+
+    trainer.RankWork = noting
+    try:
+        yield outcome
+    finally:
+        trainer.RankWork = RankWork
+
+
+def perform(action: Action, results: Path, rank: int) -> Outcome:
+    """Start a run and write down what became of it."""
+    from dpo_dist.cli.training import run_training
+    from dpo_dist.config import load_config
+    from dpo_dist.errors import DpoDistError
+
+    config = load_config(action.config, action.overrides)
+    with observed(action, rank) as outcome:
+        try:
+            run_training(config, results / "cache")
+        except DpoDistError as error:
+            outcome.error, outcome.message, outcome.exit_code = type(error).__name__, str(error), error.exit_code
+    (results / f"{action.name}.rank{rank}.json").write_text(json.dumps(asdict(outcome)))
+    metrics = Path(config.train.output_dir) / "metrics.jsonl"
+    if rank == 0 and metrics.exists():
+        shutil.copy(metrics, results / f"{action.name}.metrics.jsonl")
+    return outcome
+
+
+def main() -> None:
+    """Perform the actions in order."""
+    from dpo_dist.cli.training import set_up_logging
+    from dpo_dist.distributed import process_group
+
+    actions = Path(sys.argv[1])
+    set_up_logging()
+    with process_group() as ranks:
+        for values in json.loads(actions.read_text()):
+            perform(Action(**values), actions.parent, ranks.rank)
+
+
+if __name__ == "__main__":
+    main()

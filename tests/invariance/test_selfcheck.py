@@ -1,0 +1,233 @@
+"""The self-proof passes every honest run and stops on every planted fault, naming the part that has it."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_dist import selfcheck
+from dpo_dist.batch import RankWork
+from dpo_dist.errors import NumericsError
+from dpo_dist.selfcheck import check_first_loss
+from tests.invariance import selfcheck_case as faults
+from tests.invariance.selfcheck_case import Case, builds_wrongly, nudge_one_matrix, save_model
+from tests.parity.oracle import random_example
+from tests.tiny_engine import QUIET, only_rank
+
+pytestmark = [pytest.mark.filterwarnings(rule) for rule in QUIET]
+
+ENGINES = [(stage, dtype) for stage in (0, 3) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids=lambda e: f"ZeRO-{e[0]} {str(e[1])[6:]}")
+def case(request, folder):
+    stage, dtype = request.param
+    return Case(folder, stage, dtype, only_rank())
+
+
+# ---- honest runs pass
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_honest_run_passes(case, share):
+    proof = case.prove(share=share)
+    assert proof.same_weights and 0 <= proof.margin_noise < proof.margin_bound
+    assert proof.lines()[0].endswith("agree bitwise")
+
+
+def test_noise_is_measured_where_there_is_some(case):
+    proof = case.prove()
+    # Far inside of the limits, and not 0: a comparison of something with itself would be.
+    scale = selfcheck.NOISE_PER_SQRT_TOKEN[case.policy.dtype]
+    assert 0 < proof.layout_noise < 3 * scale
+
+
+@pytest.mark.parametrize(
+    ("examples", "max_tokens"),
+    [
+        ([random_example(1, 1, (1, 1))], 50),
+        ([random_example(2, 20, (7,))], 50),  # no pair at all
+        ([random_example(3, 300, (900, 1100))], 2500),  # alone larger than the unshared layout has room for
+        ([random_example(i, 5 + i, (30 + i, 3)) for i in range(12)], 60),  # bins unlike the micro-batches
+    ],
+    ids=["one token", "no pair", "long", "many bins"],
+)
+def test_unusual_honest_steps_pass(case, examples, max_tokens):
+    case.prove(examples, max_tokens=max_tokens)
+
+
+def test_almost_uniform_model_passes(tmp_path):
+    case = Case(save_model(tmp_path, initializer_range=0.002), 0, torch.float32, only_rank())
+    case.prove()
+
+
+def test_reference_of_other_weights_is_no_fault(case, folder, tmp_path):
+    other = Case(save_model(tmp_path, initializer_range=0.2), 0, case.policy.dtype, only_rank())
+    proof = case.prove(reference=other.reference, same_weights=False)
+    assert proof.lines()[0].endswith("skipped: reference differs")
+
+
+# ---- planted faults are found
+
+
+def test_active_dropout(case):
+    layer = case.policy.model.model.model.layers[0].mlp
+    hook = layer.register_forward_hook(lambda module, args, output: F.dropout(output, 0.1, training=True))
+    try:
+        with pytest.raises(NumericsError, match=r"self-check failed on rank 0: dropout: .*two answers"):
+            case.prove()
+    finally:
+        hook.remove()
+    case.prove()
+
+
+def test_reference_in_another_dtype(folder):
+    case = Case(folder, 0, torch.float32, only_rank(), reference_dtype=torch.bfloat16)
+    with pytest.raises(NumericsError, match=r"dtype: the policy computes in torch.float32, the reference in torch.bfl"):
+        case.prove()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), ENGINES)
+def test_reference_with_one_matrix_off_by_one_bfloat16_step(folder, stage, dtype):
+    case = Case(folder, stage, dtype, only_rank())
+    nudge_one_matrix(case.reference.engine)
+    with pytest.raises(NumericsError, match=r"reference: it gives other log-probabilities than the policy"):
+        case.prove()
+
+
+@pytest.mark.parametrize(
+    ("fault", "only_shared", "share", "culprit"),
+    [
+        (faults.rejected_sees_chosen, True, True, "attention"),
+        (faults.positions_not_restarted, True, True, "attention"),
+        (faults.score_index_shifted, True, True, "attention"),
+        (faults.score_index_shifted, False, True, "packing: a completion in a micro-batch"),
+        (faults.score_index_shifted, False, False, "packing: a completion in a micro-batch"),
+        (faults.targets_shifted, False, True, "packing: a completion in a micro-batch"),
+        (faults.sequences_not_separated, False, False, "packing: a completion in a micro-batch"),
+    ],
+)
+def test_fault_of_the_layout(case, fault, only_shared, share, culprit):
+    with pytest.raises(NumericsError, match=re.escape(f"self-check failed on rank 0: {culprit}")):
+        case.prove(share=share, work_type=builds_wrongly(fault, only_shared))
+
+
+def test_fault_of_a_later_example_only(case):
+    """What is compared alone reaches the end of the micro-batch, where borders have been crossed most often."""
+
+    def last_token_wrong(batch):
+        changed = batch.input_ids_T.clone()
+        changed[-1] = (changed[-1] + 1) % 60
+        return faults.replace(batch, input_ids_T=changed)
+
+    examples = [random_example(i, 10, (20, 20)) for i in range(4)]
+    with pytest.raises(NumericsError, match="packing: a completion in a micro-batch"):
+        case.prove(examples, share=False, work_type=builds_wrongly(last_token_wrong))
+
+
+def test_reference_values_of_other_completions(case):
+    shuffled = faults.ShuffledReference(case.reference.engine)
+    with pytest.raises(NumericsError, match=r"packing: the reference's bins .*wrong completions"):
+        case.prove(reference=shuffled)
+
+
+def test_fault_of_the_reference_bins_only(case):
+    class WrongBins(RankWork):
+        def reference_bins(self):
+            return [faults.score_index_shifted(batch) for batch in super().reference_bins()]
+
+    with pytest.raises(NumericsError, match="packing: the reference's bins"):
+        case.prove(work_type=WrongBins)
+
+
+# ---- the first loss
+
+
+def sigmoid_at(margins: list[float], beta: float = 0.1) -> float:
+    return float(-F.logsigmoid(beta * torch.tensor(margins, dtype=torch.float64)).mean())
+
+
+def bound_loss(beta: float):
+    return lambda chosen, rejected: -F.logsigmoid(beta * (chosen - rejected))
+
+
+def test_first_loss(case):
+    proof = case.prove()
+    honest = [0.9 * proof.margin_bound, -0.9 * proof.margin_bound, 0.5 * proof.margin_bound]
+    assert "equals its closed form 0.693147" in check_first_loss(sigmoid_at(honest), bound_loss(0.1), proof)
+    with pytest.raises(NumericsError, match="do not belong to these completions"):
+        check_first_loss(sigmoid_at([1.5 * proof.margin_bound] * 3), bound_loss(0.1), proof)
+
+
+def test_first_loss_with_another_reference_is_not_judged(case):
+    proof = faults.replace(case.prove(), same_weights=False)
+    assert check_first_loss(5.0, bound_loss(0.1), proof).endswith("skipped: reference differs")
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
+def test_shuffled_reference_moves_the_first_loss(case, beta):
+    """The loop's own indexing is not what the proof ran: the first loss must see a permutation there."""
+    proof = case.prove()
+    plan = faults.plan_of(faults.EXAMPLES, 1, True, 400)
+    work = RankWork(plan, 0, faults.EXAMPLES, True)
+    logps_C = case.reference.completion_logps(work.reference_bins(), work.num_completions).double()
+    losses = []
+    for batch in work.micro_batches():
+        logratios_C = (logps_C - logps_C.roll(1))[batch.completion_index_C]
+        losses.append(bound_loss(beta)(logratios_C[batch.pair_chosen_B], logratios_C[batch.pair_rejected_B]))
+    with pytest.raises(NumericsError, match="first loss is"):
+        check_first_loss(float(torch.cat(losses).mean()), bound_loss(beta), proof)
+
+
+# ---- the statistics
+
+
+@given(st.integers(1, 200), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_honest_noise_is_accepted_and_ten_times_as_much_is_not(count, seed):
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert selfcheck._is_rounding(noise.tolist())
+    largest = noise.abs().max()
+    assert not selfcheck._is_rounding((8.01 * noise / largest).tolist())
+    assert not selfcheck._is_rounding((3.01 * noise / noise.square().mean().sqrt()).tolist())
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_broken_values_are_no_rounding(broken):
+    for values in ([broken], [0.0, broken], [broken, 0.0]):
+        assert not selfcheck._is_rounding(values)
+
+
+@given(st.integers(1, 20_000), st.floats(0.01, 12.0), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_rounding_of_a_float32_sum_is_explained(num_tokens, nats_per_token, seed):
+    """The same values added up in another order: nothing but rounding, at any length."""
+    generator = torch.Generator().manual_seed(seed)
+    values_M = -nats_per_token * torch.empty(num_tokens).exponential_(generator=generator)
+    one, other = (
+        torch.zeros(1).index_add(0, torch.zeros(num_tokens, dtype=torch.int64), v) for v in (values_M, values_M.flip(0))
+    )
+    honest = selfcheck._honest(torch.tensor([float(num_tokens)]), one.double(), scale=0.0)
+    assert float((one - other).abs()) <= selfcheck._LARGEST_LIMIT * float(honest) + 1e-30
+
+
+def test_layout_blame_needs_no_comparison_to_be_present():
+    assert selfcheck._blame_layout([], [], []) == []
+    assert selfcheck._blame_layout([], [100.0], [])[0].startswith("packing: a completion")
+    assert selfcheck._blame_layout([100.0], [], [])[0].startswith("packing: completions score")
+
+
+def test_blame_of_dtype_comes_before_weights():
+    policy = SimpleNamespace(dtype=torch.bfloat16)
+    reference = SimpleNamespace(engine=SimpleNamespace(dtype=torch.float32))
+    assert selfcheck._blame_reference(policy, reference, torch.zeros(1), torch.ones(1)).startswith("dtype:")

@@ -1,0 +1,747 @@
+"""A configuration is read strictly: every mistake is an error, all errors come at once, and nothing is ignored."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+import dpo_dist.config as config_package
+from dpo_dist.config import (
+    LOSS_TYPES,
+    DataConfig,
+    DataSource,
+    LossConfig,
+    RunConfig,
+    dump_resolved,
+    json_schema,
+    load_config,
+    package_file,
+)
+from dpo_dist.config.foreign import FOREIGN_KEYS
+from dpo_dist.config.messages import KEYS, SECTION_OF
+from dpo_dist.config.rules import broken_rules
+from dpo_dist.config.yaml_lines import YamlError, parse
+from dpo_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = """\
+model: {model_name_or_path: demo}
+data: {train: [{path: some/data}]}
+train: {output_dir: runs/x}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a configuration into an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def writer(text: str, name: str = "run.yaml") -> Path:
+        (tmp_path / name).write_text(textwrap.dedent(text), encoding="utf-8")
+        return Path(name)
+
+    return writer
+
+
+@pytest.fixture
+def minimal(write):
+    return write(MINIMAL)
+
+
+def errors_of(path: Path, *overrides: str) -> list[str]:
+    """Every line of the error that loading raises."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def only_error(path: Path, *overrides: str) -> str:
+    lines = errors_of(path, *overrides)
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- values
+
+
+def test_defaults_of_a_minimal_file(minimal):
+    config = load_config(minimal)
+    assert config == RunConfig.model_validate(
+        {
+            "model": {"model_name_or_path": "demo"},
+            "data": {"train": [{"path": "some/data"}]},
+            "train": {"output_dir": "runs/x"},
+        }
+    )
+    assert (config.train.learning_rate, config.loss.beta, config.packing.max_tokens) == (1e-6, 0.1, 8192)
+    assert (config.parallel.deepspeed, config.checkpoint.resume, config.log.report_to) == (
+        "zero3",
+        "never",
+        ["tensorboard"],
+    )
+
+
+def test_configuration_is_frozen(minimal):
+    with pytest.raises(ValidationError):
+        load_config(minimal).loss.beta = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("written", ["5e-7", "5.0e-7", "'5e-7'", "+5E-7", "0.0000005"])
+def test_numbers_in_every_notation(minimal, written):
+    assert load_config(minimal, [f"train.learning_rate={written}"]).train.learning_rate == 5e-7
+
+
+@pytest.mark.parametrize("written", ["1000", "1e3", "1000.0", "'1000'"])
+def test_integral_numbers_are_whole(minimal, written):
+    assert load_config(minimal, [f"checkpoint.save_steps={written}"]).checkpoint.save_steps == 1000
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_on_and_off_are_words_not_truth_values(minimal, word):
+    assert load_config(minimal, [f"model.prefix_sharing={word}"]).model.prefix_sharing == word
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "right"),
+    [
+        ("train.learning_rate=0", "train.learning_rate=0 is out of range", "must be > 0"),
+        ("train.learning_rate=.inf", "train.learning_rate=Infinity is not finite", "write a finite number"),
+        ("train.learning_rate=.nan", "train.learning_rate=NaN is not finite", "write a finite number"),
+        ("train.learning_rate=fast", "train.learning_rate=fast is not a number", "write one"),
+        ("train.learning_rate=true", "train.learning_rate=true is a truth value", "write a number"),
+        ("train.learning_rate=null", "train.learning_rate=null is not a number", "write one"),
+        ("train.adam_beta1=1", "train.adam_beta1=1 is out of range", "must be < 1"),
+        ("train.adam_beta2=-0.1", "train.adam_beta2=-0.1 is out of range", "must be >= 0"),
+        ("train.adam_epsilon=0", "train.adam_epsilon=0 is out of range", "must be > 0"),
+        ("train.max_grad_norm=0", "train.max_grad_norm=0 is out of range", "must be > 0"),
+        ("train.weight_decay=-1", "train.weight_decay=-1 is out of range", "must be >= 0"),
+        ("train.examples_per_step=0", "train.examples_per_step=0 is out of range", "must be >= 1"),
+        ("train.examples_per_step=2.5", "train.examples_per_step=2.5 is not a whole number", "write one"),
+        ("train.examples_per_step=true", "train.examples_per_step=true is a truth value", "write a number"),
+        ("train.max_steps=true", "train.max_steps=true is a truth value", "write a number"),
+        ("train.max_steps=0", "train.max_steps=0 is out of range", "must be >= 1"),
+        ("train.num_train_epochs=0", "train.num_train_epochs=0 is out of range", "must be > 0"),
+        ("train.warmup_steps=-1", "train.warmup_steps=-1 is out of range", "must be >= 0"),
+        (
+            "train.warmup_steps=1.5",
+            "train.warmup_steps=1.5 is neither a number of steps nor a share",
+            "between 0 and 1",
+        ),
+        ("train.seed=-1", "train.seed=-1 is out of range", "must be >= 0"),
+        ("train.shuffle=no", "train.shuffle=no is not a truth value", "write true or false"),
+        ("train.shuffle='true'", "train.shuffle=true is not a truth value", "write true or false"),
+        ("train.shuffle=1", "train.shuffle=1 is not a truth value", "write true or false"),
+        ("train.output_dir=' '", 'train.output_dir=" " is empty', "write a name or path"),
+        ("train.output_dir=7", "train.output_dir=7 is not text", "in quotes"),
+        ("loss.beta=0", "loss.beta=0 is out of range", "must be > 0"),
+        ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5 is out of range", "must be < 0.5"),
+        ("loss.loss_type=sigmiod", "loss.loss_type=sigmiod is not known", "must be 'sigmoid' (did you mean sigmoid?)"),
+        ("model.dtype=bf16", "model.dtype=bf16 is not known", "'bfloat16', 'float32' or 'float16'"),
+        ("model.attn_implementation=flash_atn", "flash_atn is not known", "(did you mean flash_attn?)"),
+        ("packing.max_tokens=0", "packing.max_tokens=0 is out of range", "must be >= 1"),
+        ("packing.reference_max_tokens=0", "packing.reference_max_tokens=0 is out of range", "must be >= 1"),
+        ("checkpoint.save_steps=-1", "checkpoint.save_steps=-1 is out of range", "must be >= 0"),
+        ("checkpoint.save_total_limit=0", "checkpoint.save_total_limit=0 is out of range", "must be >= 1"),
+        ("checkpoint.resume=true", "checkpoint.resume=true is not text", "write text"),
+        ("log.logging_steps=0", "log.logging_steps=0 is out of range", "must be >= 1"),
+        ("log.report_to=wandb", "log.report_to=wandb is not a list", "write it in brackets, [] for none"),
+        ("log.report_to=[wanb]", "log.report_to.0=wanb is not known", "(did you mean wandb?)"),
+        ("log.report_to=[wandb, wandb]", "names a tracker twice", "name each once"),
+        ("data.train=[]", "data.train=[] is empty", "give at least one element"),
+        ("data.train=x.jsonl", "data.train=x.jsonl is not a list", "write it in brackets"),
+        ("data.train=[x.jsonl]", "data.train.0=x.jsonl is not a mapping", "keys path, split, limit"),
+        ("data.train.0.limit=0", "data.train.0.limit=0 is out of range", "must be >= 1"),
+        ("data.max_length=1", "data.max_length=1 is out of range", "must be >= 2"),
+        ("loss=3", "loss=3 is not a mapping", "keys loss_type, beta, label_smoothing"),
+    ],
+)
+def test_wrong_values(minimal, override, wrong, right):
+    line = only_error(minimal, override)
+    assert line.startswith("command line: ")
+    assert wrong in line.split("; ")[0]
+    assert right in line.split("; ", 1)[1]
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("loss.bta=1", "loss.bta=1 is not a key in section loss; did you mean loss.beta?"),
+        ("los.beta=1", "los is not a key at top level; did you mean loss?"),
+        ("loss.learning_rate=1", "loss.learning_rate=1 is not a key in section loss; write train.learning_rate"),
+        ("beta=1", "beta=1 is not a key at top level; write loss.beta"),
+        ("deepspeed=x.json", "deepspeed=x.json is not a key at top level; write parallel.deepspeed"),
+        ("log.learnin_rate=1", "did you mean train.learning_rate?"),
+        ("loss.zzz=1", "there are loss_type, beta, label_smoothing"),
+        ("zzz=1", "there are model, data, loss,"),
+        ("data.train.0.splt=x", "data.train.0.splt=x is not a key of a data set; did you mean split?"),
+        ("data.train.0.columns=x", "columns are recognised by their names"),
+        ("data.train.0.zzz=x", "there are path, split, limit"),
+        ("hub_token=hf_abc", "hub_token=(not shown) is not a key"),
+        ("train.wandb_api_key=abc", "train.wandb_api_key=(not shown) is not a key"),
+    ],
+)
+def test_unknown_keys(minimal, override, fragment):
+    assert fragment in only_error(minimal, override)
+
+
+@pytest.mark.parametrize("section", ["", "train.", "model."])
+@pytest.mark.parametrize(
+    ("key", "name_here"),
+    [
+        ("per_device_train_batch_size", "train.examples_per_step"),
+        ("gradient_accumulation_steps", "packing.max_tokens"),
+        ("micro_batch_size", "packing.max_tokens"),
+        ("padding_free", "packing.max_tokens"),
+        ("max_prompt_length", "data.max_length"),
+        ("sequence_len", "data.max_length"),
+        ("rpo_alpha", "loss_type, beta and label_smoothing"),
+        ("torch_dtype", "model.dtype"),
+        ("bf16", "model.dtype"),
+        ("fp16", "model.dtype"),
+        ("warmup_ratio", "train.warmup_steps"),
+        ("dataset_name", "data.train"),
+        ("ref_model", "model.reference_name_or_path"),
+        ("precompute_ref_log_probs", "reference.source"),
+        ("pref_beta", "loss.beta"),
+        ("rl_beta", "loss.beta"),
+        ("dpo_beta", "loss.beta"),
+        ("base_model", "model.model_name_or_path"),
+        ("resume_from_checkpoint", "checkpoint.resume"),
+        ("eval_strategy", "evaluation.eval_steps"),
+        ("load_in_4bit", "not supported"),
+        ("use_peft", "not supported"),
+    ],
+)
+def test_names_of_other_systems_are_refused_with_ours(minimal, section, key, name_here):
+    line = only_error(minimal, f"{section}{key}=1")
+    assert f"{section}{key}=1 is not a key" in line and name_here in line
+
+
+def test_foreign_names_are_foreign_and_point_at_keys_that_exist():
+    assert not FOREIGN_KEYS.keys() & SECTION_OF.keys()
+    for key, advice in FOREIGN_KEYS.items():
+        for section, name in re.findall(r"\b(" + "|".join(KEYS) + r")\.([a-z_0-9]+)", advice):
+            assert name in KEYS[section], (key, advice)
+
+
+# ---- the file
+
+
+def test_all_errors_at_once_each_with_its_line_one_for_each_path(write):
+    path = write("""\
+        model:
+          dtype: float31
+        data:
+          train:
+            - path: x
+              spilt: test
+          max_length: 10
+          max_length: 12
+        los: {beta: 1}
+        loss:
+          bta: 0.1
+          beta: -1
+        train:
+          max_steps: 10
+          num_train_epochs: 3
+        evaluation: {eval_steps: 5}
+        """)
+    lines = errors_of(path, "train.adam_beta1=2", "nonsense")
+    starts = [line.split("=")[0].split(" is ")[0].split(" stands ")[0] for line in lines]
+    assert starts == [
+        "run.yaml:1: model.model_name_or_path",
+        "run.yaml:2: model.dtype",
+        "run.yaml:6: data.train.0.spilt",
+        "run.yaml:8: data.max_length",
+        "run.yaml:9: los",
+        "run.yaml:11: loss.bta",
+        "run.yaml:12: loss.beta",
+        "run.yaml:13: train.output_dir",
+        "run.yaml:15: train.num_train_epochs",
+        "run.yaml:16: evaluation.eval_steps",
+        "command line: nonsense",
+        "command line: train.adam_beta1",
+    ]
+
+
+def test_missing_sections_name_every_missing_key(write):
+    lines = errors_of(write("loss: {beta: 0.2}"))
+    assert [line.split(" is missing")[0] for line in lines] == [
+        "run.yaml: model.model_name_or_path",
+        "run.yaml: data.train",
+        "run.yaml: train.output_dir",
+    ]
+    assert "The policy: a local folder" in lines[0]
+
+
+def test_a_rule_is_silent_about_a_key_that_is_already_wrong(minimal):
+    assert "eval_steps=-1 is out of range" in only_error(minimal, "evaluation.eval_steps=-1")
+
+
+def test_an_empty_section_has_its_defaults(write):
+    assert load_config(write(MINIMAL + "loss:\n")).loss == LossConfig()
+
+
+def test_keys_are_text(write):
+    assert "loss.1=2 is not a key" in only_error(write(MINIMAL + "loss: {1: 2}\n"))
+    assert "true is not a key at top level" in only_error(write(MINIMAL + "true: {}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ["run.yaml is empty", "model, data"]),
+        ("# nothing\n", ["run.yaml is empty"]),
+        ("- a\n", ["run.yaml holds no mapping"]),
+        ("just text\n", ["run.yaml holds no mapping"]),
+        ("model: {}\nloss: [1\n", ["run.yaml:3: not valid YAML"]),
+        ("model: {}\nloss: !!python/object/apply:os.getcwd []\n", ["run.yaml:2: not valid YAML", "python/object"]),
+        ("model: &a [*a]\n", ["run.yaml:1: not valid YAML", "refers to itself"]),
+        ("model: *nowhere\n", ["run.yaml:1: not valid YAML", "undefined alias"]),
+        ("? [a]\n: 1\n", ["run.yaml:1: not valid YAML", "a key must be text"]),
+        ("a: 1\n---\nb: 1\n", ["run.yaml:2: not valid YAML", "another document"]),
+        ("a: \x01\n", ["run.yaml: not valid YAML", "special characters"]),
+        ("[" * 500, ["run.yaml: not valid YAML", "nested too deeply"]),
+        ("a: " + "9" * 5000 + "\n", ["run.yaml: not valid YAML", "digits"]),
+    ],
+)
+def test_files_that_hold_no_configuration(write, text, fragments):
+    line = only_error(write(text))
+    assert all(fragment in line for fragment in fragments), line
+
+
+def test_files_that_cannot_be_read(write, tmp_path):
+    assert "gone.yaml does not exist; give a YAML file or the name of a shipped" in only_error(Path("gone.yaml"))
+    assert "did you mean smollm2_demo?" in only_error(Path("smollm2_dem"))
+    (tmp_path / "run").mkdir()
+    assert "run is a folder; give a YAML file" in only_error(Path("run"))
+    write(MINIMAL, "run/config.yaml")
+    assert "run is a folder; did you mean run/config.yaml?" in only_error(Path("run"))
+    (tmp_path / "latin.yaml").write_bytes("model: \xe9\n".encode("latin-1"))
+    assert "latin.yaml is not UTF-8 text (byte 7)" in only_error(Path("latin.yaml"))
+
+
+def test_an_unreadable_file(minimal, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # root may read everything, so permissions are no test
+    assert "run.yaml cannot be read (Permission denied)" in only_error(minimal)
+
+
+# ---- overrides
+
+
+def test_overrides_reach_every_depth_and_the_last_one_counts(minimal):
+    text = (
+        "loss.beta=0.2 data.train.0.path=b data.train.1.path=c data.train.1.limit=3 data.evaluation.0.path=d "
+        "evaluation.eval_on_start=true loss.beta=0.3 log.report_to=[] model.revision=null"
+    )
+    config = load_config(minimal, text.split())
+    assert config.loss.beta == 0.3 and config.log.report_to == []
+    assert config.data.train == [DataSource(path="b"), DataSource(path="c", limit=3)]
+    assert config.data.evaluation == [DataSource(path="d")]
+
+
+def test_an_override_replaces_what_the_file_says_wrongly(write):
+    path = write(MINIMAL + "loss: {beta: -1}\n")
+    assert load_config(path, ["loss.beta=0.2"]).loss.beta == 0.2
+
+
+def test_an_empty_override_takes_the_key_out(write):
+    path = write(MINIMAL + "loss: {beta: 3}\n")
+    assert load_config(path, ["loss.beta="]).loss.beta == 0.1
+    assert load_config(path, ["loss.label_smoothing="]).loss == LossConfig(beta=3)
+    assert len(load_config(path, ["data.train.1.path=y", "data.train.0="]).data.train) == 1
+    assert "train.output_dir is missing" in only_error(path, "train.output_dir=")
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("loss.beta", "loss.beta is not an override; write section.key=value"),
+        ("=1", "=1 is not an override"),
+        ("loss..beta=1", "loss..beta=1 is not an override"),
+        ("data.train.x=1", "data.train is a list; name an element by its index, e.g. data.train.0"),
+        ("data.train.-1.path=x", "data.train is a list; name an element by its index"),
+        ("data.train.2.path=x", "data.train has 1 elements; the next index is 1"),
+        ("data.train.0.path.x=1", "data.train.0.path is a single value; it has no keys and no elements"),
+        ("loss.beta=[1", "loss.beta is not valid YAML"),
+        ("train.output_dir=a: b: c", "train.output_dir is not valid YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(minimal, override, fragment):
+    line = only_error(minimal, override)
+    assert line.startswith("command line: ") and fragment in line
+
+
+# ---- combinations
+
+PINNED_CODE = ["model.model_name_or_path=org/name", "model.trust_remote_code=true", f"model.revision={'a' * 40}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (
+            ["train.max_steps=5", "train.num_train_epochs=2"],
+            "num_train_epochs=2.0 has no effect while train.max_steps=5",
+        ),
+        (["data.truncation_mode=drop"], "truncation_mode=drop has no effect without data.max_length"),
+        (
+            ["train.lr_scheduler_type=constant", "train.warmup_steps=3"],
+            "has no effect with train.lr_scheduler_type=constant",
+        ),
+        (["train.lr_scheduler_type=constant_with_warmup"], "has no warmup without train.warmup_steps"),
+        (["train.max_steps=5", "train.warmup_steps=5"], "leaves no step at the full learning rate"),
+        (["train.shuffle=false", "train.seed=1"], "train.seed=1 has no effect with train.shuffle=false"),
+        (["evaluation.eval_steps=5"], "evaluation.eval_steps=5 has no effect without data.evaluation"),
+        (["evaluation.eval_on_start=true"], "evaluation.eval_on_start=true has no effect without data.evaluation"),
+        (["data.evaluation.0.path=x"], 'data.evaluation=["x"] would never be evaluated; set evaluation.eval_steps'),
+        (
+            ["data.evaluation=[{path: x}, {path: x, limit: 1}]", "evaluation.eval_steps=1"],
+            "data.evaluation.1.path=x is the same set as data.evaluation.0",
+        ),
+        (["data.max_length=9000"], "data.max_length=9000 admits examples that fit no micro-batch"),
+        (["model.dtype=float32", "model.attn_implementation=flash_attn"], "computes in bfloat16 or float16 only"),
+        (["model.dtype=float32", "model.attn_implementation=torch"], "computes in bfloat16 or float16 only"),
+        (["model.revision=main"], "model.revision=main has no effect: model.model_name_or_path=demo names the demo"),
+        (["model.trust_remote_code=true"], "trust_remote_code=true has no effect: the demo model brings no code"),
+        (
+            ["model.model_name_or_path=org/name", "model.trust_remote_code=true"],
+            "trust_remote_code=true runs whatever code the hub repository holds that day; pin it: set model.revision",
+        ),
+        (
+            ["model.model_name_or_path=org/name", "model.trust_remote_code=true", "model.revision=main"],
+            "pin it: set model.revision",
+        ),
+        (
+            [*PINNED_CODE, "model.reference_name_or_path=org/name"],
+            "model.reference_name_or_path=org/name is a hub repository whose code cannot be pinned",
+        ),
+        (["checkpoint.resume=Auto"], "checkpoint.resume=Auto does not exist; write auto, never, or the folder"),
+        (["parallel.deepspeed=zero33"], "parallel.deepspeed=zero33 is not a shipped file; did you mean zero3?"),
+        (["parallel.deepspeed=gone.json"], "parallel.deepspeed=gone.json cannot be read (No such file or directory)"),
+    ],
+)
+def test_impossible_combinations(minimal, overrides, fragment):
+    assert fragment in only_error(minimal, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.max_steps=5", "train.num_train_epochs=1.0"],  # equal to the default: not set
+        ["data.truncation_mode=drop", "data.max_length=100"],
+        ["train.lr_scheduler_type=constant_with_warmup", "train.warmup_steps=0.1"],
+        ["train.max_steps=5", "train.warmup_steps=4"],
+        ["data.evaluation.0.path=x", "evaluation.eval_on_start=true"],
+        ["data.evaluation=[{path: x}, {path: x, split: test}]", "evaluation.eval_steps=1"],
+        ["model.model_name_or_path=org/name", "model.revision=main"],
+        PINNED_CODE,
+        ["model.dtype=float16", "model.attn_implementation=flash_attn"],
+    ],
+)
+def test_possible_combinations(minimal, overrides):
+    load_config(minimal, overrides)
+
+
+def test_revision_of_a_local_folder_has_no_effect(minimal, tmp_path):
+    (tmp_path / "weights").mkdir()
+    line = only_error(minimal, "model.model_name_or_path=weights", "model.revision=main")
+    assert f"model.revision=main has no effect: model.model_name_or_path={tmp_path}/weights is a local folder" in line
+    assert load_config(minimal, ["model.model_name_or_path=weights", "model.trust_remote_code=true"])
+
+
+@pytest.mark.parametrize(("section", "dtype"), [("bf16", "float32"), ("fp16", "bfloat16")])
+def test_deepspeed_tuning_of_another_dtype_has_no_effect(minimal, tmp_path, section, dtype):
+    key = {"bf16": "check_grad_overflow", "fp16": "consecutive_hysteresis"}[section]
+    content = {"zero_optimization": {"stage": 1}, section: {key: True}}
+    (tmp_path / "ds.json").write_text(json.dumps(content), encoding="utf-8")
+    line = only_error(minimal, "parallel.deepspeed=ds.json", f"model.dtype={dtype}")
+    assert f"ds.json: {section} has no effect with model.dtype={dtype}" in line
+    load_config(
+        minimal, ["parallel.deepspeed=ds.json", f"model.dtype={'bfloat16' if section == 'bf16' else 'float16'}"]
+    )
+
+
+def test_errors_of_the_deepspeed_file_come_with_all_others(minimal, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 9}, "optimizer": {}}', encoding="utf-8")
+    lines = errors_of(minimal, "parallel.deepspeed=ds.json", "loss.beta=0")
+    assert len(lines) == 3
+    assert "loss.beta=0" in lines[0] and "stage=9" in lines[1] and "optimizer" in lines[2]
+
+
+# ---- paths
+
+
+def test_relative_inputs_are_found_beside_the_file_and_in_the_current_folder_first(write, tmp_path, monkeypatch):
+    configs, work = tmp_path / "configs", tmp_path / "work"
+    for folder in (configs, configs / "sets", work, work / "sets"):
+        folder.mkdir()
+    for file in (configs / "sets/a.jsonl", configs / "sets/b.jsonl", work / "sets/b.jsonl", configs / "own.json"):
+        file.write_text('{"zero_optimization": {"stage": 0}}', encoding="utf-8")
+    text = MINIMAL.replace("[{path: some/data}]", "[{path: sets/a.jsonl}, {path: sets/b.jsonl}, {path: owner/name}]")
+    path = (configs / "run.yaml").absolute()
+    path.write_text(text + "parallel: {deepspeed: own.json}\n", encoding="utf-8")
+    monkeypatch.chdir(work)
+    config = load_config(path)
+    assert [source.path for source in config.data.train] == [
+        str(configs / "sets/a.jsonl"),
+        str(work / "sets/b.jsonl"),
+        "owner/name",
+    ]
+    assert config.parallel.deepspeed == str(configs / "own.json")
+    assert config.train.output_dir == "runs/x"
+    (work / "config.yaml").write_text(dump_resolved(config), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(work / "config.yaml") == config
+
+
+def test_demo_is_never_a_folder(minimal, tmp_path):
+    (tmp_path / "demo").mkdir()
+    assert load_config(minimal).model.model_name_or_path == "demo"
+
+
+def test_home_folder(minimal, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load_config(minimal, ["train.output_dir=~/runs/x"]).train.output_dir == "/home/someone/runs/x"
+
+
+def test_names_of_evaluation_sets_tell_them_apart():
+    def names(*sources: tuple[str, str]) -> tuple[str, ...]:
+        evaluation = [DataSource(path=path, split=split) for path, split in sources]
+        return DataConfig(train=[DataSource(path="x")], evaluation=evaluation).evaluation_names
+
+    assert names() == ()
+    assert names(("/data/helpful.jsonl.gz", "train")) == ("helpful",)
+    assert names(("owner/name", "test"), ("owner/name", "train")) == ("name:test", "name")
+    assert names(("/a/b/test.jsonl", "train"), ("/a/c/test.jsonl", "train")) == ("b/test", "c/test")
+    assert names(("/a/test.jsonl", "train"), ("/a/test.json", "train")) == ("/a/test.jsonl", "/a/test.json")
+
+
+# ---- the shipped files, and back to YAML
+
+
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_load_by_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(name)
+    assert config == load_config(ROOT / "configs" / f"{name}.yaml")
+    (tmp_path / "config.yaml").write_text(dump_resolved(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert (
+        package_file("configs", f"{name}.yaml")
+        .read_text(encoding="utf-8")
+        .startswith("# yaml-language-server: $schema=")
+    )
+
+
+def test_the_demo_configuration_finds_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_config("smollm2_demo").data
+    assert all(
+        Path(source.path).is_absolute() and Path(source.path).is_file() for source in data.train + data.evaluation
+    )
+
+
+def test_an_installed_package_brings_its_files(tmp_path):
+    """As the wheel packs them: inside the package, with no repository around it."""
+    package = tmp_path / "site" / "dpo_dist"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(ROOT / "dpo_dist" / name, package)
+    shutil.copytree(ROOT / "dpo_dist" / "config", package / "config")
+    for name in ("configs", "deepspeed_configs"):
+        shutil.copytree(ROOT / name, package / name)
+    code = "from dpo_dist.config import load_config; print(load_config('smollm2_demo').data.train[0].path)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.stdout.strip() == str(package / "configs" / "demo" / "train.jsonl")
+
+
+def test_package_file_that_is_not_there():
+    with pytest.raises(ConfigError, match=r"configs/zzz.yaml is not among the shipped files; there are .*smollm2_demo"):
+        package_file("configs", "zzz.yaml")
+
+
+def test_dump_leaves_out_what_has_no_effect(minimal):
+    text = dump_resolved(
+        load_config(minimal, ["train.max_steps=3", "train.lr_scheduler_type=constant", "train.shuffle=false"])
+    )
+    keys = parse(text).lines
+    absent = {("train", "num_train_epochs"), ("train", "warmup_steps"), ("train", "seed"), ("data", "truncation_mode")}
+    absent |= {("evaluation",), ("evaluation", "eval_steps"), ("model", "revision"), ("model", "trust_remote_code")}
+    assert not absent & keys.keys()
+    assert {("train", "max_steps"), ("train", "adam_beta1"), ("loss", "beta"), ("model", "dtype")} <= keys.keys()
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda text: text.strip())
+TRICKY = st.sampled_from(
+    [
+        "on",
+        "no",
+        "5e-7",
+        "1e5",
+        "null",
+        "~x",
+        "0x1f",
+        "a\x85b",
+        "a\u2028",
+        "1:30",
+        "2024-01-01",
+        "#a",
+        "a: b",
+        "'",
+        "<<",
+        "=",
+    ]
+)
+WORDS = (TEXTS | TRICKY).filter(lambda text: re.search(r"\S", text) and not text.startswith("~") and "\0" not in text)
+NUMBERS = st.floats(1e-300, 1e300)
+OPTIONAL_COUNT = st.none() | st.integers(2, 10**9)
+
+
+SOURCES = st.fixed_dictionaries(
+    {"path": WORDS.map(lambda word: f"no such/{word}"), "split": WORDS, "limit": OPTIONAL_COUNT}
+)
+RUNS = st.fixed_dictionaries(
+    {
+        "model": st.fixed_dictionaries(
+            {
+                "model_name_or_path": st.just("demo") | WORDS.map(lambda word: f"no such/{word}"),
+                "tokenizer_name_or_path": st.none() | WORDS.map(lambda word: f"no such/{word}"),
+                "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+                "prefix_sharing": st.sampled_from(["on", "off", "auto"]),
+                "revision": st.none() | WORDS,
+                "gradient_checkpointing": st.booleans(),
+            }
+        ),
+        "data": st.fixed_dictionaries(
+            {
+                "train": st.lists(SOURCES, min_size=1, max_size=3),
+                "evaluation": st.lists(SOURCES, max_size=2),
+                "max_length": OPTIONAL_COUNT,
+                "truncation_mode": st.sampled_from(["drop", "keep_start", "error"]),
+            }
+        ),
+        "loss": st.fixed_dictionaries({"beta": NUMBERS, "label_smoothing": st.floats(0, 0.4999)}),
+        "train": st.fixed_dictionaries(
+            {
+                "output_dir": WORDS,
+                "max_steps": OPTIONAL_COUNT,
+                "num_train_epochs": st.just(1.0) | NUMBERS,
+                "learning_rate": NUMBERS,
+                "lr_scheduler_type": st.sampled_from(["linear", "cosine", "constant", "constant_with_warmup"]),
+                "warmup_steps": st.floats(0, 1) | st.integers(0, 1000),
+                "seed": st.integers(0, 2**63 - 1),
+                "shuffle": st.booleans(),
+            }
+        ),
+        "packing": st.fixed_dictionaries({"max_tokens": st.integers(1, 10**9), "reference_max_tokens": OPTIONAL_COUNT}),
+        "parallel": st.fixed_dictionaries(
+            {"deepspeed": st.sampled_from(["zero0", "zero3", "zero3_cpu", "zero2_bf16"])}
+        ),
+        "checkpoint": st.fixed_dictionaries(
+            {"save_total_limit": OPTIONAL_COUNT, "resume": st.sampled_from(["auto", "never"])}
+        ),
+        "evaluation": st.fixed_dictionaries({"eval_steps": st.integers(0, 9), "eval_on_start": st.booleans()}),
+        "log": st.fixed_dictionaries(
+            {"report_to": st.lists(st.sampled_from(["tensorboard", "wandb", "mlflow"]), unique=True)}
+        ),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=RUNS)
+def test_loading_what_was_dumped_gives_the_same_run(values, tmp_path_factory):
+    for path, _, _ in broken_rules(RunConfig.model_validate(values)):
+        values[path[0]].pop(path[1], None)  # its default; repairs almost every rule
+    config = RunConfig.model_validate(values)
+    assume(not list(broken_rules(config)))
+    path = tmp_path_factory.mktemp("run") / "config.yaml"
+    path.write_text(dump_resolved(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_is_read_or_refused_as_yaml(text):
+    with contextlib.suppress(YamlError):
+        parse(text)
+
+
+# ---- schema and documentation
+
+
+def models_below(model: type[BaseModel]) -> set[type[BaseModel]]:
+    found = {model}
+    for field in model.model_fields.values():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= models_below(part)
+    return found
+
+
+def test_every_option_says_what_it_means():
+    models = models_below(RunConfig)
+    assert len(models) == 12
+    for model in models:
+        for name, field in model.model_fields.items():
+            text = field.description or ""
+            assert len(text) > 10 and text.rstrip().endswith("."), f"{model.__name__}.{name}: {text!r}"
+
+
+def test_committed_schema_is_current():
+    committed = json.loads((ROOT / "configs" / "schema.json").read_text(encoding="utf-8"))
+    assert committed == json_schema(), "run: dpo-dist schema > configs/schema.json"
+    beta = committed["$defs"]["LossConfig"]["properties"]["beta"]
+    assert beta["exclusiveMinimum"] == 0 and beta["default"] == 0.1 and "Inverse temperature" in beta["description"]
+    assert "\n" not in json.dumps([part.get("description") for part in committed["$defs"].values()], ensure_ascii=False)
+
+
+def test_loss_types_are_the_options_of_the_field():
+    assert get_args(LossConfig.model_fields["loss_type"].annotation) == LOSS_TYPES
+
+
+def test_public_names():
+    assert all(hasattr(config_package, name) for name in config_package.__all__)
+
+
+def test_importing_and_loading_is_fast_and_light(minimal):
+    """A user who misspells a key is told at once, not after torch has been imported."""
+    code = f"""
+import sys, time
+start = time.perf_counter()
+from dpo_dist.config import load_config
+load_config({str(minimal.absolute())!r})
+seconds = time.perf_counter() - start
+heavy = {{"torch", "transformers", "deepspeed", "datasets", "numpy", "pyarrow"}} & set(sys.modules)
+assert not heavy, heavy
+assert seconds < 1.5, seconds
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

@@ -2,9 +2,9 @@
 
     python benchmarks/selfcheck_noise.py CONFIG DTYPE NUM_EXAMPLES [section.key=value ...]
 
-One model, no engine: the first examples of the data set are scored as a micro-batch with shared prompts, as one without,
-every completion alone, and in bins twice as large. Printed per layout, for the difference to the first: rms and
-largest over completions, in nats per sqrt(token) and in float32 roundings of the completion's log-probability.
+One model, no engine: the first examples of the data set are scored as micro-batches with shared prompts, as ones
+without, every completion alone, and in bins twice as large. Printed per layout, for the difference to the first: rms
+and largest over completions, in nats per sqrt(token) and in float32 roundings of the completion's log-probability.
 """
 
 import sys

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.batch import AttentionLayout
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, ModelError
 
 # transformers reads "sdpa" and "flash" inside a name as its own kernels: it would refuse architectures that do not
 # support those, or swap in another kernel. So our names say neither.
@@ -91,12 +91,23 @@ def _with_layout(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, N
             whole = _one_segment(query_1NTH.shape[2], key_1KTH.shape[2])
             return _sdpa(query_1NTH, key_1KTH, value_1KTH, whole, scale, sliding_window, softcap, s_aux), None
         dpo_layout.reached.add(id(module))
+        _require_window(module, sliding_window)
         if dpo_layout.kv_index_U is not None:
             key_1KTH = key_1KTH.index_select(2, dpo_layout.kv_index_U)
             value_1KTH = value_1KTH.index_select(2, dpo_layout.kv_index_U)
         return kernel(query_1NTH, key_1KTH, value_1KTH, dpo_layout, scale, sliding_window, softcap, s_aux), None
 
     return attention
+
+
+def _require_window(module: nn.Module, sliding_window: int | None) -> None:
+    """Some architectures apply their window in the mask only, and here is no mask."""
+    has_window = getattr(module, "sliding_window", None) and getattr(module, "is_sliding", True)
+    if has_window and sliding_window is None:
+        raise ModelError(
+            f"model.model_name_or_path: {type(module).__name__} has a sliding window and does not hand it to its kernel; "
+            "only models of this architecture without sliding window can be packed"
+        )
 
 
 def _one_segment(num_queries: int, num_keys: int) -> AttentionLayout:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,10 +42,16 @@ class Ranks:
 
 
 @contextmanager
-def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+def process_group(
+    timeout: timedelta = timedelta(minutes=30), release: Callable[[], None] = lambda: None
+) -> Iterator[Ranks]:
     """The run's process group: what the launcher announced, or this process alone.
 
     A group that exists already is used and left as it is, so that many runs can share one (tests, notebooks).
+
+    Args:
+        timeout: of a collective.
+        release: makes other libraries forget the group before it is destroyed.
     """
     owned = not dist.is_initialized()
     if owned:
@@ -56,8 +62,10 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]
             # Ranks that end unevenly abort in gloo now and then: all wait for the slowest before anybody leaves.
             barrier()
     finally:
-        if owned and dist.is_initialized():
-            dist.destroy_process_group()
+        if owned:
+            release()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _initialise(timeout: timedelta) -> None:

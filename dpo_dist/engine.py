@@ -22,7 +22,14 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
 
+logger = logging.getLogger(__name__)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def release_process_group() -> None:
+    """Make DeepSpeed forget its process groups, so that a later run of this process can have new ones."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def engine_config(
@@ -79,7 +86,10 @@ class InferenceEngine:
         return self.engine(batch.to(self.device))
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Every parameter whole, one at a time, on the first rank's CPU (None elsewhere). Every rank must iterate."""
+        """Every parameter and persistent buffer whole, one at a time, on the first rank's CPU (None elsewhere).
+
+        Every rank must iterate: ZeRO-3 gathers.
+        """
         return _named_full_parameters(self.model.model)
 
 
@@ -126,11 +136,19 @@ class TrainingEngine:
         self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, and forget the gradients; returns the gradient's norm before clipping."""
+        """Clip, update, and forget the gradients.
+
+        Returns:
+            The gradient's norm before clipping; 0 where float16 overflowed: DeepSpeed has then lowered its loss scale
+            and left the weights alone, which is how it finds the right one. In other dtypes an overflow is reported.
+        """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         own_norm = self._full_precision_norm() if self._computes_own_norm else None
         self.engine.step()
+        if self.dtype == torch.float16 and not self.engine.was_step_applied():
+            logger.warning("float16 overflowed: this update is skipped, and the loss scale lowered")
+            return 0.0
         return float(self.engine.get_global_grad_norm() if own_norm is None else own_norm)
 
     def _full_precision_norm(self) -> Tensor:
@@ -138,7 +156,10 @@ class TrainingEngine:
         return torch.nn.utils.get_total_norm(gradients)
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Every parameter whole, one at a time, on the first rank's CPU (None elsewhere). Every rank must iterate."""
+        """Every parameter and persistent buffer whole, one at a time, on the first rank's CPU (None elsewhere).
+
+        Every rank must iterate: ZeRO-3 gathers.
+        """
         return _named_full_parameters(self.model.model)
 
 
@@ -157,3 +178,5 @@ def _named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | Non
         with deepspeed.zero.GatheredParameters([parameter]):
             whole = parameter.detach().cpu().clone() if torch.distributed.get_rank() == 0 else None
         yield name, whole
+    persistent = model.state_dict().keys()
+    yield from ((name, buffer.cpu()) for name, buffer in model.named_buffers() if name in persistent)

@@ -107,7 +107,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_bias_V is not None:
                 grad_bias_V += grad_mV.sum(0)
             if grad_weight_VD is not None:
-                grad_weight_VD.addmm_(grad_mV.t(), hidden_MD[chunk].to(grad_mV.dtype))
+                # The product in the model's dtype (tensor cores), the sum over chunks in float32.
+                grad_weight_VD += grad_mV.to(hidden_MD.dtype).t() @ hidden_MD[chunk]
             if needs_hidden:
                 grad_hidden_MD[chunk] = grad_mV.to(hidden_MD.dtype) @ weight_VD
         return (

@@ -105,7 +105,7 @@ def identity(folder: Path) -> str:
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The architecture's configuration, with every dropout at 0 (`disabled_dropout` keeps what it was).
+    """The architecture's configuration, with every dropout and noise at 0 (`disabled_dropout` keeps what it was).
 
     Raises:
         ModelError: the folder holds no usable configuration.
@@ -118,7 +118,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     config.disabled_dropout = {
         name: value
         for name, value in vars(config).items()
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
     }
     for name in config.disabled_dropout:
         setattr(config, name, 0.0)
@@ -255,7 +255,7 @@ def load_model(
             "they would be random numbers. Give a complete model"
         )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

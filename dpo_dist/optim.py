@@ -13,17 +13,18 @@ from dpo_dist.config import TrainConfig
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter, int]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors (biases, norms) do not, as in transformers' Trainer.
+    """Matrices decay; biases and norms do not, as in transformers' Trainer.
 
     Args:
         parameters: name, parameter, and the number of dimensions of the whole parameter (a shard has lost it).
         weight_decay: of the matrices, per unit of learning rate.
     """
-    trainable = [(parameter, dims) for _, parameter, dims in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter, dims in trainable if dims >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter, dims in trainable if dims < 2], "weight_decay": 0.0},
-    ]
+    decaying, constant = [], []
+    for name, parameter, dims in parameters:
+        if parameter.requires_grad:
+            # The biases of a layer of experts are one matrix.
+            (decaying if dims >= 2 and not name.endswith("bias") else constant).append(parameter)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": constant, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

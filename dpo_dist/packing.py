@@ -9,6 +9,7 @@ The plan is pure arithmetic on lengths: every rank computes the whole plan, and 
 
 import hashlib
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class ExampleSize:
     @property
     def pair_weight(self) -> float:
         """Sum of the weights of its pairs."""
-        return sum(pair.weight for pair in self.pairs)
+        return math.fsum(pair.weight for pair in self.pairs)
 
     @property
     def longest_rows(self) -> list[int]:
@@ -86,7 +87,7 @@ class Packer:
             examples=tuple(examples),
             micro_batches=_bins_of_ranks(shares, tokens, self.max_tokens),
             reference_bins=_bins_of_ranks(shares, tokens, self.reference_max_tokens),
-            pair_weight=sum(size.pair_weight for size in sizes),
+            pair_weight=math.fsum(size.pair_weight for size in sizes),
             num_pairs=sum(len(size.pairs) for size in sizes),
         )
 

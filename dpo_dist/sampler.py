@@ -3,6 +3,7 @@
 A function of (seed, step) and nothing else: resuming is arithmetic, and no batch is ever skipped to get somewhere.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,8 +40,9 @@ class Sampler:
         return epochs * self.num_examples + min(steps * self.examples_per_step, self.num_examples)
 
     def num_steps(self, num_epochs: float) -> int:
-        """Steps in a possibly fractional number of epochs, at least 1."""
-        return max(1, round(num_epochs * self.steps_per_epoch))
+        """Steps in a possibly fractional number of epochs, rounded up as transformers does."""
+        # Rounded before it is rounded up: 1.1 * 10 is 11.000000000000002.
+        return math.ceil(round(num_epochs * self.steps_per_epoch, 6))
 
 
 @lru_cache(maxsize=2)

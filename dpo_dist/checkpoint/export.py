@@ -41,9 +41,6 @@ def write_assets(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model_config)
-    # Training switches dropout off and notes what it was: the model leaves with the values it came with.
-    for name, value in vars(config).pop("disabled_dropout", {}).items():
-        setattr(config, name, value)
     config.dtype = dtype or config.dtype or torch.float32
     if not config.architectures and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
 from dpo_dist.config import DataSource, RunConfig, load_deepspeed
+from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.model import DTYPES, decide_sharing, load_config, resolve_folder
@@ -83,7 +84,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
             f"{reference_config.vocab_size} tokens, the policy one of {model_config.vocab_size}; "
             "both must score the same token ids"
         )
-    tokenizer = _tokenizer(config, model_folder)
+    tokenizer = _tokenizer(config, model_folder, cache_dir)
     dataset = _dataset(config, config.data.train, tokenizer, model_config, cache_dir, "data.train", 0)
     names = config.data.evaluation_names
     evaluation_sets = {
@@ -125,12 +126,13 @@ def require_usable_output(config: RunConfig) -> None:
         )
 
 
-def _tokenizer(config: RunConfig, model_folder: Path) -> TokenizerSpec:
+def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:
     model = config.model
     if model.tokenizer_name_or_path is None:
         return TokenizerSpec(str(model_folder), None, model.trust_remote_code, "model.model_name_or_path")
-    name = str(model_folder) if model.tokenizer_name_or_path == "demo" else model.tokenizer_name_or_path
-    return TokenizerSpec(name, model.revision, model.trust_remote_code, "model.tokenizer_name_or_path")
+    is_demo = model.tokenizer_name_or_path == "demo"
+    path = str(demo_model_folder(cache_dir)) if is_demo else model.tokenizer_name_or_path
+    return TokenizerSpec(path, None, model.trust_remote_code, "model.tokenizer_name_or_path")
 
 
 def _dataset(

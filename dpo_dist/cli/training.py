@@ -19,7 +19,7 @@ from dpo_dist.cli.prepare import Prepared, prepare, require_usable_output
 from dpo_dist.cli.progress import reporting
 from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
-from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
+from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config, release_process_group
 from dpo_dist.errors import ConfigError
 from dpo_dist.metrics import TRACKER_PACKAGES, TRACKERS, MetricsFile
 from dpo_dist.model import identity, load_model
@@ -49,7 +49,7 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
     _require_trackers(config)
     prepared = prepare(config, cache_dir)
     stop = StopRequest()
-    with process_group() as ranks, stop.listening():
+    with process_group(release=release_process_group) as ranks, stop.listening():
         _announce(prepared, ranks)
         run, checkpoint = _build(prepared, ranks, stop)
         _open_folder(prepared, ranks)

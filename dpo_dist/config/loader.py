@@ -24,7 +24,12 @@ from dpo_dist.config.rules import broken_rules, is_set, keys_without_effect, val
 from dpo_dist.config.yaml_lines import dump
 from dpo_dist.errors import ConfigError
 
-_REQUIRED = {"model_name_or_path": "?", "output_dir": "?", "train": [{"path": "?"}]}
+# What stands in for a required key that is wrong or missing, so that the other keys can still be judged.
+_PLACEHOLDERS = {
+    ("model", "model_name_or_path"): "?",
+    ("data", "train"): [{"path": "?"}],
+    ("train", "output_dir"): "?",
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -112,8 +117,8 @@ def _repair(values: dict[str, Any], path: KeyPath) -> None:
         values[section] = {}
     else:
         values[section].pop(key, None)
-        if key in _REQUIRED:
-            values[section][key] = copy.deepcopy(_REQUIRED[key])
+        if (section, key) in _PLACEHOLDERS:
+            values[section][key] = copy.deepcopy(_PLACEHOLDERS[section, key])
 
 
 def _with_found_paths(config: RunConfig, folder: Path) -> RunConfig:

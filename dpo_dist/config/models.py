@@ -173,7 +173,7 @@ class PackingConfig(_Section):
 class ParallelConfig(_Section):
     """How the model is spread over processes."""
 
-    deepspeed: Text = "zero3"
+    deepspeed: Text = "zero3_bf16"
     """A file in `deepspeed_configs/` by its name without .json, or the path of a .json file."""
 
 

@@ -26,7 +26,9 @@ class Outcome:
 def outcome_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """`outcome_of(name, world_size)`: a run's folder and observations; the first call launches that world size."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    points = [item.callspec.params["point"] for item in items if "point" in getattr(item, "fixturenames", ())]
+    points: list[Any] = [
+        item.callspec.params["point"] for item in items if "point" in getattr(item, "fixturenames", ())
+    ]
     wants_stories = any(item.path.name == "test_stories.py" for item in items)
 
     @cache

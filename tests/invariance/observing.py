@@ -23,7 +23,7 @@ class Observation:
     completions: list[int] = field(default_factory=list)  # scored by this rank in each step
     reference_bins: list[list[int]] = field(default_factory=list)  # the same for the reference
     backward_calls: int = 0
-    layer_forwards: int = 0  # calls of the policy's decoder layers, recomputation included
+    attention_forwards: int = 0  # of all decoder layers of the policy, recomputation included
     num_layers: int = 0
     whole_numel: int = 0  # parameters of the model
     policy_numel: int = 0  # of these, held by this rank between steps
@@ -63,10 +63,11 @@ def observe(run: Run) -> tuple[Run, Observation]:
     seen.policy_numel = sum(_held_numel(p) for p in run.policy.model.parameters())
     seen.reference_numel = sum(_held_numel(p) for p in reference.engine.module.parameters())
     seen.reference_before, seen.policy_before = _digest(reference), _digest(run.policy)
-    layers = run.policy.model.model.get_decoder().layers
+    layers: Any = run.policy.model.model.get_decoder().layers
     seen.num_layers = len(layers)
     for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: _count_layer(seen))
+        # Inside of the layer: transformers recomputes a layer's forward, not its call, so hooks of the layer run once.
+        layer.self_attn.register_forward_pre_hook(lambda *_: _count_attention(seen))
     _watch_policy(run.policy, seen)
     return replace(run, reference=ObservedReference(run.reference, seen)), seen
 
@@ -98,8 +99,8 @@ def _watch_policy(policy: TrainingEngine, seen: Observation) -> None:
     policy.accumulate, policy.backward = observed_accumulate, observed_backward
 
 
-def _count_layer(seen: Observation) -> None:
-    seen.layer_forwards += 1
+def _count_attention(seen: Observation) -> None:
+    seen.attention_forwards += 1
 
 
 def _whole_numel(parameter: nn.Parameter) -> int:
@@ -108,9 +109,8 @@ def _whole_numel(parameter: nn.Parameter) -> int:
 
 def _held_numel(parameter: nn.Parameter) -> int:
     """Elements this rank holds: the whole parameter, or under ZeRO-3 its shard while nothing is gathered."""
-    if hasattr(parameter, "ds_tensor"):
-        return parameter.numel() + parameter.ds_tensor.numel() if parameter.numel() else parameter.ds_tensor.numel()
-    return parameter.numel()
+    shard = getattr(parameter, "ds_tensor", None)
+    return parameter.numel() + (0 if shard is None else shard.numel())
 
 
 def _digest(engine: TrainingEngine | InferenceEngine) -> str:

@@ -2,8 +2,8 @@
 
     python -m tests.invariance.resume_worker ACTIONS.json          (or under torchrun)
 
-ACTIONS.json is a list of `Action`. Each goes through the CLI's own run function. Afterwards `NAME.rank0.json` and so on,
-beside ACTIONS.json, say what happened (`Outcome`), and `NAME.metrics.jsonl` is the run's file as it was then.
+ACTIONS.json is a list of `Action`. Each goes through the CLI's own run function. Afterwards `NAME.rank0.json` and so
+on, beside ACTIONS.json, say what happened (`Outcome`), and `NAME.metrics.jsonl` is the run's file as it was then.
 """
 
 import json

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from deepspeed.zero import GatheredParameters
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -99,7 +99,8 @@ def _load(folder: Path, deepspeed: dict[str, Any], dtype: torch.dtype) -> Any:
 def nudge_one_matrix(engine: InferenceEngine) -> None:
     """Move every element of one matrix by one bfloat16 step."""
     matrix = engine.model.model.model.layers[1].mlp.up_proj.weight
-    with GatheredParameters([matrix], modifier_rank=0, enabled=hasattr(matrix, "ds_id")), torch.no_grad():
+    is_sharded = hasattr(matrix, "ds_id")
+    with deepspeed.zero.GatheredParameters([matrix], modifier_rank=0, enabled=is_sharded), torch.no_grad():
         bits = matrix.data.to(torch.bfloat16).view(torch.int16) + 1
         matrix.data.copy_(bits.view(torch.bfloat16))
 
@@ -140,9 +141,9 @@ def targets_shifted(batch: MicroBatch) -> MicroBatch:
 
 def sequences_not_separated(batch: MicroBatch) -> MicroBatch:
     """One causal sequence from the first packed token to the last."""
-    num_tokens = len(batch.input_ids_T)
-    ends = torch.tensor([0, num_tokens], dtype=torch.int32)
-    wrong = replace(batch.layout, cu_q=ends, cu_k=ends, kv_index_U=None, q_lengths=(num_tokens,), k_lengths=(num_tokens,))
+    length = (len(batch.input_ids_T),)
+    ends = torch.tensor([0, *length], dtype=torch.int32)
+    wrong = replace(batch.layout, cu_q=ends, cu_k=ends, kv_index_U=None, q_lengths=length, k_lengths=length)
     return replace(batch, layout=wrong)
 
 

@@ -89,7 +89,7 @@ def assert_recomputed(point: Point, outcome: Outcome) -> None:
     for rank in outcome.ranks:
         assert rank["num_layers"] == 2
         times = 2 if point.checkpointing else 1
-        assert rank["layer_forwards"] == times * rank["num_layers"] * rank["backward_calls"]
+        assert rank["attention_forwards"] == times * rank["num_layers"] * rank["backward_calls"]
 
 
 def assert_partitioned(point: Point, outcome: Outcome) -> None:

@@ -1,7 +1,7 @@
 """A run that was killed or stopped, and started again, writes what it would have written without.
 
-9 steps over 10 examples, 4 a step: an epoch is 4 + 4 + 2 examples. A line every 2 steps, a checkpoint after 5, so that the
-checkpoint lies inside of an interval of metrics, and the next epoch begins after it.
+9 steps over 10 examples, 4 a step: an epoch is 4 + 4 + 2 examples. A line every 2 steps, a checkpoint after 5: it lies
+inside of an interval of metrics, and the next epoch begins after it.
 """
 
 import json
@@ -22,7 +22,8 @@ from tests.invariance.resume_worker import Action, Outcome, perform
 from tests.launching import launch, succeeded
 from tests.tiny_engine import QUIET, only_rank
 
-pytestmark = [pytest.mark.filterwarnings(rule) for rule in QUIET]
+# Whichever test comes first waits for all launches.
+pytestmark = [pytest.mark.timeout(1800), *(pytest.mark.filterwarnings(rule) for rule in QUIET)]
 
 STEPS, SAVED_AT = 9, 5
 KILLED = (-9, 1)  # by the shell's own count, or torchrun's report of a dead rank
@@ -61,7 +62,7 @@ def run_actions(folder: Path, num_ranks: int, *actions: Action) -> subprocess.Co
     """One launch."""
     path = folder / "actions.json"
     path.write_text(json.dumps([asdict(action) for action in actions]))
-    return launch(num_ranks, "tests.invariance.resume_worker", str(path), cwd=folder, timeout=280)
+    return launch(num_ranks, "tests.invariance.resume_worker", str(path), cwd=folder, timeout=600)
 
 
 def outcomes(folder: Path, name: str, num_ranks: int) -> list[Outcome]:
@@ -144,7 +145,6 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subp
     return folder, [first, *again]
 
 
-@pytest.mark.timeout(900)
 def test_killed_run_ends_as_if_it_had_not_been(two_ranks):
     folder, launches = two_ranks
     assert all(process.returncode in KILLED for process in launches[:3]), launches[0].stderr[-5000:]

@@ -1,0 +1,190 @@
+"""The plan of a step, as properties that hold for all lengths and world sizes."""
+
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_dist.data import Pair
+from dpo_dist.errors import ConfigError
+from dpo_dist.packing import ExampleSize, Packer, StepPlan, longest_example, sizes_of
+from dpo_dist.tokenization import TokenizedDataset
+from dpo_dist.tokenization.dataset import RaggedLengths
+
+LENGTHS = st.integers(1, 40)
+
+
+RawSize = tuple[int, list[int], list[tuple[int, int, float]]]  # prompt, completions, (chosen, rejected, weight)
+RAW_SIZES = st.tuples(
+    LENGTHS,
+    st.lists(LENGTHS, min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([0.5, 1.0, 3.0])), max_size=3),
+)
+
+
+def sizes_from(raw: list[RawSize]) -> list[ExampleSize]:
+    """Made in the test, not in the strategy: type checks draw random numbers, which hypothesis forbids there."""
+    return [
+        ExampleSize(
+            prompt,
+            tuple(completions),
+            tuple(Pair(chosen % len(completions), rejected % len(completions), w) for chosen, rejected, w in pairs),
+        )
+        for prompt, completions, pairs in raw
+    ]
+
+
+STEPS = {
+    "raw": st.lists(RAW_SIZES, min_size=1, max_size=30),
+    "world_size": st.integers(1, 16),
+    "share": st.booleans(),
+    "slack": st.integers(0, 300),
+}
+
+
+def packer_for(sizes: list[ExampleSize], world_size: int, share: bool, slack: int) -> Packer:
+    """A packer under whose budget the longest example just fits, plus slack."""
+    longest = max(size.input_tokens(share) for size in sizes)
+    return Packer(world_size, longest + slack, longest + 2 * slack, share)
+
+
+def plan_of(packer: Packer, sizes: list[ExampleSize]) -> StepPlan:
+    return packer.plan(7, range(100, 100 + len(sizes)), sizes)
+
+
+@given(**STEPS)
+def test_every_example_once_within_the_budget_and_ranks_in_step(
+    raw: list[RawSize], world_size: int, share: bool, slack: int
+) -> None:
+    sizes = sizes_from(raw)
+    packer = packer_for(sizes, world_size, share, slack)
+    plan = plan_of(packer, sizes)
+    assert plan.examples == tuple(range(100, 100 + len(sizes)))
+    budgets = {packer.max_tokens: plan.micro_batches, packer.reference_max_tokens: plan.reference_bins}
+    for budget, bins_of_ranks in budgets.items():
+        assert len(bins_of_ranks) == world_size
+        assert len({len(bins) for bins in bins_of_ranks}) == 1  # ZeRO-3 gathers are collective
+        assert len(bins_of_ranks[0]) >= 1
+        placed = [position for bins in bins_of_ranks for one in bins for position in one]
+        assert sorted(placed) == list(range(len(sizes)))
+        for one in itertools.chain.from_iterable(bins_of_ranks):
+            assert sum(sizes[position].input_tokens(share) for position in one) <= budget
+    for rank in range(world_size):
+        # The reference answers for the examples that the policy of the same rank will ask about.
+        mine = sorted(itertools.chain.from_iterable(plan.micro_batches[rank]))
+        assert mine == sorted(itertools.chain.from_iterable(plan.reference_bins[rank]))
+        assert plan.examples_of_rank(rank) == tuple(mine)
+    assert plan.pair_weight == pytest.approx(sum(pair.weight for size in sizes for pair in size.pairs))
+    assert plan.num_pairs == sum(len(size.pairs) for size in sizes)
+
+
+@given(**STEPS)
+def test_depends_on_lengths_only(raw: list[RawSize], world_size: int, share: bool, slack: int) -> None:
+    """Computed twice, by anybody, from lengths alone: it is equal; which rows they are does not matter."""
+    sizes = sizes_from(raw)
+    packer = packer_for(sizes, world_size, share, slack)
+    plan = plan_of(packer, sizes)
+    again = plan_of(replace(packer), [replace(size) for size in sizes])
+    assert again == plan
+    assert again.fingerprint == plan.fingerprint
+    other_rows = packer.plan(7, range(len(sizes)), sizes)
+    assert (other_rows.micro_batches, other_rows.reference_bins) == (plan.micro_batches, plan.reference_bins)
+    assert other_rows.fingerprint != plan.fingerprint
+
+
+@given(**STEPS)
+def test_no_rank_is_further_behind_than_one_example(
+    raw: list[RawSize], world_size: int, share: bool, slack: int
+) -> None:
+    """Longest-processing-time first: the fullest rank without its smallest example is not above the emptiest rank."""
+    sizes = sizes_from(raw)
+    plan = plan_of(packer_for(sizes, world_size, share, slack), sizes)
+    loads = [[sizes[i].input_tokens(share) for i in plan.examples_of_rank(rank)] for rank in range(world_size)]
+    fullest = max(loads, key=sum)
+    assert sum(fullest) - min(fullest, default=0) <= min(sum(load) for load in loads)
+
+
+def test_balance_is_better_than_dealing_out_in_order() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        sizes = [ExampleSize(int(draw.lognormvariate(5, 1)) + 1, (9, 9), (Pair(0, 1),)) for _ in range(64)]
+        tokens = [size.input_tokens(True) for size in sizes]
+        plan = plan_of(packer_for(sizes, 8, True, 0), sizes)
+        ours = max(sum(tokens[i] for i in plan.examples_of_rank(rank)) for rank in range(8))
+        naive = max(sum(tokens[rank::8]) for rank in range(8))
+        ideal = max(max(tokens), sum(tokens) / 8)
+        assert ours < naive
+        assert ours <= 1.1 * ideal
+
+
+def test_uses_as_few_micro_batches_as_the_fullest_rank_needs_and_fills_them_evenly() -> None:
+    sizes = [ExampleSize(11, (1, 1), (Pair(0, 1),)) for _ in range(8)]  # 11 tokens each
+    plan = plan_of(Packer(2, max_tokens=30, reference_max_tokens=44, share_prompts=True), sizes)
+    assert [[len(one) for one in bins] for bins in plan.micro_batches] == [[2, 2], [2, 2]]
+    assert [[len(one) for one in bins] for bins in plan.reference_bins] == [[4], [4]]
+
+
+def test_the_largest_micro_batch_comes_first() -> None:
+    sizes = [ExampleSize(length, (1,), ()) for length in (3, 30, 12, 25, 8, 19, 2)]
+    plan = plan_of(packer_for(sizes, 1, True, 5), sizes)
+    loads = [sum(sizes[i].prompt for i in one) for one in plan.micro_batches[0]]
+    assert len(loads) > 1
+    assert loads == sorted(loads, reverse=True)
+
+
+def test_a_rank_without_examples_gets_fillers() -> None:
+    plan = plan_of(Packer(4, 10, 10, True), [ExampleSize(5, (2, 2), (Pair(0, 1),))] * 2)
+    assert [len(plan.examples_of_rank(rank)) for rank in range(4)] == [1, 1, 0, 0]
+    assert plan.micro_batches[3] == plan.reference_bins[3] == ((),)
+
+
+# ---- one example
+
+
+def test_tokens_of_an_example() -> None:
+    size = ExampleSize(10, (4, 1, 6), (Pair(0, 1, 2.0), Pair(2, 0, 0.5)))
+    assert size.input_tokens(share_prompt=True) == 10 + 3 + 0 + 5  # the last token of a completion is never an input
+    assert size.input_tokens(share_prompt=False) == 30 + 3 + 0 + 5
+    assert size.pair_weight == 2.5
+    assert size.longest_rows == [14, 16]
+
+
+def test_an_example_that_exceeds_the_budget_is_refused() -> None:
+    size = ExampleSize(10, (4, 6), ())
+    Packer(1, 18, 18, share_prompts=True).require_fit(size, "d.jsonl:3")
+    Packer(1, 28, 28, share_prompts=False).require_fit(size, "d.jsonl:3")
+    expected = r"packing.max_tokens=17 is smaller than an example of 18 packed tokens \(d.jsonl:3\); raise it to at least 18"
+    with pytest.raises(ConfigError, match=expected):
+        Packer(1, 17, 18, share_prompts=True).require_fit(size, "d.jsonl:3")
+    with pytest.raises(ConfigError, match="packing.reference_max_tokens=17"):
+        Packer(1, 18, 17, share_prompts=True).require_fit(size, "d.jsonl:3")
+
+
+# ---- from a data set's length columns
+
+
+class Lengths(TokenizedDataset):
+    """The part of a tokenised data set that the packer reads, without a file."""
+
+    def __init__(self, sizes: list[ExampleSize]) -> None:
+        self.prompt_lengths = np.array([size.prompt for size in sizes])
+        self.completion_lengths = RaggedLengths(
+            flat=np.array([length for size in sizes for length in size.completions]),
+            starts=np.cumsum([0, *(len(size.completions) for size in sizes)]),
+        )
+        self._pairs = [size.pairs for size in sizes]
+
+    def pairs_of(self, index: int) -> tuple[Pair, ...]:
+        return self._pairs[index]
+
+
+@given(raw=STEPS["raw"], share=st.booleans())
+def test_longest_example_is_the_one_with_most_packed_tokens(raw: list[RawSize], share: bool) -> None:
+    sizes = sizes_from(raw)
+    tokens = [size.input_tokens(share) for size in sizes]
+    assert tokens[longest_example(Lengths(sizes), share)] == max(tokens)
+    assert sizes_of(Lengths(sizes), range(len(sizes))[::-1]) == sizes[::-1]

@@ -105,8 +105,8 @@ def _require_window(module: nn.Module, sliding_window: int | None) -> None:
     has_window = getattr(module, "sliding_window", None) and getattr(module, "is_sliding", True)
     if has_window and sliding_window is None:
         raise ModelError(
-            f"model.model_name_or_path: {type(module).__name__} has a sliding window and does not hand it to its kernel; "
-            "only models of this architecture without sliding window can be packed"
+            f"model.model_name_or_path: {type(module).__name__} has a sliding window and does not hand it to its "
+            "kernel; only models of this architecture without sliding window can be packed"
         )
 
 
@@ -169,7 +169,7 @@ def _explicit_softmax(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Attention with what the fused CPU kernel lacks: softcap (Gemma 2) and sinks, an extra logit per head (GPT-OSS)."""
+    """Attention with what the fused CPU kernel lacks: softcap (Gemma 2) and sinks, a logit more per head (GPT-OSS)."""
     groups = q_1NqH.shape[1] // k_1KkH.shape[1]
     k_1NkH, v_1NkH = k_1KkH.repeat_interleave(groups, 1), v_1KkH.repeat_interleave(groups, 1)
     scores_1Nqk = (q_1NqH @ k_1NkH.mT).to(torch.promote_types(q_1NqH.dtype, torch.float32)) * scale
@@ -237,7 +237,7 @@ def _torch_varlen(
             "model.attn_implementation=torch has neither softcap nor attention sinks; "
             "use flash_attn (softcap) or sdpa for this architecture"
         )
-    out_TNH = varlen_attn(
+    out_TNH: Any = varlen_attn(
         query=query_1NTH[0].transpose(0, 1),
         key=key_1KUH[0].transpose(0, 1),
         value=value_1KUH[0].transpose(0, 1),

@@ -96,7 +96,7 @@ def launched_rank() -> int:
 class StopRequest:
     """Whether this process was asked to stop (SIGTERM, SIGINT, SIGUSR1); all ranks agree on it at a step's end.
 
-    A first signal only sets a flag, so that the step and a checkpoint are completed; a second interrupt is Python's own.
+    A first signal only sets a flag, so that the step and a checkpoint are completed; a second interrupt is Python's.
     """
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -34,14 +35,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # forward in tests/parity/test_architectures.py.
 SHARES_PROMPTS = frozenset(
     "apertus arcee cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe "
-    "gpt2 gpt_neox gpt_oss granite granitemoe helium llama ministral mistral mixtral nanochat olmo olmo2 olmo3 olmoe phi "
-    "phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
+    "gpt2 gpt_neox gpt_oss granite granitemoe helium llama ministral mistral mixtral nanochat olmo olmo2 olmo3 olmoe "
+    "phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
 )
 # State that flows along the sequence would carry one packed completion into the next.
 STATEFUL_LAYERS = frozenset({"linear_attention", "mamba", "conv", "chunked_attention", "recurrent"})
 STATEFUL_MODELS = frozenset(
-    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 llama4 llama4_text mamba mamba2 nemotron_h recurrent_gemma "
-    "rwkv xlstm zamba zamba2".split()
+    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 llama4 llama4_text mamba mamba2 nemotron_h "
+    "recurrent_gemma rwkv xlstm zamba zamba2".split()
 )
 # Frequencies of any other rope type depend on the longest position of the batch, hence on the packing.
 PACKABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
@@ -68,8 +69,8 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
         raise ModelError(f"{key}={name} has no config.json; give the folder save_pretrained wrote, or a hub id")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
-            f"{key}={name} has no weights (*.safetensors); pickled weights (.bin, .pt) are not read, since loading them "
-            "can run code: convert them with save_pretrained"
+            f"{key}={name} has no weights (*.safetensors); pickled weights (.bin, .pt) are not read, since loading "
+            "them can run code: convert them with save_pretrained"
         )
     return folder
 
@@ -84,15 +85,19 @@ def _download(name: str, key: str, revision: str | None) -> Path:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise ModelError(
             f"{key}={name} is neither a folder here nor a model that can be downloaded ({reason}); "
             "check the path or the hub id, and HF_TOKEN and HF_HUB_OFFLINE if it is on the hub"
         ) from None
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def identity(folder: Path) -> str:
-    """A hash that differs when the weights differ: sizes and 16 evenly spaced blocks of 64 KiB of every weight file."""
+    """A hash that tells models apart: sizes and 16 evenly spaced blocks of 64 KiB of every weight file."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -113,7 +118,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise ModelError(f"model.model_name_or_path={folder}: its config.json cannot be used: {reason}") from None
     config.disabled_dropout = {
         name: value
@@ -201,7 +206,7 @@ class ScoringModel(nn.Module):
             dpo_layout=batch.layout,
         ).last_hidden_state[0]
         _require_reached(batch.layout, self.model.config)
-        head = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         return head(hidden_TD[batch.score_index_M], batch.target_ids_M)
 
     def export_config(self) -> PretrainedConfig:
@@ -237,7 +242,7 @@ def load_model(
     """
     try:
         with sharded_loading(deepspeed_config):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=deepcopy(config),
                 attn_implementation=attention,
@@ -246,13 +251,14 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = _first_line(error)
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
         raise ModelError(
-            f"model.model_name_or_path={folder} lacks {len(missing)} weights of its architecture, such as {missing[0]}; "
-            "they would be random numbers. Give a complete model"
+            f"model.model_name_or_path={folder} lacks {len(missing)} weights of its architecture, such as "
+            f"{missing[0]}; they would be random numbers. Give a complete model"
         )
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -267,9 +273,9 @@ def _require_reached(layout: AttentionLayout, config: PretrainedConfig) -> None:
     num_layers = config.get_text_config().num_hidden_layers
     if len(layout.reached) != num_layers:
         raise ModelError(
-            f"model.model_name_or_path: architecture {config.model_type} cannot be packed: {len(layout.reached)} of its "
-            f"{num_layers} layers compute attention through transformers' attention interface and pass its arguments on, "
-            "so packed completions would leak into each other"
+            f"model.model_name_or_path: architecture {config.model_type} cannot be packed: {len(layout.reached)} of "
+            f"its {num_layers} layers compute attention through transformers' attention interface and pass its "
+            "arguments on, so packed completions would leak into each other"
         )
 
 

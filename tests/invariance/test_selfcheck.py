@@ -1,5 +1,6 @@
 """The self-proof passes every honest run and stops on every planted fault, naming the part that has it."""
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -16,10 +17,12 @@ from dpo_dist.errors import NumericsError
 from dpo_dist.selfcheck import check_first_loss
 from tests.invariance import selfcheck_case as faults
 from tests.invariance.selfcheck_case import Case, builds_wrongly, nudge_one_matrix, save_model
+from tests.launching import launch, succeeded
 from tests.parity.oracle import random_example
 from tests.tiny_engine import QUIET, only_rank
 
-pytestmark = [pytest.mark.filterwarnings(rule) for rule in QUIET]
+# Whichever test of two ranks comes first waits for the launch.
+pytestmark = [pytest.mark.timeout(900), *(pytest.mark.filterwarnings(rule) for rule in QUIET)]
 
 ENGINES = [(stage, dtype) for stage in (0, 3) for dtype in (torch.float32, torch.bfloat16)]
 
@@ -231,3 +234,61 @@ def test_blame_of_dtype_comes_before_weights():
     policy = SimpleNamespace(dtype=torch.bfloat16)
     reference = SimpleNamespace(engine=SimpleNamespace(dtype=torch.float32))
     assert selfcheck._blame_reference(policy, reference, torch.zeros(1), torch.ones(1)).startswith("dtype:")
+
+
+# ---- two ranks: one launch
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    process = succeeded(launch(2, "tests.invariance.selfcheck_worker", str(folder), cwd=folder, timeout=600))
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], process.stderr
+
+
+def test_honest_ranks_pass(two_ranks):
+    _, ranks, _ = two_ranks
+    for raised in ranks:
+        honest = {name: error for name, error in raised.items() if name.startswith(("honest", "idle"))}
+        assert len(honest) == 9 and not any(honest.values()), honest
+
+
+def test_fault_of_one_rank_stops_all(two_ranks):
+    _, ranks, _ = two_ranks
+    for raised in ranks:
+        for stage, dtype in ENGINES:
+            kind, message = raised[f"fault {stage} {dtype}"]
+            assert kind == "NumericsError" and "packing: a completion in a micro-batch" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("other configuration", "the configuration differs between ranks"),
+        ("other data", "the training data differs between ranks"),
+        ("other plan", "the first step's plan differs between ranks"),
+    ],
+)
+def test_ranks_that_disagree_stop_before_anything_is_written(two_ranks, name, what):
+    folder, ranks, _ = two_ranks
+    for raised in ranks:
+        kind, message = raised[name]
+        assert kind == "RankMismatchError" and what in message and "rank 1: " in message
+    assert not (folder / name.removeprefix("other ")).exists()
+
+
+def test_shuffled_reference_in_the_loop_stops_after_the_first_step(two_ranks):
+    folder, ranks, _ = two_ranks
+    for raised in ranks:
+        kind, message = raised["shuffled"]
+        assert kind == "NumericsError" and "first loss is" in message
+    assert not (folder / "shuffled" / "model").exists()
+
+
+def test_run_says_and_logs_what_it_proved(two_ranks):
+    folder, _, stderr = two_ranks
+    first = json.loads((folder / "honest" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["step"], first["split"]) == (0, "self_check")
+    assert 0 <= first["numerics/margin_noise"] < 1e-2
+    assert stderr.count("self-check: policy and reference on the same micro-batch: agree bitwise") >= 1
+    assert stderr.count("equals its closed form 0.693147") == 1

@@ -1,7 +1,7 @@
 """Every architecture that shares prompts: our packed forward against its own stock forward, one sequence at a time.
 
-A stock model rounds to float32 inside (norms, eager softmax, rotary tables), also when it computes in float64: agreement
-is to about 1e-6 nats. One token seen too much or too little changes these models by 0.01 to 10 nats.
+A stock model rounds to float32 inside (norms, eager softmax, rotary tables), also when it computes in float64:
+agreement is to about 1e-6 nats. One token seen too much or too little changes these models by 0.01 to 10 nats.
 """
 
 from copy import deepcopy
@@ -121,7 +121,9 @@ def assert_equal_gradients(ours: dict[str, torch.Tensor], stock: dict[str, torch
         assert float((ours[name] - gradient).abs().max()) <= allowed, name
 
 
-def assert_matches_stock(config: PretrainedConfig, dtype: torch.dtype = torch.float64, abs_nats: float = 2e-5) -> torch.Tensor:
+def assert_matches_stock(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float64, abs_nats: float = 2e-5
+) -> torch.Tensor:
     """Both layouts, values and gradients; returns the stock log-probabilities."""
     stock, ours = stock_and_ours(config, dtype)
     expected = naive_logps(stock, EXAMPLES)
@@ -213,7 +215,11 @@ LONGROPE = {
 @pytest.mark.parametrize(
     ("model_type", "settings", "reason"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}, "rope type dynamic"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
+            "rope type dynamic",
+        ),
         ("phi3", {"rope_parameters": LONGROPE}, "rope type longrope"),
         ("mamba", {}, "carry state"),
         ("jamba", {}, "carry state"),
@@ -245,7 +251,7 @@ def test_unlisted_architecture_packs_without_sharing() -> None:
     assert not share
     assert "persimmon is not on the list" in why
     assert_matches_stock(config)
-    with pytest.raises(ConfigError, match="model.prefix_sharing=on: architecture persimmon is not on the list"):
+    with pytest.raises(ConfigError, match=r"model\.prefix_sharing=on: architecture persimmon is not on the list"):
         decide_sharing(config, "on")
 
 
@@ -298,13 +304,15 @@ def test_an_explicit_mask_is_obeyed_without_a_layout() -> None:
     mask[2, 0] = False
     additive = torch.zeros(4, 4, dtype=torch.float64).masked_fill(~mask, -torch.inf)[None, None]
     expected = stock(input_ids=ids, attention_mask=additive).logits
-    torch.testing.assert_close(ours.model(input_ids=ids, attention_mask=mask[None, None]).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours.model(input_ids=ids, attention_mask=mask[None, None]).logits, expected, rtol=1e-5, atol=1e-5
+    )
     assert not torch.allclose(expected, stock(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
 def test_exported_configuration_holds_nothing_of_ours(model_type: str, tmp_path) -> None:
-    stock, ours = stock_and_ours(build(model_type, **CASES[model_type].shape))
+    _, ours = stock_and_ours(build(model_type, **CASES[model_type].shape))
     before = deepcopy(ours.model.config)
     ours.model.config.disabled_dropout = {"attention_dropout": 0.1}
     ours.export_config().save_pretrained(tmp_path)

@@ -1,8 +1,8 @@
 """The chunked head against full logits.
 
 Oracle: log p = log_softmax(transform(h W^T + b))[target] over the whole (M, V) matrix, gradients by autograd. In low
-precision the rule is flash-attention's: the error against float64 may be at most twice that of the naive formula computed
-in the same low precision.
+precision the rule is flash-attention's: the error against float64 may be at most twice that of the naive formula
+computed in the same low precision.
 """
 
 import itertools
@@ -34,7 +34,9 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
     return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
 
 
-def problem(num_scored: int, vocabulary: int, with_bias: bool, seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
+def problem(
+    num_scored: int, vocabulary: int, with_bias: bool, seed: int = 0
+) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
     """Head, hidden states, targets, and one random weight for each log-probability; float64."""
     torch.manual_seed(seed)
     linear = nn.Linear(WIDTH, vocabulary, bias=with_bias, dtype=torch.float64)
@@ -139,7 +141,9 @@ def test_sums_over_chunks_are_kept_in_float32() -> None:
 
 def test_extreme_logits_stay_finite() -> None:
     linear, hidden, targets, coefficients = problem(9, 31, with_bias=False)
-    for values in run(lambda h: LogProbHead(linear, LogitTransform(), 4)(h, targets), linear, 1e4 * hidden, coefficients):
+    for values in run(
+        lambda h: LogProbHead(linear, LogitTransform(), 4)(h, targets), linear, 1e4 * hidden, coefficients
+    ):
         assert values.isfinite().all()
 
 

@@ -86,7 +86,7 @@ def test_defaults_of_a_minimal_file(minimal):
     )
     assert (config.train.learning_rate, config.loss.beta, config.packing.max_tokens) == (1e-6, 0.1, 8192)
     assert (config.parallel.deepspeed, config.checkpoint.resume, config.log.report_to) == (
-        "zero3",
+        "zero3_bf16",
         "never",
         ["tensorboard"],
     )

@@ -1,8 +1,8 @@
 """Losses against formulas written here.
 
 With m = beta (log-ratio of chosen - log-ratio of rejected) and s the logistic function, the sigmoid loss is
--(1 - eps) log s(m) - eps log s(-m); its derivative to the chosen log-ratio is beta (eps s(m) - (1 - eps) s(-m)), which for
-eps = 0 is -beta s(-m).
+-(1 - eps) log s(m) - eps log s(-m); its derivative to the chosen log-ratio is beta (eps s(m) - (1 - eps) s(-m)), which
+for eps = 0 is -beta s(-m).
 """
 
 import inspect

@@ -23,7 +23,9 @@ def test_equals_transformers_at_every_step(name: str, warmup: float, warmup_coun
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_count, num_training_steps=num_steps)
     ours = config(lr_scheduler_type=name, warmup_steps=warmup)
     for step in range(num_steps):
-        assert learning_rate_at(step, ours, num_steps) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-20)
+        assert learning_rate_at(step, ours, num_steps) == pytest.approx(
+            scheduler.get_last_lr()[0], rel=1e-12, abs=1e-20
+        )
         optimizer.step()
         scheduler.step()
 

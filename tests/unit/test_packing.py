@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpo_dist.data import Pair
 from dpo_dist.errors import ConfigError
 from dpo_dist.packing import ExampleSize, Packer, StepPlan, longest_example, sizes_of
-from dpo_dist.tokenization import TokenizedDataset
+from dpo_dist.tokenization import TokenizedDataset, TokenizedExample
 from dpo_dist.tokenization.dataset import RaggedLengths
 
 LENGTHS = st.integers(1, 40)
@@ -157,10 +157,12 @@ def test_an_example_that_exceeds_the_budget_is_refused() -> None:
     size = ExampleSize(10, (4, 6), ())
     Packer(1, 18, 18, share_prompts=True).require_fit(size, "d.jsonl:3")
     Packer(1, 28, 28, share_prompts=False).require_fit(size, "d.jsonl:3")
-    expected = r"packing.max_tokens=17 is smaller than an example of 18 packed tokens \(d.jsonl:3\); raise it to at least 18"
+    expected = (
+        r"packing.max_tokens=17 is smaller than an example of 18 packed tokens \(d.jsonl:3\); raise it to at least 18"
+    )
     with pytest.raises(ConfigError, match=expected):
         Packer(1, 17, 18, share_prompts=True).require_fit(size, "d.jsonl:3")
-    with pytest.raises(ConfigError, match="packing.reference_max_tokens=17"):
+    with pytest.raises(ConfigError, match=r"packing\.reference_max_tokens=17"):
         Packer(1, 18, 17, share_prompts=True).require_fit(size, "d.jsonl:3")
 
 
@@ -176,10 +178,17 @@ class Lengths(TokenizedDataset):
             flat=np.array([length for size in sizes for length in size.completions]),
             starts=np.cumsum([0, *(len(size.completions) for size in sizes)]),
         )
-        self._pairs = [size.pairs for size in sizes]
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        size = self._sizes[index]
+        return TokenizedExample((0,) * size.prompt, tuple((0,) * n for n in size.completions), size.pairs, "")
 
     def pairs_of(self, index: int) -> tuple[Pair, ...]:
-        return self._pairs[index]
+        return self._sizes[index].pairs
 
 
 @given(raw=STEPS["raw"], share=st.booleans())

@@ -45,7 +45,8 @@ def test_resuming_is_arithmetic(num_examples: int, examples_per_step: int, seed:
 
 def test_every_epoch_and_every_seed_has_its_own_order() -> None:
     orders = [
-        Sampler(100, 100, seed, shuffle=True).examples_of(epoch) for seed, epoch in itertools.product(range(4), range(4))
+        Sampler(100, 100, seed, shuffle=True).examples_of(epoch)
+        for seed, epoch in itertools.product(range(4), range(4))
     ]
     assert len(set(orders)) == len(orders)
     assert tuple(range(100)) not in orders

@@ -1,0 +1,222 @@
+"""Sums of a step against naive loops, the file of numbers, and where else they go."""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dpo_dist.batch import build_micro_batch
+from dpo_dist.data import Pair
+from dpo_dist.errors import NumericsError
+from dpo_dist.metrics import (
+    COUNTS,
+    PER_PAIR,
+    SUMS,
+    TRACKER_PACKAGES,
+    TRACKERS,
+    MetricsFile,
+    Window,
+    padded_tokens,
+    require_finite,
+    step_sums,
+)
+from dpo_dist.tokenization import TokenizedExample
+
+EXAMPLES = [
+    TokenizedExample((1, 2, 3), ((10, 11), (20, 21, 22)), (Pair(0, 1, 2.0),), "a:1"),
+    TokenizedExample((5,), ((30,), (40, 41), (50,)), (Pair(1, 0), Pair(2, 1, 0.5)), "a:2"),
+]
+LOGPS = [-3.0, -4.0, -1.0, -2.5, -2.0]
+LOGRATIOS = [0.5, -0.25, 1.0, 1.0, -1.0]  # the second pair (3 over 2) is a tie
+PAIRS = [(0, 1, 2.0), (3, 2, 1.0), (4, 3, 0.5)]
+LOSSES = [0.25, 0.5, 4.0]
+BETA = 0.2
+
+
+def sums_of(examples: list[TokenizedExample], logps: list[float], logratios: list[float], losses: list[float]):
+    batch = build_micro_batch(examples, list(range(0, 2 * len(examples), 2)), share_prompts=True)
+    tensors = (torch.tensor(values, dtype=torch.float32) for values in (logps, logratios, losses))
+    return dict(zip(SUMS, step_sums(batch, *tensors, BETA).tolist(), strict=True))
+
+
+def test_sums_of_a_micro_batch() -> None:
+    sums = sums_of(EXAMPLES, LOGPS, LOGRATIOS, LOSSES)
+    rewards = [(BETA * LOGRATIOS[c], BETA * LOGRATIOS[r]) for c, r, _ in PAIRS]
+    expected = {
+        "loss": sum(loss * weight for loss, (_, _, weight) in zip(LOSSES, PAIRS, strict=True)),
+        "pair_weight": 3.5,
+        "num_pairs": 3,
+        "rewards/chosen": sum(chosen for chosen, _ in rewards),
+        "rewards/rejected": sum(rejected for _, rejected in rewards),
+        "rewards/margins": sum(chosen - rejected for chosen, rejected in rewards),
+        "rewards/accuracies": 1,  # the first pair; a tie counts as wrong
+        "logps/chosen": sum(LOGPS[c] for c, _, _ in PAIRS),
+        "logps/rejected": sum(LOGPS[r] for _, r, _ in PAIRS),
+        "tokens_processed": 8,
+        "tokens_unshared": 11 + 5 + 5,
+    }
+    assert list(sums) == list(expected)
+    assert sums == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_filler_counts_nothing() -> None:
+    assert set(sums_of([], [], [], []).values()) == {0.0}
+
+
+def test_means_of_an_interval_are_not_means_of_means() -> None:
+    """Loss per unit of weight, the rest per pair, over steps of unequal size."""
+    steps = [sums_of(EXAMPLES, LOGPS, LOGRATIOS, LOSSES), sums_of(EXAMPLES[:1], [-1.0, -2.0], [3.0, 1.0], [7.0])]
+    window = Window()
+    for step in steps:
+        window.add({**step, "tokens_padded": 20.0})
+    means = window.means()
+    assert list(means) == ["loss", *PER_PAIR]
+    assert means["loss"] == pytest.approx((0.25 * 2 + 0.5 + 4 * 0.5 + 7 * 2) / 5.5)
+    assert means["rewards/accuracies"] == 2 / 4
+    assert means["logps/chosen"] == pytest.approx((-3.0 - 2.5 - 2.0 - 1.0) / 4)
+    assert means["rewards/margins"] == pytest.approx(BETA * (0.75 + 0.0 - 2.0 + 2.0) / 4)
+    assert window.counts() == {"tokens_processed": 8 + 6, "tokens_unshared": 21 + 11, "tokens_padded": 40}
+    assert tuple(window.counts()) == COUNTS
+    assert window.num_steps == 2
+
+
+def test_an_interval_survives_a_checkpoint_bit_for_bit() -> None:
+    window = Window()
+    window.add({"loss": 0.1 + 0.2, "num_pairs": 3.0})
+    again = Window.from_json(json.loads(json.dumps(window.to_json())))
+    assert (again.sums, again.num_steps) == (window.sums, 1)
+    again.add({"loss": 1.0})
+    assert window.sums["loss"] == 0.1 + 0.2  # a copy
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([], 0),
+        ([5], 2 * 5),
+        ([3, 9, 4], 2 * 3 * 9),
+        ([1] * 8 + [7], 16 * 1 + 2 * 7),
+        ([2, *[1] * 7, 5, 6], 16 * 2 + 4 * 6),
+    ],
+)
+def test_padded_tokens(lengths: list[int], expected: int) -> None:
+    """Two rows for each pair, padded to the longest row among 8 consecutive pairs."""
+    assert padded_tokens(lengths) == expected
+
+
+def test_numbers_must_be_finite() -> None:
+    require_finite(3, {"loss": 1.0, "grad_norm": 0.0})
+    with pytest.raises(NumericsError, match=r"step 4: loss=nan, grad_norm=inf; checkpoints written before are intact"):
+        require_finite(4, {"loss": math.nan, "grad_norm": math.inf, "other": 1.0})
+
+
+# ---- metrics.jsonl
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.closed = False
+
+    def log(self, values: Any, step: int) -> None:
+        self.logged.append((dict(values), step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_every_line_is_written_at_once_and_sent_on(tmp_path: Path) -> None:
+    path, tracker = tmp_path / "metrics.jsonl", Recorder()
+    file = MetricsFile(path, [tracker])
+    file.write({"step": 1, "loss": 0.1 + 0.2, "num_tokens": 7})
+    assert json.loads(path.read_text()) == {"step": 1, "loss": 0.1 + 0.2, "num_tokens": 7}  # every bit
+    file.write({"step": 1, "split": "evaluation", "dataset": "held", "loss": 0.5})
+    assert steps_in(path) == [1, 1]
+    assert tracker.logged == [({"loss": 0.1 + 0.2, "num_tokens": 7.0}, 1), ({"eval_held_loss": 0.5}, 1)]
+    file.close()
+    assert tracker.closed
+
+
+def test_a_number_json_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        MetricsFile(tmp_path / "metrics.jsonl").write({"step": 1, "loss": math.nan})
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (0, 1, 2, 2, 3, 4)]
+    path.write_text("".join(lines) + '{"step": 2, "lo')  # killed while writing
+    MetricsFile(path).keep_until(2)
+    assert path.read_text() == "".join(lines[:4])
+    assert list(tmp_path.iterdir()) == [path]
+    MetricsFile(path).write({"step": 3})
+    assert steps_in(path) == [0, 1, 2, 2, 3]
+
+
+def test_a_torn_last_line_within_the_kept_steps_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2')
+    MetricsFile(path).keep_until(5)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_nothing_to_keep_is_fine(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl").keep_until(3)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- trackers
+
+
+def test_tensorboard_files_can_be_read(tmp_path: Path) -> None:
+    tracker = TRACKERS["tensorboard"](tmp_path, {})
+    tracker.log({"loss": 0.5, "rewards/chosen": -1.0}, 1)
+    tracker.log({"loss": 0.25}, 2)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(event.step, event.value) for event in events.Scalars("rewards/chosen")] == [(1, -1.0)]
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = types.SimpleNamespace(log=lambda v, step: calls.append((v, step)), finish=lambda: calls.append("finish"))
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **settings: calls.append(settings) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tracker = TRACKERS["wandb"](tmp_path / "run7", {"beta": 0.1})
+    tracker.log({"loss": 0.5}, 3)
+    tracker.close()
+    settings = {"dir": str(tmp_path / "run7"), "name": "run7", "config": {"beta": 0.1}}
+    assert calls == [settings, ({"loss": 0.5}, 3), "finish"]
+
+
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    mlflow = types.ModuleType("mlflow")
+    mlflow.start_run = lambda run_name: calls.append(run_name)  # type: ignore[attr-defined]
+    mlflow.log_dict = lambda values, name: calls.append((values, name))  # type: ignore[attr-defined]
+    mlflow.log_metrics = lambda values, step: calls.append((values, step))  # type: ignore[attr-defined]
+    mlflow.end_run = lambda: calls.append("end")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    tracker = TRACKERS["mlflow"](tmp_path / "run7", {"beta": 0.1})
+    tracker.log({"rewards/chosen": 0.5}, 3)
+    tracker.close()
+    assert calls == ["run7", ({"beta": 0.1}, "config.json"), ({"rewards.chosen": 0.5}, 3), "end"]
+
+
+def test_every_tracker_names_its_package() -> None:
+    assert TRACKERS.keys() == TRACKER_PACKAGES.keys()

@@ -1,0 +1,204 @@
+"""Finding, checking and loading a model; what an architecture does is held to its stock forward in tests/parity."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from dpo_dist import model as model_file
+from dpo_dist.attention import register
+from dpo_dist.errors import ModelError
+from dpo_dist.logprobs import LogitTransform, LogProbHead
+from dpo_dist.model import (
+    ScoringModel,
+    identity,
+    load_config,
+    load_model,
+    logit_transform,
+    resolve_folder,
+    sharded_loading,
+)
+from tests.parity.oracle import llama_config, our_logps, random_example
+
+KEY = "model.model_name_or_path"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny Llama as save_pretrained writes it."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(llama_config()).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, deepspeed_config: dict | None = None) -> ScoringModel:
+    config = load_config(folder, trust_remote_code=False)
+    return load_model(folder, config, register("sdpa"), dtype, deepspeed_config or {}, False, trust_remote_code=False)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---- the folder
+
+
+def test_a_folder_is_itself(folder: Path, tmp_path: Path) -> None:
+    assert resolve_folder(str(folder), KEY, None, tmp_path) == folder
+
+
+def test_the_demo_model_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(model_file, "demo_model_folder", lambda cache_dir: cache_dir / "demo")
+    assert resolve_folder("demo", KEY, None, tmp_path) == tmp_path / "demo"
+
+
+def test_anything_else_is_downloaded_without_pickles(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    asked: list[tuple] = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
+    assert resolve_folder("org/name", KEY, "abc", tmp_path) == folder
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("org/name", "abc")
+    assert "*.safetensors" in patterns
+    assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pt", ".pth"))]
+
+
+@pytest.mark.parametrize("error", [HFValidationError("bad name"), LocalEntryNotFoundError("offline"), OSError()])
+def test_what_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
+    expected = rf"{KEY}=no/where is neither a folder here nor a model that can be downloaded \(.+\); check the path"
+    with pytest.raises(ModelError, match=expected):
+        resolve_folder("no/where", KEY, None, tmp_path)
+
+
+def test_a_folder_without_configuration_or_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=rf"{KEY}=.*tiny has no weights \(\*.safetensors\); pickled weights"):
+        resolve_folder(str(folder), KEY, None, tmp_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=rf"{KEY}=.*tiny has no config.json; give the folder"):
+        resolve_folder(str(folder), KEY, None, tmp_path)
+
+
+def test_identity_follows_the_weights_and_nothing_else(folder: Path) -> None:
+    before = identity(folder)
+    edit_config(folder, note="other")
+    assert identity(folder) == before
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1e-6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert identity(folder) != before
+
+
+# ---- its configuration
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "nobody_knows"}', "{}"])
+def test_a_configuration_that_cannot_be_used(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"its config.json cannot be used: .+"):
+        load_config(folder, trust_remote_code=False)
+
+
+def test_dropout_is_off_and_comes_back_on_export(folder: Path) -> None:
+    edit_config(folder, attention_dropout=0.25, hidden_dropout_prob=0.5, router_jitter_noise=0.1, initializer_range=0.3)
+    config = load_config(folder, trust_remote_code=False)
+    was = {"attention_dropout": 0.25, "hidden_dropout_prob": 0.5, "router_jitter_noise": 0.1}
+    assert config.disabled_dropout == was
+    assert {name: getattr(config, name) for name in was} == dict.fromkeys(was, 0.0)
+    assert config.initializer_range == 0.3
+    model = load(folder)
+    exported = model.export_config()
+    assert {name: getattr(exported, name) for name in was} == was
+    assert not hasattr(exported, "disabled_dropout")
+    assert model.model.config.attention_dropout == 0.0  # the export is a copy
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), LogitTransform()),
+        (CohereConfig(logit_scale=0.25), LogitTransform(scale=0.25)),
+        (GraniteConfig(logits_scaling=8.0), LogitTransform(scale=0.125)),
+        (Gemma2Config(final_logit_softcapping=30.0), LogitTransform(softcap=30.0)),
+        (Gemma2Config(final_logit_softcapping=None), LogitTransform()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_logit_transform(config, expected: LogitTransform) -> None:
+    assert logit_transform(config) == expected
+
+
+# ---- loading
+
+
+def test_a_loaded_model_scores_and_keeps_the_parameters_names(folder: Path) -> None:
+    model = load(folder, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.state_dict().keys() == load_file(folder / "model.safetensors").keys()
+    assert isinstance(model.model.get_output_embeddings(), LogProbHead)
+    logps = our_logps(model, [random_example(1, 5, [3, 4])], share=True)
+    assert logps.dtype == torch.float32
+    assert (logps < 0).all()
+
+
+def test_missing_weights_are_an_error_not_random_numbers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks 1 weights of its architecture, such as model.layers.1.mlp.up_proj.weight"
+    ):
+        load(folder)
+
+
+def test_weights_of_another_shape_are_an_error(folder: Path) -> None:
+    edit_config(folder, intermediate_size=40)
+    with pytest.raises(ModelError, match=r"tiny (cannot be loaded|lacks)"):
+        load(folder)
+
+
+def test_damaged_weights_are_an_error(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelError, match="tiny cannot be loaded"):
+        load(folder)
+
+
+def test_a_head_that_is_not_linear_is_refused(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_config(llama_config())
+    model.set_output_embeddings(nn.Sequential())
+    with pytest.raises(ModelError, match="the output head of architecture llama is a Sequential, not a linear layer"):
+        ScoringModel(model)
+
+
+# ---- ZeRO-3's global switch
+
+
+def test_partitioned_loading_is_on_inside_and_off_after(folder: Path) -> None:
+    stage3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    with sharded_loading(stage3):
+        assert is_deepspeed_zero3_enabled()
+    assert not is_deepspeed_zero3_enabled()
+    with pytest.raises(KeyError), sharded_loading(stage3):
+        raise KeyError
+    assert not is_deepspeed_zero3_enabled()
+    for other in ({}, {"zero_optimization": {"stage": 2}}):
+        with sharded_loading(other):
+            assert not is_deepspeed_zero3_enabled()

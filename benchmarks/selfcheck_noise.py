@@ -1,4 +1,4 @@
-"""How far honest layouts of the same examples differ: the numbers behind the bounds of `dpo_dist/selfcheck.py`.
+"""How far honest layouts of the same examples differ: the numbers behind the bounds of `dpo_dist/selfcheck/noise.py`.
 
     python benchmarks/selfcheck_noise.py CONFIG DTYPE NUM_EXAMPLES [section.key=value ...]
 
@@ -21,7 +21,7 @@ from dpo_dist.cli import cache_dir
 from dpo_dist.cli.prepare import prepare
 from dpo_dist.config import load_config
 from dpo_dist.model import load_model
-from dpo_dist.selfcheck import alone
+from dpo_dist.selfcheck.proof import alone
 from dpo_dist.tokenization import TokenizedExample
 
 PER_BATCH = 4  # examples of a micro-batch; bins hold twice as many

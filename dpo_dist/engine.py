@@ -109,7 +109,12 @@ class TrainingEngine:
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.device = torch.device(self.engine.device)
-        self._computes_own_norm = zero.get("stage", 0) == 0 and not ({"bf16", "fp16"} & config.keys())
+        replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
+        self._computes_own_norm = replicated and not halved
+        if replicated and halved:
+            # DeepSpeed 0.19.8 makes AdamW's state by an update with zero gradients, which then counts in the bias
+            # correction: the first real update would be a quarter too small. AdamW makes its state itself.
+            self.engine.optimizer.optimizer.state.clear()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,9 +170,10 @@ class TrainingEngine:
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:
     betas = (train.adam_beta1, train.adam_beta2)
+    # A rate of 0 until `step` sets the step's own: nothing decays in an update that DeepSpeed makes on its own.
     if use_deepspeed:
-        return DeepSpeedCPUAdam(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon)
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon)
 
 
 def _named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:

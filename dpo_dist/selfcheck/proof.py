@@ -1,14 +1,14 @@
 """What a run proves about itself before the first update.
 
-With equal weights and the same micro-batch, policy and reference must agree to the last bit, in any dtype: the same
-kernels ran on the same numbers. A different layout of the same examples sums in another order, so it agrees up to
-rounding: that noise is measured and held against what honest arithmetic of the dtype gives. Where something is off, the
-run stops and says which of dtype, dropout, reference, attention or packing is at fault.
+With equal weights and the same micro-batch, policy and reference agree to the last bit, in any dtype: the same kernels
+ran on the same numbers. Where they do not, the weights themselves are compared, and must be equal to the last bit. A
+different layout of the same examples sums in another order, so it agrees up to rounding: that noise is measured and
+held against what honest arithmetic of the dtype gives. Where something is off, the run stops and says which of dtype,
+dropout, reference, attention or packing is at fault.
 
     M scored tokens   C completions   B preference pairs
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,22 +17,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_dist.batch import AttentionLayout, MicroBatch, RankWork, build_micro_batch
-from dpo_dist.distributed import all_gather_json, require_agreement
+from dpo_dist.distributed import all_gather_json, broadcast_json, require_agreement
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError
 from dpo_dist.losses import PairLoss, at_equality
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import LiveReference
+from dpo_dist.selfcheck.noise import (
+    NOISE_PER_SQRT_TOKEN,
+    RMS_LIMIT,
+    compare,
+    describe,
+    excess_of,
+    gather,
+    honest,
+    is_rounding,
+    rms,
+)
 from dpo_dist.tokenization import TokenizedExample
-
-# How far two honest evaluations of one completion's log-probability are apart (rms), in nats per sqrt(token). Measured:
-# docs/decisions/0003-self-check-bounds.md says what, and how to measure it again.
-NOISE_PER_SQRT_TOKEN = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-5, torch.float64: 1e-12}
-# Adding n equal values up in float32 rounds n times: two such sums with independent roundings differ by 0.3 sqrt(n)
-# roundings of the total. In float32 this is the larger part from about 100 tokens on.
-_SUM_NOISE = 0.3 * torch.finfo(torch.float32).eps
-_RMS_LIMIT = 3.0  # times the honest noise, of all completions that are compared
-_LARGEST_LIMIT = 8.0  # times the honest noise, of a single one
 
 
 @dataclass(frozen=True)
@@ -40,35 +42,21 @@ class Proof:
     """What was measured; equal on every rank."""
 
     same_weights: bool  # policy and reference started from the same folder
+    bitwise: bool  # and gave the same log-probabilities to the last bit, not only up to a kernel's order of sums
     layout_noise: float  # rms over completions, nats per sqrt(token): unshared, and alone, against the micro-batch
     margin_noise: float  # rms over pairs of chosen - rejected difference, nats: reference bins against micro-batches
     margin_bound: float  # the same for honest arithmetic of this dtype and these lengths, an upper bound
 
     def lines(self) -> list[str]:
         """What to tell the user."""
-        agreement = "agree bitwise" if self.same_weights else "skipped: reference differs"
+        agreement = "agree bitwise" if self.bitwise else "equal weights, agree up to a kernel's order of sums"
+        if not self.same_weights:
+            agreement = "skipped: reference differs"
         return [
             f"self-check: policy and reference on the same micro-batch: {agreement}",
             f"self-check: other layouts of the same examples differ by {self.layout_noise:.1e} nats per sqrt(token)",
             f"self-check: margin noise {self.margin_noise:.1e} nats (bound {self.margin_bound:.1e})",
         ]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two evaluations of the same completions, on one rank."""
-
-    difference_C: Float[Tensor, " C"]  # nats, float64, on CPU
-    honest_C: Float[Tensor, " C"]  # nats: what rounding explains (rms)
-    lengths_C: Float[Tensor, " C"]  # tokens
-
-    def excess(self) -> list[float]:
-        """Differences of all ranks in units of honest noise. Collective."""
-        return _gather(self.difference_C / self.honest_C)
-
-    def per_root_token(self) -> list[float]:
-        """Differences of all ranks in nats per sqrt(token). Collective."""
-        return _gather(self.difference_C / self.lengths_C.sqrt())
 
 
 @torch.no_grad()
@@ -93,33 +81,37 @@ def prove(
     Raises:
         NumericsError: on every rank, naming the part at fault.
     """
-    scale, faults = NOISE_PER_SQRT_TOKEN[policy.dtype], []
+    scale = NOISE_PER_SQRT_TOKEN[policy.dtype]
     positions = plan.micro_batches[policy.ranks.rank][0]
     batch = work.build(positions, work.share_prompts)
-    logps_M = policy.token_logps(batch)
-    if not torch.equal(logps_M, policy.token_logps(batch)):
-        faults.append("dropout: the policy gives two answers for one micro-batch; dropout or a random layer is active")
+    logps_M, again_M = policy.token_logps(batch), policy.token_logps(batch)
     reference_logps_M = reference.engine.token_logps(batch)
-    if same_weights and not torch.equal(logps_M, reference_logps_M):
-        faults.append(_blame_reference(policy, reference, logps_M, reference_logps_M))
+    logps_C, again_C, reference_logps_C = (_sums(batch, values) for values in (logps_M, again_M, reference_logps_M))
+    bitwise = all(all_gather_json(torch.equal(logps_M, reference_logps_M)))
+    faults = _blame_dropout(compare(batch, again_C, batch, logps_C, scale).excess())
+    if same_weights and not bitwise:
+        engines = compare(batch, reference_logps_C, batch, logps_C, scale)
+        faults += _blame_reference(policy, reference, engines.excess())
 
     # Other layouts of the same examples. Every rank runs equally many forwards, with fillers where it has nothing.
-    logps_C = _sums(batch, logps_M)
     own_prompts = work.build(_within(work, positions, max_tokens), share_prompts=False)
-    others = [own_prompts, *_two_alone(work, batch, positions)]
-    unshared, *alone = [_compare(one, _sums(one, policy.token_logps(one)), batch, logps_C, scale) for one in others]
-    reference_C = reference.completion_logps(work.reference_bins(), work.num_completions)
-    in_bins_C = reference_C[batch.completion_index_C.to(reference_C.device)]
-    bins = _compare(batch, in_bins_C, batch, _sums(batch, reference_logps_M), scale)
-    faults += _blame_layout(unshared.excess(), [x for one in alone for x in one.excess()], bins.excess())
+    unshared_C = _sums(own_prompts, policy.token_logps(own_prompts))
+    unshared = compare(own_prompts, unshared_C, batch, logps_C, scale)
+    alone = [(one, _sums(one, policy.token_logps(one))) for one in _two_alone(work, batch, positions)]
+    lonely = [compare(one, logps, batch, logps_C, scale) for one, logps in alone]
+    packed = [compare(one, logps, own_prompts, unshared_C, scale) for one, logps in alone]
+    in_bins_C = reference.completion_logps(work.reference_bins(), work.num_completions)
+    bins = compare(batch, in_bins_C[batch.completion_index_C.to(in_bins_C.device)], batch, reference_logps_C, scale)
+    faults += _blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), bins.excess())
     _raise_first(faults)
 
     margins_B = bins.difference_C[batch.pair_chosen_B] - bins.difference_C[batch.pair_rejected_B]
     return Proof(
         same_weights,
-        layout_noise=_rms([x for one in (unshared, *alone) for x in one.per_root_token()]),
-        margin_noise=_rms(_gather(margins_B)),
-        margin_bound=_RMS_LIMIT * _rms(_gather(_honest_margins(work, reference_C, scale))),
+        bitwise,
+        layout_noise=rms([x for one in (unshared, *lonely) for x in one.per_root_token()]),
+        margin_noise=rms(gather(margins_B)),
+        margin_bound=RMS_LIMIT * rms(gather(_honest_margins(work, in_bins_C, scale))),
     )
 
 
@@ -203,90 +195,73 @@ def _within(work: RankWork, positions: Sequence[int], max_tokens: int) -> tuple[
     return tuple(chosen)
 
 
-def _compare(
-    other: MicroBatch, other_logps_C: Tensor, batch: MicroBatch, logps_C: Float[Tensor, " C"], scale: float
-) -> Comparison:
-    """The completions of `other` against the same ones of `batch`."""
-    place = {int(index): i for i, index in enumerate(batch.completion_index_C)}
-    same = torch.tensor([place[int(index)] for index in other.completion_index_C], dtype=torch.int64)
-    expected_C = logps_C.cpu().double()[same]
-    lengths_C = torch.bincount(other.completion_of_M.cpu(), minlength=len(same)).double()
-    return Comparison(other_logps_C.cpu().double() - expected_C, _honest(lengths_C, expected_C, scale), lengths_C)
-
-
-def _honest(lengths_C: Tensor, logps_C: Tensor, scale: float) -> Tensor:
-    """What rounding explains of a difference between two evaluations (rms), nats: of the tokens, and of their sum."""
-    return lengths_C.sqrt() * (scale + _SUM_NOISE * logps_C.abs())
-
-
 def _honest_margins(work: RankWork, logps_C: Float[Tensor, " C"], scale: float) -> Float[Tensor, " B"]:
     """The same for the margins of all pairs of the rank's share."""
-    honest = [torch.zeros(0, dtype=torch.float64)]
+    margins = [torch.zeros(0, dtype=torch.float64)]
     for batch in work.reference_bins():
         lengths_C = torch.bincount(batch.completion_of_M, minlength=len(batch.completion_index_C)).double()
-        honest_C = _honest(lengths_C, logps_C.cpu().double()[batch.completion_index_C], scale)
-        honest.append(torch.hypot(honest_C[batch.pair_chosen_B], honest_C[batch.pair_rejected_B]))
-    return torch.cat(honest)
+        honest_C = honest(lengths_C, logps_C.cpu().double()[batch.completion_index_C], scale)
+        margins.append(torch.hypot(honest_C[batch.pair_chosen_B], honest_C[batch.pair_rejected_B]))
+    return torch.cat(margins)
 
 
 def _sums(batch: MicroBatch, values_M: Float[Tensor, " M"]) -> Float[Tensor, " C"]:
     return batch.to(values_M.device).completion_sums(values_M)
 
 
-def _gather(values: Tensor) -> list[float]:
-    return [value for share in all_gather_json(values.double().tolist()) for value in share]
+def _blame_dropout(again: Sequence[float]) -> list[str]:
+    if is_rounding(again):
+        return []
+    return [f"dropout: the policy gives two answers for one micro-batch, a random layer is active ({describe(again)})"]
 
 
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values) / len(values)) if values else 0.0
-
-
-def _is_rounding(excess: Sequence[float]) -> bool:
-    # `not above`, so that a NaN is no rounding.
-    return not excess or (max(map(abs, excess)) <= _LARGEST_LIMIT and _rms(excess) <= _RMS_LIMIT)
-
-
-def _blame_reference(
-    policy: TrainingEngine, reference: LiveReference, logps_M: Tensor, reference_logps_M: Tensor
-) -> str:
+def _blame_reference(policy: TrainingEngine, reference: LiveReference, engines: Sequence[float]) -> list[str]:
+    """The fault of an engine that does not agree to the last bit; collective, equal on every rank."""
     if policy.dtype != reference.engine.dtype:
-        return f"dtype: the policy computes in {policy.dtype}, the reference in {reference.engine.dtype}"
-    worst = float((logps_M - reference_logps_M).abs().max())
-    return (
-        f"reference: it gives other log-probabilities than the policy for the same micro-batch (by up to {worst:.1e} "
-        "nats per token), although both were loaded from the same folder"
-    )
+        return [f"dtype: the policy computes in {policy.dtype}, the reference in {reference.engine.dtype}"]
+    differing = None  # the first rank holds the whole weights
+    for (name, mine), (_, theirs) in zip(
+        policy.named_full_parameters(), reference.engine.named_full_parameters(), strict=True
+    ):
+        if mine is not None and theirs is not None and differing is None and not torch.equal(mine, theirs):
+            differing = name
+    if name := broadcast_json(differing):
+        return [f"reference: its weights are not the policy's, first {name}, although both were loaded from one folder"]
+    if is_rounding(engines):
+        return []  # a kernel whose order of sums depends on where its operands lie in memory
+    return [f"reference: with equal weights it gives other log-probabilities than the policy ({describe(engines)})"]
 
 
-def _blame_layout(unshared: Sequence[float], alone: Sequence[float], bins: Sequence[float]) -> list[str]:
-    """The fault of the layouts, from differences to the micro-batch in units of honest noise; equal on every rank."""
-    if not _is_rounding(alone) and not _is_rounding(unshared):
+def _blame_layout(
+    unshared: Sequence[float], lonely: Sequence[float], packed: Sequence[float], bins: Sequence[float]
+) -> list[str]:
+    """The fault of the layouts, from differences in units of honest noise; equal on every rank.
+
+    Args:
+        unshared: completions with a prompt each, against the micro-batch.
+        lonely: completions alone, against the micro-batch.
+        packed: completions alone, against those with a prompt each.
+        bins: the reference's bins, against its answer for the micro-batch.
+    """
+    if not is_rounding(packed) or (not packed and not is_rounding(lonely)):
         return [
-            f"attention: with a shared prompt completions score differently than alone ({_size(alone)}): "
-            "the kernel is wrong, or the keys or positions given to it. model.prefix_sharing=off or "
+            f"packing: a completion in a micro-batch scores differently than alone ({describe(packed or lonely)}): "
+            "scored positions, targets, or the border between sequences. model.attn_implementation=sdpa rules out the "
+            "kernel"
+        ]
+    if not is_rounding(unshared) or not is_rounding(lonely):
+        return [
+            f"attention: with a shared prompt completions score differently than without "
+            f"({describe([*unshared, *lonely])}): the kernel is wrong, or the keys or positions given to it. "
+            "model.prefix_sharing=off or "
             "model.attn_implementation=sdpa avoid it"
         ]
-    if not _is_rounding(alone):
+    if not is_rounding(bins):
         return [
-            f"packing: a completion in a micro-batch scores differently than alone ({_size(alone)}): scored "
-            "positions, targets, or the border between sequences. model.attn_implementation=sdpa rules out the kernel"
-        ]
-    if not _is_rounding(unshared):
-        return [f"packing: completions score differently with a prompt each than with a shared one ({_size(unshared)})"]
-    if not _is_rounding(bins):
-        return [
-            f"packing: the reference's bins score differently than the policy's micro-batches ({_size(bins)}): values "
-            "are assigned to the wrong completions, or depend on what is packed with them"
+            f"packing: the reference's bins score differently than the policy's micro-batches ({describe(bins)}): "
+            "values are assigned to the wrong completions, or depend on what is packed with them"
         ]
     return []
-
-
-def _size(excess: Sequence[float]) -> str:
-    largest = max(map(abs, excess))
-    return (
-        f"rms {_rms(excess):.2g} times what rounding explains, largest {largest:.2g}; "
-        f"allowed {_RMS_LIMIT:g} and {_LARGEST_LIMIT:g}"
-    )
 
 
 def _raise_first(faults: list[str]) -> None:

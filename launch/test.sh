@@ -12,6 +12,8 @@ source launch/setup.sh
 set_up demo test
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Launched ranks compile what they import to be checked while they run; without a cache each of them does so anew.
+unset PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE=1 # a test that reaches for the network must fail on every machine, not only without one
 # In the foreground, so that `--pdb` has the terminal; Ctrl-C goes to pytest, and ranks it leaves behind end with us.
 env "$mark" python -m pytest "$@"

@@ -1,6 +1,7 @@
 """`dpo-dist train`: build a run, prove it, train it, export it."""
 
 import hashlib
+import json
 import logging
 import sys
 import warnings
@@ -23,7 +24,7 @@ from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config, r
 from dpo_dist.errors import ConfigError
 from dpo_dist.metrics import TRACKER_PACKAGES, TRACKERS, MetricsFile
 from dpo_dist.model import identity, load_model
-from dpo_dist.packing import sizes_of
+from dpo_dist.packing import StepPlan, sizes_of
 from dpo_dist.reference import LiveReference
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
@@ -72,7 +73,7 @@ def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Pa
     rows = prepared.sampler.examples_of(0)
     plan = packer.plan(0, rows, sizes_of(prepared.dataset, rows))
     # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
-    check_agreement(plan, prepared.dataset.fingerprint, _digest(dump_resolved(config)))
+    check_agreement(_facts(prepared, plan))
     store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
     checkpoint = store.find(config.checkpoint.resume)
     policy, reference = _engines(prepared, ranks)
@@ -224,5 +225,22 @@ def _announce(prepared: Prepared, ranks: Ranks) -> None:
         logger.info("rows left out: %s", prepared.dataset.bad_rows)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
+    """What every rank must have alike. Where a node keeps data and models is its own affair: what they hold counts."""
+    values = prepared.config.model_dump(mode="json")
+    for source in (*values["data"]["train"], *values["data"]["evaluation"]):
+        del source["path"]
+    del values["model"]["model_name_or_path"], values["model"]["reference_name_or_path"]
+    del values["model"]["tokenizer_name_or_path"]
+    held_out = {
+        f"the data of data.evaluation.{index}": dataset.fingerprint
+        for index, dataset in enumerate(prepared.evaluation_sets.values())
+    }
+    return {
+        "the configuration": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
+        "the training data": prepared.dataset.fingerprint,
+        **held_out,
+        "the policy's weights": identity(prepared.model_folder),
+        "the reference's weights": identity(prepared.reference_folder),
+        "the first step's plan": plan.fingerprint,
+    }

@@ -9,7 +9,7 @@ dropout, reference, attention or packing is at fault.
     M scored tokens   C completions   B preference pairs
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,15 +134,17 @@ def check_first_loss(measured: float, loss: PairLoss, proof: Proof) -> str:
     return f"self-check: first loss {measured:.6f} equals its closed form {expected:.6f} within {tolerance:.1e}"
 
 
-def check_agreement(plan: StepPlan, data_fingerprint: str, config_hash: str) -> None:
-    """Every rank must be about to compute the same step of the same run.
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """Every rank must be about to compute the same step of the same run. Collective.
+
+    Args:
+        facts: what must be equal on all ranks: its name for people, and a hash or fingerprint of it.
 
     Raises:
         RankMismatchError: on every rank, naming what differs.
     """
-    require_agreement("the configuration", config_hash)
-    require_agreement("the training data", data_fingerprint)
-    require_agreement("the first step's plan", plan.fingerprint)
+    for what, value in facts.items():
+        require_agreement(what, value)
 
 
 def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:

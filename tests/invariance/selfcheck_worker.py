@@ -5,6 +5,7 @@ Every rank writes `rank0.json` and so on: what each attempt raised, by name (nul
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,12 +90,13 @@ def main() -> None:
         if ranks.is_first:  # in a process group transformers writes on the first rank only
             save_model(folder / "model")
         barrier()
-        prove_engines(raised, folder / "model", ranks)
+        shutil.copytree(folder / "model", own / "model")
+        prove_engines(raised, own / "model", ranks)
 
         attempt(raised, "honest run", lambda: run(folder, "honest"))
         with patch("dpo_dist.cli.training.LiveReference", ShuffledInTheLoop):
             attempt(raised, "shuffled", lambda: run(folder, "shuffled"))
-        attempt(raised, "other configuration", lambda: run(folder, "configuration", f"train.seed={ranks.rank}"))
+        attempt(raised, "other configuration", lambda: run(folder, "configuration", f"loss.beta=0.{ranks.rank + 1}"))
         with patch.object(sampler, "_epoch_order", lambda n, *_: (torch.arange(n) + ranks.rank).numpy() % n):
             attempt(raised, "other plan", lambda: run(folder, "plan"))
         if ranks.rank == 1:

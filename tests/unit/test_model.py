@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from dpo_dist import model as model_file
 from dpo_dist.attention import register
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogitTransform, LogProbHead
@@ -24,6 +23,7 @@ from dpo_dist.model import (
     resolve_folder,
     sharded_loading,
 )
+from dpo_dist.model import folder as model_file
 from tests.parity.oracle import llama_config, our_logps, random_example
 
 KEY = "model.model_name_or_path"
@@ -104,6 +104,14 @@ def test_identity_follows_the_weights_and_nothing_else(folder: Path) -> None:
     tensors["model.norm.weight"][0] += 1e-6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert identity(folder) != before
+
+
+def test_damaged_weights_are_named(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    for damaged in (b"", whole[:100], b"\xff" * 100, b"not a model"):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"model\.safetensors is damaged or no safetensors file"):
+            identity(folder)
 
 
 # ---- its configuration

@@ -1,4 +1,4 @@
-"""What every rank sees of each collective, as JSON: `torchrun -m tests.unit.collectives_on_ranks FOLDER`."""
+"""What every rank sees of each collective, as JSON: `torchrun -m tests.processes.collectives_on_ranks FOLDER`."""
 
 import json
 import os

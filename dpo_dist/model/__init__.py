@@ -1,0 +1,24 @@
+"""Load policy and reference; what an architecture supports.
+
+folder.py        a name becomes a folder on disk, and tells which weights it holds
+architecture.py  which architectures can be packed, which can share prompts
+scoring.py       weights in memory, sharded as they are read, that answer with log-probabilities
+"""
+
+from dpo_dist.model.architecture import PACKABLE_ROPE, SHARES_PROMPTS, decide_sharing, load_config, logit_transform
+from dpo_dist.model.folder import identity, resolve_folder
+from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
+
+__all__ = [
+    "DTYPES",
+    "PACKABLE_ROPE",
+    "SHARES_PROMPTS",
+    "ScoringModel",
+    "decide_sharing",
+    "identity",
+    "load_config",
+    "load_model",
+    "logit_transform",
+    "resolve_folder",
+    "sharded_loading",
+]

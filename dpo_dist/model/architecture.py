@@ -1,0 +1,97 @@
+"""What an architecture supports, and what it does between the last matrix product and the softmax."""
+
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoConfig, PretrainedConfig
+
+from dpo_dist.errors import ConfigError, ModelError
+from dpo_dist.logprobs import LogitTransform
+from dpo_dist.model.folder import first_line
+
+# Softmax attention over all keys, positions only through position_ids: checked one by one against their own stock
+# forward in tests/parity/test_architectures.py.
+SHARES_PROMPTS = frozenset(
+    "apertus arcee cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe "
+    "gpt2 gpt_neox gpt_oss granite granitemoe helium llama ministral mistral mixtral nanochat olmo olmo2 olmo3 olmoe "
+    "phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
+)
+# State that flows along the sequence would carry one packed completion into the next.
+STATEFUL_LAYERS = frozenset({"linear_attention", "mamba", "conv", "chunked_attention", "recurrent"})
+STATEFUL_MODELS = frozenset(
+    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 llama4 llama4_text mamba mamba2 nemotron_h "
+    "recurrent_gemma rwkv xlstm zamba zamba2".split()
+)
+# Frequencies of any other rope type depend on the longest position of the batch, hence on the packing.
+PACKABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The architecture's configuration, with every dropout and noise at 0 (`disabled_dropout` keeps what it was).
+
+    Raises:
+        ModelError: the folder holds no usable configuration.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = first_line(error)
+        raise ModelError(f"model.model_name_or_path={folder}: its config.json cannot be used: {reason}") from None
+    config.disabled_dropout = {
+        name: value
+        for name, value in vars(config).items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+    }
+    for name in config.disabled_dropout:
+        setattr(config, name, 0.0)
+    return config
+
+
+def decide_sharing(config: PretrainedConfig, requested: Literal["auto", "on", "off"]) -> tuple[bool, str]:
+    """Whether every prompt is computed once, and why.
+
+    Raises:
+        ModelError: the architecture cannot be packed at all.
+        ConfigError: sharing was asked for and the architecture is not on the list.
+    """
+    if obstacle := _cannot_be_packed(config):
+        raise ModelError(f"model.model_name_or_path: architecture {config.model_type} cannot be packed: {obstacle}")
+    if config.model_type in SHARES_PROMPTS:
+        if requested == "off":
+            return False, "as configured"
+        return True, f"architecture {config.model_type} is on the list of checked ones"
+    if requested == "on":
+        raise ConfigError(
+            f"model.prefix_sharing=on: architecture {config.model_type} is not on the list of checked ones "
+            f"({', '.join(sorted(SHARES_PROMPTS))}); use auto or off, which pack without sharing"
+        )
+    return False, f"architecture {config.model_type} is not on the list of checked ones"
+
+
+def _cannot_be_packed(config: PretrainedConfig) -> str | None:
+    stateful = STATEFUL_LAYERS.intersection(getattr(config, "layer_types", None) or ())
+    if stateful or config.model_type in STATEFUL_MODELS:
+        layers = ", ".join(sorted(stateful)) or "its layers"
+        return f"{layers} carry state along the sequence, so packed completions would leak into each other"
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for parameters in nested:
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type not in PACKABLE_ROPE:
+            return (
+                f"rope type {rope_type} depends on the longest position in the batch; supported: {_list(PACKABLE_ROPE)}"
+            )
+    return None
+
+
+def _list(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """Logit scale (Cohere multiplies, Granite divides) and final softcap (Gemma) of an architecture."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return LogitTransform(
+        scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )

@@ -1,0 +1,93 @@
+"""A model is a folder on disk: hub ids are downloaded to one first, so that what is checked is what is loaded."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from dpo_dist.demo import demo_model_folder
+from dpo_dist.errors import ModelError
+
+_SAMPLED_BYTES = 4096  # of a tensor, to tell it from another one
+
+
+def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -> Path:
+    """The folder of a model: a path, the demo model, or a hub id that is downloaded.
+
+    Args:
+        name: what the user wrote.
+        key: the dotted path it was written under, for messages.
+        revision: commit, tag or branch of a hub id.
+        cache_dir: where the converted demo model lives.
+
+    Raises:
+        ModelError: there is nothing to load under that name.
+    """
+    if name == "demo":
+        return demo_model_folder(cache_dir)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name, key, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{key}={name} has no config.json; give the folder save_pretrained wrote, or a hub id")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{key}={name} has no weights (*.safetensors); pickled weights (.bin, .pt) are not read, since loading "
+            "them can run code: convert them with save_pretrained"
+        )
+    return folder
+
+
+def _download(name: str, key: str, revision: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = first_line(error)
+        raise ModelError(
+            f"{key}={name} is neither a folder here nor a model that can be downloaded ({reason}); "
+            "check the path or the hub id, and HF_TOKEN and HF_HUB_OFFLINE if it is on the hub"
+        ) from None
+
+
+def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
+    # The format: the header's length in 8 bytes, the header in JSON, and the tensors' bytes after it.
+    header_size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items()):
+        begin, end = entry["data_offsets"]
+        file.seek(8 + header_size + begin + max(0, (end - begin - _SAMPLED_BYTES) // 2))
+        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+        digest.update(file.read(min(_SAMPLED_BYTES, end - begin)))
+
+
+def first_line(error: Exception) -> str:
+    """What other packages say, short enough to stand inside of a message of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def identity(folder: Path) -> str:
+    """A hash that tells models apart: of every tensor its name, dtype, shape, and 4 KiB from its middle.
+
+    Reading all of a 70B model would take minutes; training changes some value in every 4 KiB of what it changes.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                _digest_tensors(file, digest)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise ModelError(f"{path} is damaged or no safetensors file ({first_line(error)}); copy it again") from None
+    return digest.hexdigest()[:32]

@@ -1,0 +1,143 @@
+"""Weights in memory, sharded as they are read, that answer with log-probabilities.
+
+T packed tokens   M scored tokens   D model dimension
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from dpo_dist.batch import AttentionLayout, MicroBatch
+from dpo_dist.errors import ModelError
+from dpo_dist.logprobs import LogProbHead
+from dpo_dist.model.architecture import logit_transform
+from dpo_dist.model.folder import first_line
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def sharded_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Inside, `from_pretrained` partitions every parameter as it is read (ZeRO stage 3); outside, it is plain again.
+
+    transformers keeps the configuration in a process-global weak reference, so it is unset on the way out.
+    """
+    if deepspeed_config.get("zero_optimization", {}).get("stage", 0) < 3:
+        yield
+        return
+    keep_alive = HfDeepSpeedConfig(deepspeed_config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+class ScoringModel(nn.Module):
+    """A causal language model that is asked for log-probabilities of a packed micro-batch, never for logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        model.set_output_embeddings(LogProbHead(_linear_head(model), logit_transform(model.config)))
+
+    def forward(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """log pi(token | prefix) of every scored token, nats, float32."""
+        batch.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
+        hidden_TD = self.model.get_decoder()(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            dpo_layout=batch.layout,
+        ).last_hidden_state[0]
+        _require_reached(batch.layout, self.model.config)
+        head: Any = self.model.get_output_embeddings()
+        return head(hidden_TD[batch.score_index_M], batch.target_ids_M)
+
+    def export_config(self) -> PretrainedConfig:
+        """The configuration as others should read it: dropout as it was, and nothing of ours in it."""
+        config = deepcopy(self.model.config)
+        for name, value in config.__dict__.pop("disabled_dropout", {}).items():
+            setattr(config, name, value)
+        return config
+
+
+def load_model(
+    folder: Path,
+    config: PretrainedConfig,
+    attention: str,
+    dtype: torch.dtype,
+    deepspeed_config: dict[str, Any],
+    gradient_checkpointing: bool,
+    trust_remote_code: bool,
+) -> ScoringModel:
+    """Load weights, partitioned under ZeRO-3, and make the model score micro-batches.
+
+    Args:
+        folder: what `resolve_folder` gave.
+        config: what `load_config` gave.
+        attention: the name `attention.register` gave.
+        dtype: of the parameters and the computation.
+        deepspeed_config: decides whether parameters are partitioned while they are read.
+        gradient_checkpointing: recompute activations in backward.
+        trust_remote_code: run code that lies in the folder.
+
+    Raises:
+        ModelError: weights are missing, damaged, or do not belong to the configuration.
+    """
+    try:
+        with sharded_loading(deepspeed_config):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=deepcopy(config),
+                attn_implementation=attention,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = first_line(error)
+        raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
+        raise ModelError(
+            f"model.model_name_or_path={folder} lacks {len(missing)} weights of its architecture, such as "
+            f"{missing[0]}; they would be random numbers. Give a complete model"
+        )
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return ScoringModel(model)
+
+
+def _require_reached(layout: AttentionLayout, config: PretrainedConfig) -> None:
+    """A layer that never saw the layout mixes packed completions: it dropped the argument, or is no attention layer."""
+    num_layers = config.get_text_config().num_hidden_layers
+    if len(layout.reached) != num_layers:
+        raise ModelError(
+            f"model.model_name_or_path: architecture {config.model_type} cannot be packed: {len(layout.reached)} of "
+            f"its {num_layers} layers compute attention through transformers' attention interface and pass its "
+            "arguments on, so packed completions would leak into each other"
+        )
+
+
+def _linear_head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"model.model_name_or_path: the output head of architecture {model.config.model_type} is a "
+            f"{type(head).__name__}, not a linear layer; its log-probabilities cannot be computed chunk by chunk"
+        )
+    return head

@@ -15,12 +15,13 @@
 from dpo_dist.checkpoint.export import export_checkpoint, export_model, write_assets
 from dpo_dist.checkpoint.manifest import verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
-from dpo_dist.checkpoint.state import RunState, require_same
+from dpo_dist.checkpoint.state import RunState, changed_settings, require_same
 from dpo_dist.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointStore",
     "RunState",
+    "changed_settings",
     "export_checkpoint",
     "export_model",
     "load_shards",

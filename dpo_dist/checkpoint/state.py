@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,27 @@ def require_same(saved: RunState, folder: Path, **current: object) -> None:
             f"checkpoint.resume: {folder} belongs to another run: {', '.join(differing)}; "
             "resume with the configuration and data it was made with, or export it and start a new run from the model"
         )
+
+
+def changed_settings(saved: RunState, config: Mapping[str, Any]) -> list[str]:
+    """Settings that are not what they were when a checkpoint was saved, as `section.key: was -> is`.
+
+    Args:
+        saved: The state read from the checkpoint.
+        config: This run's configuration, a mapping of keys for each section; where its output, checkpoints and logs go
+            does not count.
+    """
+    own_affair = {"train.output_dir", *(f"checkpoint.{key}" for key in config.get("checkpoint", ()))}
+    own_affair |= {f"log.{key}" for key in config.get("log", ())}
+    was, now = (
+        {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
+        for values in (saved.config, config)
+    )
+    return [
+        f"{key}: {was.get(key)} -> {now.get(key)}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in own_affair and was.get(key) != now.get(key)
+    ]
 
 
 def write_rng(folder: Path, rank: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -110,7 +111,12 @@ class ModelWriter:
 
     def _write_shard(self) -> None:
         self.shards.append(sorted(self.pending))
-        save_file(self.pending, self.staging / f"shard-{len(self.shards)}.safetensors", metadata={"format": "pt"})
+        path = self.staging / f"shard-{len(self.shards)}.safetensors"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        with safe_open(path, framework="pt") as written:
+            for name, tensor in self.pending.items():
+                if not torch.equal(_as_bytes(written.get_tensor(name)), _as_bytes(tensor)):
+                    raise CheckpointError(f"{path}: {name} reads back differently than it was written; check the disk")
         self.pending, self.pending_bytes = {}, 0
 
     def _name_shards(self) -> None:
@@ -145,9 +151,12 @@ def _require_loadable(folder: Path, trust_remote_code: bool) -> None:
 
 
 def _digest(tensor: Tensor) -> str:
-    # As bytes: numpy knows no bfloat16.
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()
+    return hashlib.sha256(_as_bytes(tensor).numpy().data).hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    # Bytes: numpy knows no bfloat16, and a NaN does not equal itself.
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_dist.checkpoint import CheckpointStore, require_same, store, verify
+from dpo_dist.checkpoint import CheckpointStore, changed_settings, require_same, store, verify
 from dpo_dist.checkpoint.files import human_bytes
 from dpo_dist.checkpoint.manifest import Manifest, hash_file, list_files
 from dpo_dist.checkpoint.pickles import load_restricted, require_harmless
@@ -134,6 +134,19 @@ def test_another_run_is_refused_by_what_differs(checkpoints: CheckpointStore) ->
     require_same(saved, folder, data_fingerprint="data-1", seed=42)
     with pytest.raises(CheckpointError, match=r"fingerprint=data-1 \(this run: data-2\), seed=42 \(this run: 43\)"):
         require_same(saved, folder, data_fingerprint="data-2", reference_identity="reference-1", seed=43)
+
+
+def test_settings_that_changed_since_a_checkpoint_are_told() -> None:
+    saved = run_state()  # train: learning_rate 5e-7, shuffle; model: revision null
+    assert changed_settings(saved, saved.config) == []
+    now = {
+        "train": {"learning_rate": 1e-6, "shuffle": True, "output_dir": "elsewhere"},
+        "model": {"revision": None},
+        "checkpoint": {"resume": "auto"},
+        "log": {"logging_steps": 3},
+        "loss": {"beta": 0.2},
+    }
+    assert changed_settings(saved, now) == ["loss.beta: None -> 0.2", "train.learning_rate: 5e-07 -> 1e-06"]
 
 
 def test_another_number_of_processes_is_refused(checkpoints: CheckpointStore) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -249,6 +249,18 @@ def test_a_folder_that_transformers_does_not_accept_is_not_published(
         lambda model, tensors: {name.replace("norm", "nrm"): tensor for name, tensor in tensors.items()},
     )
     with pytest.raises(CheckpointError, match=r"does not load as it should: .*nrm"):
+        export(tmp_path / "m", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_read_back(tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaging(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        tensors[NORM].view(torch.int32)[0] ^= 1  # one bit, in what goes to the file
+        save_file(tensors, path, metadata=metadata)
+        tensors[NORM].view(torch.int32)[0] ^= 1
+
+    monkeypatch.setattr("dpo_dist.checkpoint.writer.save_file", damaging)
+    with pytest.raises(CheckpointError, match=rf"{NORM} reads back differently than it was written"):
         export(tmp_path / "m", model)
     assert list(tmp_path.iterdir()) == []
 

@@ -171,10 +171,11 @@ def raise_together(error: Exception | None) -> None:
         DpoDistError: the first rank's error in rank order, with its own class if it is one of ours.
     """
     mine = None if error is None else [type(error).__name__, str(error)]
+    own_rank = dist.get_rank() if dist.is_initialized() else 0
     for rank, theirs in enumerate(all_gather_json(mine)):
         if theirs is None:
             continue
-        if error is not None and dist.is_initialized() and dist.get_rank() == rank:
+        if error is not None and rank == own_rank:
             raise error
         name, message = theirs
         kind = getattr(errors, name, None)

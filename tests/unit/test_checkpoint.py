@@ -381,7 +381,7 @@ def test_no_room_is_noticed_before_writing(checkpoints: CheckpointStore, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(OSError(errno.EIO, "Input/output error"), CheckpointError), (TypeError("a bug"), RuntimeError)]
+    ("error", "kind"), [(OSError(errno.EIO, "Input/output error"), CheckpointError), (TypeError("a bug"), TypeError)]
 )
 def test_other_errors_of_a_save(checkpoints: CheckpointStore, error: Exception, kind: type[Exception]) -> None:
     save_steps(checkpoints, 1)

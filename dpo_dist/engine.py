@@ -5,8 +5,10 @@ ranks; here that is undone, and nobody else knows. Contract: the backward calls 
 up to the gradient of the objective.
 """
 
+import io
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -24,6 +26,12 @@ from dpo_dist.optim import parameter_groups
 
 logger = logging.getLogger(__name__)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def adopt_process_group() -> None:
+    """Make DeepSpeed use the process group that exists; it would do so itself later, and print."""
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
 
 
 def release_process_group() -> None:
@@ -72,7 +80,7 @@ class InferenceEngine:
 
     def __init__(self, model: ScoringModel, config: dict[str, Any]) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.engine: Any = deepspeed.initialize(model=model, config=config)[0]
+        self.engine = _initialize(model=model, config=config)
         self.device = torch.device(self.engine.device)
 
     @property
@@ -107,7 +115,7 @@ class TrainingEngine:
             config = {**config, "zero_force_ds_cpu_optimizer": False}
         self.ranks = ranks
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
-        self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.engine = _initialize(model=model, optimizer=optimizer, config=config)
         self.device = torch.device(self.engine.device)
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
         self._computes_own_norm = replicated and not halved
@@ -166,6 +174,12 @@ class TrainingEngine:
         Every rank must iterate: ZeRO-3 gathers.
         """
         return _named_full_parameters(self.model.model)
+
+
+def _initialize(**arguments: Any) -> Any:
+    # It prints what memory it finds, on every rank.
+    with redirect_stdout(io.StringIO()):
+        return deepspeed.initialize(**arguments)[0]
 
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:

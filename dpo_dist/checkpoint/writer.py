@@ -107,7 +107,7 @@ class ModelWriter:
         sync_folders(self.staging)
         _require_loadable(self.staging, self.trust_remote_code)
         publish(self.staging, self.out)
-        logger.info("model written to %s: %d tensors, %d bytes", self.out, len(self.added), self.total_bytes)
+        logger.info("trained model written to %s: %d tensors, %d bytes", self.out, len(self.added), self.total_bytes)
 
     def _write_shard(self) -> None:
         self.shards.append(sorted(self.pending))

@@ -51,7 +51,9 @@ def cache_dir() -> Path:
 
 
 def _quiet_imports() -> None:
-    """Settle what torch and deepspeed would otherwise print about this machine while they are imported."""
+    """Settle what other packages would otherwise print while they are imported and used."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar in a log is a line for every change
     import torch
 
     if not torch.cuda.is_available():
@@ -147,6 +149,7 @@ def schema() -> None:
 def demo_model() -> None:
     """Convert the demo model (SmolLM2-135M-Instruct) if that is still to be done, and print its folder."""
     with _user_errors():
+        _quiet_imports()
         from dpo_dist.demo import demo_model_folder
 
         typer.echo(demo_model_folder(cache_dir()))

@@ -20,7 +20,13 @@ from dpo_dist.cli.prepare import Prepared, prepare, require_usable_output
 from dpo_dist.cli.progress import reporting
 from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
-from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config, release_process_group
+from dpo_dist.engine import (
+    InferenceEngine,
+    TrainingEngine,
+    adopt_process_group,
+    inference_config,
+    release_process_group,
+)
 from dpo_dist.errors import ConfigError
 from dpo_dist.metrics import TRACKER_PACKAGES, TRACKERS, MetricsFile
 from dpo_dist.model import identity, load_model
@@ -51,6 +57,7 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
     prepared = prepare(config, cache_dir)
     stop = StopRequest()
     with process_group(release=release_process_group) as ranks, stop.listening():
+        adopt_process_group()
         _announce(prepared, ranks)
         run, checkpoint = _build(prepared, ranks, stop)
         _open_folder(prepared, ranks)
@@ -181,7 +188,7 @@ def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path]
 
 
 def _export(prepared: Prepared, run: Run) -> None:
-    out = export_model(
+    export_model(
         Path(run.config.train.output_dir) / "model",
         run.policy.named_full_parameters(),
         run.ranks,
@@ -191,8 +198,6 @@ def _export(prepared: Prepared, run: Run) -> None:
         prepared.dtype,
         trust_remote_code=run.config.model.trust_remote_code,
     )
-    if run.ranks.is_first:
-        logger.info("trained model: %s", out)
 
 
 def _tokenizer(prepared: Prepared) -> object | None:

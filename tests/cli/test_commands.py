@@ -139,6 +139,7 @@ def test_deepspeed_launcher(tmp_path: Path, run_folder: Path) -> None:
     succeeded(done)
     assert (out / "model" / "model.safetensors").is_file()
     assert "2 ranks on cpu" in done.stderr
+    assert "built successfully" not in done.stdout  # what DeepSpeed prints on every rank
 
 
 # ---- what is shown

@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from dpo_dist.batch import MicroBatch
 from dpo_dist.errors import NumericsError
@@ -181,6 +180,8 @@ class TensorBoardTracker:
     """Event files that `tensorboard --logdir` reads."""
 
     def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (a run that does not report to it needs none)
+
         self._writer = SummaryWriter(str(folder))
 
     def log(self, values: Mapping[str, float], step: int) -> None:

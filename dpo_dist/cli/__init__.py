@@ -110,7 +110,7 @@ def check(
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of processes the run will have.")] = 1,
 ) -> None:
-    """Say all that can be known before training: data, tokens, packing, prefix sharing. Writes nothing."""
+    """Say all that can be known before training: data, tokens, packing, prefix sharing. Makes no run folder."""
     with _user_errors():
         run_config = load_config(config, overrides or ())
         _quiet_imports()

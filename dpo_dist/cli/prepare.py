@@ -1,5 +1,6 @@
 """All that can be known before a process group exists: files, model, data, packing. Shared by `check` and `train`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ def require_usable_output(config: RunConfig) -> None:
     folder = Path(config.train.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.output_dir={folder} is a file; give a folder that is new or empty")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _is_virtual(parent):
+        raise ConfigError(
+            f"train.output_dir={folder} cannot be made: {parent} is no folder that can be written to; choose another"
+        )
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if config.checkpoint.resume == "never":
@@ -124,6 +130,11 @@ def require_usable_output(config: RunConfig) -> None:
             f"train.output_dir={folder} is not empty and holds no run (no config.yaml); checkpoint.resume=auto "
             "continues a run in its own folder: choose that one, or a new one"
         )
+
+
+def _is_virtual(folder: Path) -> bool:
+    # The super-user may write everywhere, and yet nothing can be made in /proc: it has no blocks.
+    return os.statvfs(folder).f_blocks == 0
 
 
 def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:

@@ -119,6 +119,12 @@ def test_output_folder_in_use(config: Path) -> None:
     assert "holds no run" in refuse(config, "checkpoint.resume=auto")
 
 
+@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("folder", ["run.yaml/out", "/proc/out"])
+def test_output_folder_that_cannot_be_made(config: Path, folder: str, command: str) -> None:
+    assert f"train.output_dir={folder} cannot be made" in refuse(config, f"train.output_dir={folder}", command=command)
+
+
 def test_tracker_without_its_package(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_dist.cli.training.find_spec", lambda name: None)
     message = refuse(config, "log.report_to=[wandb]")

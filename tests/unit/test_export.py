@@ -253,6 +253,11 @@ def test_a_folder_that_transformers_does_not_accept_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_may_be_read_by_whom_the_umask_allows(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    folder = export(tmp_path / "m", model)
+    assert len({path.stat().st_mode & 0o777 for path in folder.iterdir()}) == 1
+
+
 def test_what_is_written_is_read_back(tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaging(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         tensors[NORM].view(torch.int32)[0] ^= 1  # one bit, in what goes to the file

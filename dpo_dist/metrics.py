@@ -160,6 +160,13 @@ class MetricsFile:
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the held-out sets were evaluated after update `step`."""
+        if not self._path.exists():
+            return False
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return any(line["step"] == step and line.get("split") == "evaluation" for line in lines)
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers; evaluation keys get the prefix `eval_` there."""
         with self._path.open("a", encoding="utf-8") as file:

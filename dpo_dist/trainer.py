@@ -18,7 +18,7 @@ import torch
 from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, load_shards, require_same, save_shards
 from dpo_dist.config import RunConfig
-from dpo_dist.distributed import Ranks, StopRequest, sum_over_ranks
+from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.evaluation import evaluate
 from dpo_dist.losses import PairLoss
@@ -126,8 +126,7 @@ def _finish_step(
 
     if step % run.config.log.logging_steps == 0 or is_last:
         _write_train_line(run, progress, grad_norm, learning_rate)
-    eval_steps = run.config.evaluation.eval_steps
-    if eval_steps and (step % eval_steps == 0 or is_last):
+    if evaluation_is_due(run, step) and not progress.stopped:  # who asks for a stop may not wait; `restore` makes up
         evaluate_all(run, progress)
     save_steps = run.config.checkpoint.save_steps
     if is_last or progress.stopped or (save_steps and step % save_steps == 0):
@@ -156,6 +155,12 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
     if run.ranks.is_first:
         run.metrics_file.write(line)
         run.report(line)
+
+
+def evaluation_is_due(run: Run, step: int) -> bool:
+    """Whether the held-out sets are evaluated after update `step`."""
+    eval_steps = run.config.evaluation.eval_steps
+    return eval_steps > 0 and step > 0 and (step % eval_steps == 0 or step == run.num_steps)
 
 
 def evaluate_all(run: Run, progress: Progress) -> None:
@@ -213,7 +218,10 @@ def restore(run: Run, folder: Path) -> Progress:
         logger.info("resuming after step %d (%d examples) from %s", state.step, state.examples_seen, folder)
         for change in changed_settings(state, run.config.model_dump(mode="json")):
             logger.warning("changed since the checkpoint: %s", change)
-    return Progress(state.step, state.num_tokens, state.pairs_seen, Window.from_json(state.metrics_window))
+    progress = Progress(state.step, state.num_tokens, state.pairs_seen, Window.from_json(state.metrics_window))
+    if evaluation_is_due(run, state.step) and not broadcast_json(run.metrics_file.has_evaluation(state.step)):
+        evaluate_all(run, progress)
+    return progress
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -119,8 +119,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subp
     """Runs that end in the first launch, and one that is killed three times before it ends in the fourth."""
     folder = tmp_path_factory.mktemp("two_ranks")
     zero3 = {"deepspeed": "zero3_cpu"}
-    whole, stopped, killed = (
-        str(write_config(folder, name, parallel=zero3)) for name in ("whole", "stopped", "killed")
+    whole, stopped, hurried, killed = (
+        str(write_config(folder, name, parallel=zero3)) for name in ("whole", "stopped", "hurried", "killed")
     )
     other_data = f"data.train=[{{path: {FOLDER / 'pairs.jsonl'}, limit: 12}}]"
     earlier = f"checkpoint.resume={folder / 'stopped' / 'checkpoints' / 'step-000005'}"
@@ -135,6 +135,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subp
         Action("other_reference", stopped, ("model.reference_name_or_path=null",)),
         Action("earlier", stopped, (earlier,)),
         Action("finished", stopped),
+        Action("stopped at an evaluation", hurried, stop_at=5),
+        Action("evaluated", hurried),
         Action("killed", killed, kill_at=2),
     )
     again = [
@@ -172,6 +174,14 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(two_ranks):
         assert trained_steps(outcome) == [7, 8]
     expected = reproducible(folder / "whole.metrics.jsonl")
     assert reproducible(folder / "continued.metrics.jsonl") == expected
+
+
+def test_a_stop_does_not_wait_for_an_evaluation_and_none_is_lost(two_ranks):
+    folder, _ = two_ranks
+    lines = reproducible(folder / "stopped at an evaluation.metrics.jsonl")
+    assert [(line["step"], line.get("split")) for line in lines][-2:] == [(4, None), (6, None)]
+    assert trained_steps(outcomes(folder, "evaluated", 2)[0]) == [6, 7, 8]
+    require_equal_runs(folder, "whole", "hurried")
 
 
 def test_resume_from_a_named_earlier_step(two_ranks):

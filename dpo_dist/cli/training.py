@@ -83,6 +83,8 @@ def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Pa
     check_agreement(_facts(prepared, plan))
     store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
     checkpoint = store.find(config.checkpoint.resume)
+    if checkpoint is None and config.checkpoint.resume == "auto" and ranks.is_first:
+        logger.info("checkpoint.resume=auto: no checkpoint in %s, starting from the beginning", store.folder)
     policy, reference = _engines(prepared, ranks)
     run = Run(
         config=config,

@@ -133,8 +133,9 @@ def require_usable_output(config: RunConfig) -> None:
 
 
 def _is_virtual(folder: Path) -> bool:
-    # The super-user may write everywhere, and yet nothing can be made in /proc: it has no blocks.
-    return os.statvfs(folder).f_blocks == 0
+    # The super-user may write there by the permissions, and yet nothing can be made. By name, not by the size of the
+    # file system: network file systems may report none.
+    return any(folder.resolve().is_relative_to(root) for root in ("/proc", "/sys"))
 
 
 def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:

@@ -219,8 +219,11 @@ def restore(run: Run, folder: Path) -> Progress:
         for change in changed_settings(state, run.config.model_dump(mode="json")):
             logger.warning("changed since the checkpoint: %s", change)
     progress = Progress(state.step, state.num_tokens, state.pairs_seen, Window.from_json(state.metrics_window))
-    if evaluation_is_due(run, state.step) and not broadcast_json(run.metrics_file.has_evaluation(state.step)):
-        evaluate_all(run, progress)
+    if evaluation_is_due(run, state.step):
+        # Only the first rank reads the file: it has just dropped a line that a kill may have cut short.
+        is_there = broadcast_json(run.ranks.is_first and run.metrics_file.has_evaluation(state.step))
+        if not is_there:
+            evaluate_all(run, progress)
     return progress
 
 

@@ -124,7 +124,9 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        logger.warning("%s: stopping after this step; a checkpoint is saved first", signal.Signals(number).name)
+        logger.warning(
+            "%s: stopping after this step, with a checkpoint if every rank still runs", signal.Signals(number).name
+        )
 
 
 def barrier() -> None:

@@ -186,10 +186,11 @@ class MetricsFile:
 class TensorBoardTracker:
     """Event files that `tensorboard --logdir` reads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (a run that does not report to it needs none)
 
-        self._writer = SummaryWriter(str(folder))
+        # What an earlier start has written from this step on is not shown any more.
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record one scalar per key."""
@@ -237,9 +238,10 @@ class MlflowTracker:
         self._mlflow.end_run()
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": lambda folder, config: TensorBoardTracker(folder / "tensorboard"),
-    "wandb": WandbTracker,
-    "mlflow": MlflowTracker,
+# Made from the run's folder, its configuration, and the first step of this start.
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": lambda folder, config, first_step: TensorBoardTracker(folder / "tensorboard", first_step),
+    "wandb": lambda folder, config, first_step: WandbTracker(folder, config),
+    "mlflow": lambda folder, config, first_step: MlflowTracker(folder, config),
 }
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, load_shards, require_same, save_shards
+from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, load_shards, save_shards
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
@@ -197,20 +197,8 @@ def save(run: Run, progress: Progress) -> None:
 
 
 def restore(run: Run, folder: Path) -> Progress:
-    """Put weights, optimizer and random generators back to where a verified checkpoint left them.
-
-    Raises:
-        CheckpointError: it belongs to another run: other data, another reference, another order of examples.
-    """
+    """Put weights, optimizer and random generators back to where a verified checkpoint of this run left them."""
     state = run.store.load_state(folder)
-    require_same(
-        state,
-        folder,
-        seed=run.config.train.seed,
-        data_fingerprint=run.dataset.fingerprint,
-        reference_identity=run.reference_identity,
-        examples_seen=run.sampler.examples_seen(state.step),
-    )
     load_shards(run.policy.engine, folder)
     run.store.restore_rng(folder)
     if run.ranks.is_first:

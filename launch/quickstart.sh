@@ -18,19 +18,23 @@ for argument in "$@"; do
   case $argument in train.output_dir=*) output_dir=${argument#*=} ;; esac
 done
 
-say "Training into $output_dir"
 # One thread for each rank: more of them than cores makes gloo's ranks wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-run_stoppable torchrun --standalone --nproc-per-node 2 -m dpo_dist train configs/smollm2_demo.yaml \
-  "train.output_dir=$output_dir" "$@"
+run=(configs/smollm2_demo.yaml "train.output_dir=$output_dir" "$@")
+# What is wrong with an argument is said by one process, before two are launched.
+env "$mark" python -m dpo_dist check "${run[@]}" --ranks 2 > /dev/null
+
+say "Training into $output_dir"
+run_stoppable torchrun --standalone --nproc-per-node 2 -m dpo_dist train "${run[@]}"
 
 if [ ! -d "$output_dir/model" ]; then
-  say "Stopped on request; its checkpoints are in $output_dir"
+  say "Stopped on request. To go on: $0 train.output_dir=$output_dir checkpoint.resume=auto"
   exit 0
 fi
 say "Done"
 cat << MESSAGE
 model        $output_dir/model            loads with transformers' from_pretrained
+try it       $venv/bin/transformers chat $output_dir/model
 metrics      $output_dir/metrics.jsonl    one line for every step
 curves       tensorboard --logdir runs
 settings     $output_dir/config.yaml      reproduces the run

@@ -96,8 +96,9 @@ install_packages() { # install_packages EXTRA...
 
   extras=$(IFS=, && printf '%s' "$*")
   touch "$state/installing"
-  rm -f "$state/prepared"
-  say "Installing (the first time takes some minutes; torch alone is 200 MB to 3 GB, depending on its build)"
+  # Where only another extra is added, torch and DeepSpeed stay what they were, and so does what was made with them.
+  grep -qsxF "$wanted" "$state"/installed-* || rm -f "$state/prepared"
+  say "Installing dpo-dist with $extras (the first time takes some minutes; torch alone is 200 MB to 3 GB)"
   pip_install --upgrade pip setuptools
   # torch goes first and alone, so that no other package's range can choose its version or build.
   [ -z "${DPO_DIST_TORCH_INDEX_URL:-}" ] || torch_source=(--index-url "$DPO_DIST_TORCH_INDEX_URL")

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dpo_dist.checkpoint.files import explain_write_error, remove_path
-from dpo_dist.checkpoint.manifest import verify
+from dpo_dist.checkpoint.manifest import MANIFEST_FILE, checkpoint_meant_by, verify
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter
 from dpo_dist.distributed import Ranks, raise_together
@@ -121,6 +121,8 @@ def export_checkpoint(
         CheckpointError: if the checkpoint does not verify, or does not hold the whole model.
     """
     _require_unused(out, checkpoint)
+    if not (checkpoint / MANIFEST_FILE).is_file() and (meant := checkpoint_meant_by(checkpoint)):
+        raise CheckpointError(f"CHECKPOINT={checkpoint} is not a checkpoint; did you mean {meant}?")
     verify(checkpoint)
     assets = checkpoint / ASSETS_FOLDER
     if not (assets / "config.json").is_file():

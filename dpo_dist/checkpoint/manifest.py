@@ -18,6 +18,8 @@ from dpo_dist.checkpoint.state import STATE_FILE, RunState
 from dpo_dist.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
+LATEST_FILE = "latest"  # beside the checkpoints of a run: the newest one's name
+STEP_FOLDER = re.compile(r"step-\d{6,}")
 _FORMAT = "dpo_dist checkpoint 1"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -111,14 +113,22 @@ def hash_file(path: Path) -> FileRecord:
         return FileRecord(file.tell(), digest)
 
 
-def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+def checkpoint_meant_by(path: Path) -> Path | None:
+    """The checkpoint somebody means who names the run's folder, its `checkpoints/`, or the file `latest` in there."""
+    named = path.parent if path.name == LATEST_FILE else path
+    found = (*named.glob("step-*"), *named.glob("checkpoints/step-*"))
+    inside = [found for found in found if STEP_FOLDER.fullmatch(found.name) and (found / MANIFEST_FILE).is_file()]
+    return max(inside, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
+
+
+def verify(folder: Path, share: tuple[int, int] | None = (0, 1)) -> None:
     """Check that a folder is a complete, unchanged checkpoint that can be loaded without executing anything.
 
     Names, sizes, `state.json` and the manifest are always checked, hashes and pickles of this share's files only.
 
     Args:
         folder: The checkpoint, `.../step-000012`.
-        share: (k, n): this call is the k-th of n that split the reading of files between them.
+        share: (k, n): this call is the k-th of n that split the reading of files between them. None: no file is read.
     Raises:
         CheckpointError: naming the file and its fault.
     """
@@ -137,8 +147,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     if STATE_FILE not in files:
         raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists no {STATE_FILE}; not a checkpoint of this program")
 
-    part, parts = share
-    for name in sorted(files)[part::parts]:
+    for name in sorted(files)[share[0] :: share[1]] if share else ():
         if (found := hash_file(folder / name).sha256) != files[name].sha256:
             raise CheckpointError(
                 f"{folder}: {name} has sha256 {found[:12]}..., {MANIFEST_FILE} says {files[name].sha256[:12]}...; "

@@ -74,20 +74,17 @@ def _require_fields(values: object) -> None:
         raise ValueError(f"missing or unknown: {', '.join(unlike)}; another version of dpo-dist wrote it")
 
 
-def require_same(saved: RunState, folder: Path, **current: object) -> None:
-    """Refuse to resume a checkpoint of a run that differs from this one in a field of RunState.
+def require_same(folder: Path, facts: Mapping[str, tuple[object, object]]) -> None:
+    """Refuse to resume a checkpoint of another run.
 
     Args:
-        saved: The state read from the checkpoint.
         folder: The checkpoint, for the message.
-        current: What this run has, by field name: `data_fingerprint=...`, `reference_identity=...`.
+        facts: What decides which run it is, under the name that users know: the checkpoint's value, and this run's.
     Raises:
-        CheckpointError: naming every field that differs, with both values.
+        CheckpointError: naming everything that differs, with both values.
     """
     differing = [
-        f"{name}={getattr(saved, name)} (this run: {value})"
-        for name, value in current.items()
-        if getattr(saved, name) != value
+        f"{name}={saved} (this run: {current})" for name, (saved, current) in facts.items() if saved != current
     ]
     if differing:
         raise CheckpointError(

@@ -11,7 +11,6 @@ all ranks see.
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,16 @@ from dpo_dist.checkpoint.files import (
     sync,
     sync_folders,
 )
-from dpo_dist.checkpoint.manifest import FileRecord, Manifest, hash_file, list_files, verify
+from dpo_dist.checkpoint.manifest import (
+    LATEST_FILE,
+    STEP_FOLDER,
+    FileRecord,
+    Manifest,
+    checkpoint_meant_by,
+    hash_file,
+    list_files,
+    verify,
+)
 from dpo_dist.checkpoint.pickles import require_harmless
 from dpo_dist.checkpoint.state import STATE_FILE, RunState, read_rng, write_rng
 from dpo_dist.distributed import Ranks, all_gather_json, broadcast_json, raise_together
@@ -36,8 +44,6 @@ from dpo_dist.errors import CheckpointError, NoUsableCheckpointError
 
 logger = logging.getLogger(__name__)
 
-LATEST_FILE = "latest"
-_STEP_FOLDER = re.compile(r"step-\d{6,}")
 _STAGING = ".tmp-"
 
 T = TypeVar("T")
@@ -157,19 +163,21 @@ class CheckpointStore:
 
     # ---- find and load
 
-    def find(self, resume: str) -> Path | None:
+    def find(self, resume: str, look_only: bool = False) -> Path | None:
         """The checkpoint to resume from, verified; None when there is nothing to resume.
 
         Args:
             resume: `checkpoint.resume`: `never`, `auto` (the newest that verifies) or the path of a checkpoint.
+            look_only: Trust the sizes of files, and leave what an interrupted save has left: a run may be saving now.
         Raises:
             CheckpointError: if the named folder is no usable checkpoint, or other processes than these wrote it.
             NoUsableCheckpointError: with `auto`, if checkpoints exist and none verifies.
         """
         if resume == "never":
             return None
-        self._on_first_rank(self._clean_up)
-        folder = self._newest_verified() if resume == "auto" else self._verified(resume)
+        if not look_only:
+            self._on_first_rank(self._clean_up)
+        folder = self._newest_verified(look_only) if resume == "auto" else self._verified(resume, look_only)
         if folder is not None and (saved := self.load_state(folder).world_size) != self.ranks.world_size:
             raise CheckpointError(
                 f"checkpoint.resume={resume}: {folder} was saved by {saved} processes and this run has "
@@ -185,20 +193,19 @@ class CheckpointStore:
         """Set this rank's random generators to where they stood when the checkpoint was saved."""
         read_rng(folder, self.ranks.rank)
 
-    def _verified(self, resume: str) -> Path:
+    def _verified(self, resume: str, look_only: bool) -> Path:
         folder = Path(broadcast_json(str(Path(resume).expanduser().resolve())))
-        if (fault := self._fault(folder)) is None:
+        if (fault := self._fault(folder, look_only)) is None:
             return folder
-        found = (*folder.glob("step-*"), *folder.glob("checkpoints/step-*"))
-        inside = sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name))
-        hint = f"name one of its checkpoints, for example {inside[-1]}" if inside else "name another one, or auto"
+        meant = checkpoint_meant_by(folder)
+        hint = f"did you mean {meant}?" if meant else "name another one, or auto"
         raise CheckpointError(f"checkpoint.resume={resume} cannot be used: {fault}; {hint}")
 
-    def _newest_verified(self) -> Path | None:
+    def _newest_verified(self, look_only: bool) -> Path | None:
         folders = [Path(path) for path in self._on_first_rank(self._candidates)]
         faults = []
         for folder in folders:
-            if (fault := self._fault(folder)) is None:
+            if (fault := self._fault(folder, look_only)) is None:
                 if self.ranks.is_first:
                     self._report_latest(folder)
                 return folder
@@ -213,11 +220,11 @@ class CheckpointStore:
             )
         return None
 
-    def _fault(self, folder: Path) -> str | None:
+    def _fault(self, folder: Path, look_only: bool) -> str | None:
         """What is wrong with a checkpoint, the same text on every rank; each rank reads its share of the files."""
         fault = None
         try:
-            verify(folder, (self.ranks.rank, self.ranks.world_size))
+            verify(folder, None if look_only else (self.ranks.rank, self.ranks.world_size))
         except (CheckpointError, OSError) as error:
             fault = str(error)
         return next((theirs for theirs in all_gather_json(fault) if theirs is not None), None)
@@ -255,7 +262,7 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         return sorted(
-            (path for path in self.folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and _is_real_folder(path)),
+            (path for path in self.folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and _is_real_folder(path)),
             key=lambda path: int(path.name.removeprefix("step-")),
         )
 

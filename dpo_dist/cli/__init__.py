@@ -1,6 +1,7 @@
 """`dpo-dist <command>`: builds the objects and calls the layer below.
 
     prepare.py   all that can be known before a process group exists
+    resuming.py  what a run goes on from
     training.py  `train`
     checking.py  `check`
     progress.py  what a user sees while training
@@ -9,6 +10,7 @@ Imports of torch and transformers stand inside the commands, so that a mistake i
 seconds. Together with `distributed.py` the only place that reads environment variables.
 """
 
+import json
 import os
 import sys
 import time
@@ -71,9 +73,16 @@ def _user_errors() -> Iterator[None]:
             # The first rank has most likely met the same mistake and says it; its launcher then ends this process.
             # Only a rank that fails alone lives to speak.
             time.sleep(15)
-        prefix = f"error on rank {rank}: " if rank else "error: "
-        print(prefix + str(error), file=sys.stderr, flush=True)
+        text = (f"error on rank {rank}: " if rank else "error: ") + str(error)
+        print(text, file=sys.stderr, flush=True)
+        _tell_launcher(text)
         raise typer.Exit(error.exit_code) from None
+
+
+def _tell_launcher(text: str) -> None:
+    """Leave the message where torchrun looks for it: its report, the last thing it prints, repeats it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _print_version(value: bool) -> bool:
@@ -110,7 +119,10 @@ def check(
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of processes the run will have.")] = 1,
 ) -> None:
-    """Say all that can be known before training: data, tokens, packing, prefix sharing. Makes no run folder."""
+    """Say all that can be known before training: data, tokens, packing, prefix sharing, what it would resume from.
+
+    Makes no run folder; what it tokenises stays in the cache for the run.
+    """
     with _user_errors():
         run_config = load_config(config, overrides or ())
         _quiet_imports()
@@ -140,8 +152,6 @@ def export(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a run's configuration, for editors and checkers."""
-    import json
-
     typer.echo(json.dumps(json_schema(), indent=2))
 
 

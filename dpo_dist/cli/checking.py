@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from dpo_dist.cli.prepare import Prepared, prepare, require_usable_output
+from dpo_dist.checkpoint import CheckpointStore
+from dpo_dist.cli.prepare import Prepared, counted, prepare, remarks, require_trackers, require_usable_output
+from dpo_dist.cli.resuming import find_start
 from dpo_dist.config import RunConfig
+from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
 from dpo_dist.tokenization import TokenizedDataset, load_tokenizer
@@ -15,13 +19,19 @@ from dpo_dist.tokenization import TokenizedDataset, load_tokenizer
 def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
     """Print the report; a mistake raises as it would in training."""
     require_usable_output(config)
+    require_trackers(config)
     prepared = prepare(config, cache_dir)
+    # As one of the run's ranks would see it; nothing is changed, for the run may be training at this moment.
+    ranks = Ranks(0, world_size, 0, torch.device("cpu"))
+    start = find_start(prepared, CheckpointStore(Path(config.train.output_dir), ranks), look_only=True)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     _print_model(console, prepared)
     for name, dataset in {"data.train": prepared.dataset, **prepared.evaluation_sets}.items():
         _print_data(console, name, dataset)
     _print_sample(console, prepared)
     _print_first_step(console, prepared, world_size)
+    if start.text:
+        console.print(start.text)
     console.print("the configuration can be trained", style="bold")
 
 
@@ -70,9 +80,8 @@ def _print_sample(console: Console, prepared: Prepared) -> None:
 
 
 def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> None:
-    rows = prepared.sampler.examples_of(0)
-    sizes = sizes_of(prepared.dataset, rows)
-    plan = prepared.packer(world_size).plan(0, rows, sizes)
+    plan = prepared.first_plan(world_size)
+    sizes = sizes_of(prepared.dataset, plan.examples)
     tokens = [size.input_tokens(prepared.sharing[0]) for size in sizes]
     unshared = sum(
         2 * size.prompt + size.completions[pair.chosen] + size.completions[pair.rejected]
@@ -80,7 +89,8 @@ def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> 
         for pair in size.pairs
     )
     padded = padded_tokens([length for size in sizes for length in size.longest_rows])
-    console.print(f"first step on {world_size} ranks: {len(rows)} examples, {plan.num_pairs} pairs")
+    counts = f"{counted(len(sizes), 'example')}, {counted(plan.num_pairs, 'pair')}"
+    console.print(f"first step on {counted(world_size, 'rank')}: {counts}")
     for rank, bins in enumerate(plan.micro_batches):
         loads = [sum(tokens[i] for i in one) for one in bins]
         bins_of_reference = len(plan.reference_bins[rank])
@@ -88,5 +98,7 @@ def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> 
     console.print(f"  {sum(tokens)} tokens processed; every pair on its own {unshared}; padded as TRL does {padded}")
     console.print(
         f"steps              {prepared.num_steps}, {prepared.sampler.steps_per_epoch} per epoch of "
-        f"{len(prepared.dataset)} examples"
+        f"{counted(len(prepared.dataset), 'example')}"
     )
+    for remark in remarks(prepared, plan):
+        console.print(f"note: {remark}")

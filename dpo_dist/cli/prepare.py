@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
-from dpo_dist.model import DTYPES, decide_sharing, load_config, resolve_folder
-from dpo_dist.packing import Packer, longest_example, sizes_of
+from dpo_dist.metrics import TRACKER_PACKAGES
+from dpo_dist.model import DTYPES, decide_sharing, identity, load_config, resolve_folder
+from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
 
@@ -46,11 +49,21 @@ class Prepared:
         """Whether policy and reference start from the same folder."""
         return self.model_folder == self.reference_folder
 
+    @cached_property
+    def reference_identity(self) -> str:
+        """Hash of the reference's weights."""
+        return identity(self.reference_folder)
+
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         train = self.config.train
         return train.max_steps or self.sampler.num_steps(train.num_train_epochs)
+
+    def first_plan(self, world_size: int) -> StepPlan:
+        """Who computes what in the first step."""
+        rows = self.sampler.examples_of(0)
+        return self.packer(world_size).plan(0, rows, sizes_of(self.dataset, rows))
 
     def packer(self, world_size: int) -> Packer:
         """The packer for a number of ranks."""
@@ -130,6 +143,52 @@ def require_usable_output(config: RunConfig) -> None:
             f"train.output_dir={folder} is not empty and holds no run (no config.yaml); checkpoint.resume=auto "
             "continues a run in its own folder: choose that one, or a new one"
         )
+
+
+def require_trackers(config: RunConfig) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        ConfigError: naming the package.
+    """
+    for name in config.log.report_to:
+        if find_spec(TRACKER_PACKAGES[name]) is None:
+            package = TRACKER_PACKAGES[name]
+            raise ConfigError(
+                f"log.report_to={name} needs the package {package}; pip install {package}, or leave it out"
+            )
+
+
+def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
+    """What is allowed and seldom meant, a sentence each.
+
+    Args:
+        prepared: The run.
+        plan: Its first step.
+    """
+    config, found = prepared.config, []
+    wanted, available = config.train.examples_per_step, len(prepared.dataset)
+    if wanted > available:
+        found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")
+    idle = sum(not any(micro_batches) for micro_batches in plan.micro_batches)
+    if idle:
+        ranks = len(plan.micro_batches)
+        found.append(
+            f"{idle} of {ranks} ranks have nothing to do: train.examples_per_step={wanted} is less than {ranks}"
+        )
+    accumulated = prepared.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if prepared.dtype != torch.float32 and accumulated != "fp32":
+        name = config.model.dtype
+        found.append(
+            f"parallel.deepspeed={config.parallel.deepspeed} adds gradients up in {name}, which loses small ones; the "
+            "files whose names end with _bf16 add them up in float32"
+        )
+    return found
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _is_virtual(folder: Path) -> bool:

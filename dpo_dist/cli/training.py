@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ import transformers
 from dpo_dist import attention, losses
 from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, export_model, write_assets
-from dpo_dist.cli.prepare import Prepared, prepare, require_usable_output
+from dpo_dist.cli.prepare import Prepared, counted, prepare, remarks, require_trackers, require_usable_output
 from dpo_dist.cli.progress import reporting
+from dpo_dist.cli.resuming import Start, find_start
 from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
 from dpo_dist.engine import (
@@ -27,10 +27,9 @@ from dpo_dist.engine import (
     inference_config,
     release_process_group,
 )
-from dpo_dist.errors import ConfigError
-from dpo_dist.metrics import TRACKER_PACKAGES, TRACKERS, MetricsFile
+from dpo_dist.metrics import TRACKERS, MetricsFile
 from dpo_dist.model import identity, load_model
-from dpo_dist.packing import StepPlan, sizes_of
+from dpo_dist.packing import StepPlan
 from dpo_dist.reference import LiveReference
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
@@ -53,18 +52,27 @@ def set_up_logging() -> None:
 def run_training(config: RunConfig, cache_dir: Path) -> None:
     """One whole run: from configuration to exported model, or to a request to stop."""
     require_usable_output(config)
-    _require_trackers(config)
+    require_trackers(config)
     prepared = prepare(config, cache_dir)
     stop = StopRequest()
     with process_group(release=release_process_group) as ranks, stop.listening():
         adopt_process_group()
-        _announce(prepared, ranks)
-        run, checkpoint = _build(prepared, ranks, stop)
+        plan = prepared.first_plan(ranks.world_size)
+        # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
+        check_agreement(_facts(prepared, plan))
+        _announce(prepared, plan, ranks)
+        store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
+        start = find_start(prepared, store)
+        if ranks.is_first and start.text:
+            logger.info(start.text)
+        if start.is_finished:
+            return
+        run = _build(prepared, ranks, stop, store, start)
         _open_folder(prepared, ranks)
-        progress = Progress() if checkpoint is None else restore(run, checkpoint)
+        progress = Progress() if start.checkpoint is None else restore(run, start.checkpoint)
         with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
             run = replace(run, report=report)
-            if checkpoint is None:
+            if start.checkpoint is None:
                 _begin(run, progress)
             train(run, progress)
         if not progress.stopped:
@@ -73,18 +81,9 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
             run.metrics_file.close()
 
 
-def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Path | None]:
-    """Load both models, prove the run, and find the checkpoint to go on from."""
+def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest, store: CheckpointStore, start: Start) -> Run:
+    """Load both models and prove the run."""
     config = prepared.config
-    packer = prepared.packer(ranks.world_size)
-    rows = prepared.sampler.examples_of(0)
-    plan = packer.plan(0, rows, sizes_of(prepared.dataset, rows))
-    # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
-    check_agreement(_facts(prepared, plan))
-    store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
-    checkpoint = store.find(config.checkpoint.resume)
-    if checkpoint is None and config.checkpoint.resume == "auto" and ranks.is_first:
-        logger.info("checkpoint.resume=auto: no checkpoint in %s, starting from the beginning", store.folder)
     policy, reference = _engines(prepared, ranks)
     run = Run(
         config=config,
@@ -92,20 +91,20 @@ def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest) -> tuple[Run, Pa
         dataset=prepared.dataset,
         evaluation_sets=prepared.evaluation_sets,
         sampler=prepared.sampler,
-        packer=packer,
+        packer=prepared.packer(ranks.world_size),
         policy=policy,
         reference=reference,
-        reference_identity=identity(prepared.reference_folder),
+        reference_identity=prepared.reference_identity,
         loss=losses.bind(config.loss),
         num_steps=prepared.num_steps,
-        metrics_file=_metrics_file(config, ranks),
+        metrics_file=_metrics_file(config, ranks, start.first_step),
         store=store,
         write_assets=_asset_writer(prepared, policy),
         report=lambda line: None,
         stop=stop,
         proof=None,
     )
-    return replace(run, proof=_prove(prepared, run, reference)), checkpoint
+    return replace(run, proof=_prove(prepared, run, reference))
 
 
 def _engines(prepared: Prepared, ranks: Ranks) -> tuple[TrainingEngine, LiveReference]:
@@ -165,20 +164,10 @@ def _open_folder(prepared: Prepared, ranks: Ranks) -> None:
     barrier()
 
 
-def _metrics_file(config: RunConfig, ranks: Ranks) -> MetricsFile:
-    folder = Path(config.train.output_dir)
-    trackers = [
-        TRACKERS[name](folder, config.model_dump(mode="json")) for name in config.log.report_to if ranks.is_first
-    ]
+def _metrics_file(config: RunConfig, ranks: Ranks, first_step: int) -> MetricsFile:
+    folder, values = Path(config.train.output_dir), config.model_dump(mode="json")
+    trackers = [TRACKERS[name](folder, values, first_step) for name in config.log.report_to if ranks.is_first]
     return MetricsFile(folder / "metrics.jsonl", trackers)
-
-
-def _require_trackers(config: RunConfig) -> None:
-    for name in config.log.report_to:
-        if find_spec(TRACKER_PACKAGES[name]) is None:
-            raise ConfigError(
-                f"log.report_to={name} needs the package {name}; pip install dpo-dist[{name}], or leave it out"
-            )
 
 
 def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path], None]:
@@ -213,21 +202,22 @@ def _generation(policy: TrainingEngine) -> object | None:
     return getattr(policy.model.model, "generation_config", None)
 
 
-def _announce(prepared: Prepared, ranks: Ranks) -> None:
+def _announce(prepared: Prepared, plan: StepPlan, ranks: Ranks) -> None:
     if not ranks.is_first:
         return
     kernel, kernel_reason = prepared.attention
     shared, sharing_reason = prepared.sharing
     stage = prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    logger.info("%d ranks on %s, ZeRO stage %d, %s", ranks.world_size, ranks.device.type, stage, prepared.dtype)
+    where = f"{counted(ranks.world_size, 'rank')} on {ranks.device.type}"
+    logger.info("%s, ZeRO stage %d, %s", where, stage, prepared.config.model.dtype)
     logger.info("attention kernel %s: %s", kernel, kernel_reason)
     logger.info("prompts are computed %s: %s", "once" if shared else "once per completion", sharing_reason)
     disabled = prepared.model_config.disabled_dropout
     logger.info("dropout is off%s", f" (the model had {disabled})" if disabled else "")
-    logger.info(
-        "%d examples, %d steps of %d",
-        len(prepared.dataset), prepared.num_steps, prepared.config.train.examples_per_step,
-    )  # fmt: skip
+    examples, steps = counted(len(prepared.dataset), "example"), counted(prepared.num_steps, "step")
+    logger.info("%s, %s of %d", examples, steps, len(plan.examples))
+    for remark in remarks(prepared, plan):
+        logger.warning(remark)
     if prepared.dataset.bad_rows:
         logger.info("rows left out: %s", prepared.dataset.bad_rows)
 
@@ -248,6 +238,6 @@ def _facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
         "the training data": prepared.dataset.fingerprint,
         **held_out,
         "the policy's weights": identity(prepared.model_folder),
-        "the reference's weights": identity(prepared.reference_folder),
+        "the reference's weights": prepared.reference_identity,
         "the first step's plan": plan.fingerprint,
     }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,11 +98,39 @@ def test_resolved_configuration_reproduces_the_run(run_folder: Path) -> None:
     assert first == second
 
 
-def test_resuming_a_finished_run_changes_nothing(run_folder: Path) -> None:
-    before = lines_of(run_folder / "out")
+def test_resuming_a_finished_run_changes_nothing_and_says_so(run_folder: Path) -> None:
+    out = run_folder / "out"
+    arguments = [str(run_folder / "run.yaml"), "checkpoint.resume=auto"]
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))}
+    for command in ("train", "check"):
+        result = CliRunner().invoke(app, [command, *arguments])
+        assert result.exit_code == 0, result.output
+        assert f"2 of 2 steps are done in {out / 'checkpoints' / 'step-000002'}" in result.output
+        assert "nothing is left to do" in result.output
+        assert {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))} == before
+
+
+def test_a_finished_run_that_was_killed_before_its_model_writes_it(run_folder: Path) -> None:
+    out = run_folder / "out"
+    lines, weights = lines_of(out), (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
     result = CliRunner().invoke(app, ["train", str(run_folder / "run.yaml"), "checkpoint.resume=auto"])
     assert result.exit_code == 0, result.output
-    assert lines_of(run_folder / "out") == before
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+    assert lines_of(out) == lines
+
+
+def test_what_is_seldom_meant_is_told(run_folder: Path) -> None:
+    for overrides, fragment in {
+        ("train.examples_per_step=20",): "note: train.examples_per_step=20: there are 9 examples",
+        ("train.examples_per_step=1", "--ranks", "3"): "note: 2 of 3 ranks have nothing to do",
+        ("model.dtype=bfloat16",): "note: parallel.deepspeed=zero3_cpu adds gradients up in bfloat16",
+        ("model.dtype=bfloat16", "parallel.deepspeed=zero3_bf16"): None,
+    }.items():
+        arguments = ["check", str(run_folder / "run.yaml"), f"train.output_dir={run_folder / 'unused'}", *overrides]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert fragment in result.output if fragment else "note:" not in result.output
 
 
 def test_check_tells_what_training_would_do(run_folder: Path) -> None:

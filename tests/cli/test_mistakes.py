@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_dist.cli import app
+from dpo_dist.metrics import TRACKER_PACKAGES
 from tests.launching import REPOSITORY, launch
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -125,11 +126,12 @@ def test_output_folder_that_cannot_be_made(config: Path, folder: str, command: s
     assert f"train.output_dir={folder} cannot be made" in refuse(config, f"train.output_dir={folder}", command=command)
 
 
-def test_tracker_without_its_package(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_dist.cli.training.find_spec", lambda name: None)
-    message = refuse(config, "log.report_to=[wandb]")
-    assert "log.report_to=wandb" in message
-    assert "pip install" in message
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_tracker_without_its_package(config: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, command: str) -> None:
+    monkeypatch.setitem(TRACKER_PACKAGES, tracker, "no_such_package")
+    message = refuse(config, f"log.report_to=[{tracker}]", command=command)
+    assert f"log.report_to={tracker} needs the package no_such_package; pip install no_such_package" in message
 
 
 # ---- the model
@@ -222,6 +224,32 @@ def test_checkpoint_that_is_not_one(config: Path) -> None:
     assert "step-000001 has no manifest.json" in message
 
 
+def test_checkpoint_is_judged_before_anything_is_built(config: Path) -> None:
+    assert CliRunner().invoke(app, ["train", "run.yaml"]).exit_code == 0
+    resume = "checkpoint.resume=auto"
+    for override, fragment in {
+        "train.seed=7": "train.seed=42 (this run: 7)",
+        "train.shuffle=false": "train.shuffle=True (this run: False)",
+        "train.examples_per_step=1": "train.examples_per_step",
+        "data.train.0.limit=1": "the training data=",
+        f"model.reference_name_or_path={GOLDEN / 'tiny_reference'}": "the reference=",
+    }.items():
+        for command in ("check", "train"):
+            message = refuse(config, resume, override, command=command)
+            assert "belongs to another run" in message and fragment in message
+    result = CliRunner().invoke(app, ["check", "run.yaml", resume, "--ranks", "2"])
+    assert result.exit_code == 2 and "was saved by 1 processes and this run has 2" in result.output
+
+
+@pytest.mark.parametrize("named", ["out", "out/checkpoints", "out/checkpoints/latest"])
+def test_checkpoint_named_by_the_folder_it_is_in(config: Path, named: str) -> None:
+    assert CliRunner().invoke(app, ["train", "run.yaml"]).exit_code == 0
+    meant = "did you mean {}out/checkpoints/step-000002?"
+    assert meant.format(f"{config}/") in refuse(config, "train.output_dir=new", f"checkpoint.resume={named}")
+    result = CliRunner().invoke(app, ["export", named, "exported"])
+    assert result.exit_code == 2 and meant.format("") in result.output
+
+
 def test_export_of_something_else(config: Path) -> None:
     (config / "step-000001").mkdir()
     result = CliRunner().invoke(app, ["export", "step-000001", "exported"])
@@ -240,8 +268,9 @@ def test_export_of_something_else(config: Path) -> None:
 def test_two_ranks_say_it_once_and_end(config: Path, override: str, fragment: str) -> None:
     done = launch(2, "tests.checked", "train", "run.yaml", override, cwd=config, timeout=240)
     assert done.returncode != 0
-    assert "exitcode  : 2" in done.stderr  # torchrun's own report: it always exits with 1 itself
-    assert done.stderr.count("error:") == 1
-    assert fragment in done.stderr
-    assert "dpo_dist/" not in done.stderr.split("error:")[1]  # no frame of ours in any traceback
+    ours, its_report = done.stderr.split("FAILED", 1)  # torchrun always exits with 1 itself, and says why last
+    assert "exitcode  : 2" in its_report
+    assert ours.count("error:") == its_report.count("error:") == 1
+    assert fragment in ours and fragment in its_report
+    assert "dpo_dist/" not in done.stderr  # no frame of ours in any traceback
     assert not (config / "out").exists()

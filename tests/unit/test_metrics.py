@@ -181,10 +181,13 @@ def test_nothing_to_keep_is_fine(tmp_path: Path) -> None:
 
 
 def test_tensorboard_files_can_be_read(tmp_path: Path) -> None:
-    tracker = TRACKERS["tensorboard"](tmp_path, {})
+    tracker = TRACKERS["tensorboard"](tmp_path, {}, 0)
     tracker.log({"loss": 0.5, "rewards/chosen": -1.0}, 1)
-    tracker.log({"loss": 0.25}, 2)
+    tracker.log({"loss": 0.75}, 2)
     tracker.close()
+    again = TRACKERS["tensorboard"](tmp_path, {}, 2)  # resumed after step 1
+    again.log({"loss": 0.25}, 2)
+    again.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
@@ -197,7 +200,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **settings: calls.append(settings) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    tracker = TRACKERS["wandb"](tmp_path / "run7", {"beta": 0.1})
+    tracker = TRACKERS["wandb"](tmp_path / "run7", {"beta": 0.1}, 0)
     tracker.log({"loss": 0.5}, 3)
     tracker.close()
     settings = {"dir": str(tmp_path / "run7"), "name": "run7", "config": {"beta": 0.1}}
@@ -212,7 +215,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.log_metrics = lambda values, step: calls.append((values, step))  # type: ignore[attr-defined]
     mlflow.end_run = lambda: calls.append("end")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    tracker = TRACKERS["mlflow"](tmp_path / "run7", {"beta": 0.1})
+    tracker = TRACKERS["mlflow"](tmp_path / "run7", {"beta": 0.1}, 0)
     tracker.log({"rewards/chosen": 0.5}, 3)
     tracker.close()
     assert calls == ["run7", ({"beta": 0.1}, "config.json"), ({"rewards.chosen": 0.5}, 3), "end"]

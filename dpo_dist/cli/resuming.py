@@ -1,0 +1,62 @@
+"""What a run goes on from, found and judged before any model is loaded. Shared by `check` and `train`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_dist.checkpoint import CheckpointStore, RunState, require_same
+from dpo_dist.cli.prepare import Prepared
+from dpo_dist.distributed import broadcast_json
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    checkpoint: Path | None  # None: at the starting weights
+    first_step: int  # the first line of metrics it may write
+    is_finished: bool  # every step has been made, and the model been written
+    text: str  # what to tell the user; "" where it is what anybody expects
+
+
+def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = False) -> Start:
+    """Where `checkpoint.resume` says that the run begins. Collective: every rank must call it.
+
+    Args:
+        prepared: The run.
+        store: Its checkpoints.
+        look_only: As in `CheckpointStore.find`.
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another run: other data, reference or order of examples.
+    """
+    resume = prepared.config.checkpoint.resume
+    folder = store.find(resume, look_only)
+    if folder is None:
+        none_found = f"checkpoint.resume=auto: no checkpoint in {store.folder}, starting from the beginning"
+        return Start(None, 0, False, none_found if resume == "auto" else "")
+    state = store.load_state(folder)
+    _require_same_run(prepared, folder, state)
+    model = Path(prepared.config.train.output_dir) / "model"
+    # The model is the last thing a run writes.
+    is_finished = broadcast_json(state.step >= prepared.num_steps and model.is_dir())
+    text = f"checkpoint.resume: {state.step} of {prepared.num_steps} steps are done in {folder}"
+    if is_finished:
+        text += (
+            f" and the model is in {model}: nothing is left to do; with more train.max_steps or "
+            "train.num_train_epochs it would go on"
+        )
+    return Start(folder, state.step + 1, is_finished, text)
+
+
+def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None:
+    train = prepared.config.train
+    shuffle = state.config.get("train", {}).get("shuffle", train.shuffle)
+    facts: dict[str, tuple[object, object]] = {
+        "train.seed": (state.seed, train.seed),
+        "train.shuffle": (shuffle, train.shuffle),
+        "the training data": (state.data_fingerprint, prepared.dataset.fingerprint),
+        "the reference": (state.reference_identity, prepared.reference_identity),
+    }
+    if state.data_fingerprint == prepared.dataset.fingerprint:  # else they differ because of the data
+        seen = prepared.sampler.examples_seen(state.step)
+        facts[f"examples of {state.step} steps (train.examples_per_step)"] = (state.examples_seen, seen)
+    require_same(folder, facts)

@@ -1,8 +1,9 @@
 """A configuration while it is read: raw values, where each of them came from, and what is wrong so far.
 
-An override is `section.key=value`; the value is read as YAML. An empty one takes the key out, so that its default
-holds: `train.num_train_epochs=`. Elements of a list are named by their index, and the index after the last one adds an
-element: `data.train.0.path=pairs.jsonl`. The last override of a key counts.
+An override is `section.key=value`; the value is read as YAML. `null` takes the key out, so that its default holds:
+`train.num_train_epochs=null`. No value at all is refused: `loss.beta=$UNSET` would otherwise mean the default.
+Elements of a list are named by their index, and the index after the last one adds an element:
+`data.train.0.path=pairs.jsonl`. A key is given once; only the very same words may be repeated.
 """
 
 import sys
@@ -10,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.messages import SECTIONS, KeyPath, dotted
+from dpo_dist.config.messages import SECTIONS, KeyPath, dotted, field_at, shown
+from dpo_dist.config.models import DataSource
 from dpo_dist.config.yaml_lines import YamlError, parse
 from dpo_dist.errors import ConfigError
 
@@ -27,6 +29,8 @@ class Draft:
     """Line in the file of every key and element; None: an override."""
     problems: dict[KeyPath, tuple[int | None, str]] = field(default_factory=dict)
     """What is wrong with a key, and the line to name (None: an override, 0: none)."""
+    given: dict[tuple[str, ...], str] = field(default_factory=dict)
+    """Overrides so far: the parts of the key, and all of the text."""
 
     def blame(self, path: KeyPath, text: str) -> None:
         """Note what is wrong with a key, where it stands; the first verdict on a key counts."""
@@ -50,21 +54,44 @@ class Draft:
         if not equals or not all(parts):
             self.problems.setdefault((override,), (None, f"{override} is not an override; write section.key=value"))
             return
-        try:
-            value = parse(text).value
-        except YamlError as error:
-            self.problems.setdefault(
-                tuple(parts), (None, f"{name} is not valid YAML ({error}); put the value in quotes")
-            )
+        if self.given.get(tuple(parts)) == override:  # launch scripts hand the arguments they have read on as they are
             return
         try:
-            path = _set(self.values, parts, value, take_out=not text.strip())
+            value = self._value_of(parts, text)
+            path = _set(self.values, parts, value)
         except _CannotSetError as error:
-            self.problems.setdefault(tuple(parts), (None, f"{name} cannot be set: {error}"))
+            self.problems.setdefault(tuple(parts), (None, str(error)))
             return
+        self.given[tuple(parts)] = override
         for known in [known for known in self.origins if known[: len(path)] == path]:
             del self.origins[known]
         self.origins[path] = None
+        for end in range(1, len(path)):  # what the override has made around its key; a known section is never at fault
+            if path[:end] not in self.origins and (end > 1 or path[0] not in SECTIONS):
+                self.origins[path[:end]] = None
+
+    def _value_of(self, parts: list[str], text: str) -> Any:
+        """The value an override gives to a key, as far as it may be given."""
+        name = ".".join(parts)
+        try:
+            document = parse(text)
+        except YamlError as error:
+            raise _CannotSetError(f"{name} is not valid YAML ({error}); put the value in quotes") from None
+        if not text.strip():
+            raise _CannotSetError(f"{name}= is empty; write a value, or {name}=null to take the key out")
+        if not document.lines:
+            raise _CannotSetError(f"{name} has only a comment as its value; put the value in quotes")
+        what = shown(tuple(parts), document.value)
+        if tuple(parts) in self.given:
+            raise _CannotSetError(f"{what} is given twice on the command line; leave one out")
+        if (
+            parts[:2] in (["data", "train"], ["data", "evaluation"])
+            and parts[2:3]
+            and parts[2] in DataSource.model_fields
+        ):
+            meant = shown((*parts[:2], 0, *parts[2:]), document.value)
+            raise _CannotSetError(f"{what} names no element of the list; did you mean {meant}?")
+        return document.value
 
 
 def read_draft(file: Path) -> Draft:
@@ -94,20 +121,24 @@ def read_draft(file: Path) -> Draft:
 
 
 class _CannotSetError(Exception):
-    """Why a value cannot be set under a key."""
+    """What is wrong with an override, and what would be right."""
 
 
-def _set(values: dict[str, Any], parts: list[str], value: Any, take_out: bool) -> KeyPath:
-    """Set a value deep inside mappings and lists, or take it out; returns its path."""
+def _set(values: dict[str, Any], parts: list[str], value: Any) -> KeyPath:
+    """Set a value deep inside mappings and lists, or take it out if it is None; returns its path."""
     container: Any = values
     path: list[str | int] = []
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        key: Any = _key_of(container, part, dotted(tuple(path)))
+        key: Any = _key_of(container, part, parts, dotted(tuple(path)))
         path.append(key)
         is_new = key == len(container) if isinstance(container, list) else key not in container
-        if following is None and take_out:
+        if following is None and value is None:
             if not is_new:
                 container.pop(key)
+            elif isinstance(container, list):
+                raise _CannotSetError(f"{'.'.join(parts)}=null takes out an element that is not there; leave it out")
+            elif field_at(tuple(path)) is None:
+                container[key] = None  # stays, to be refused as unknown
             break
         if is_new and isinstance(container, list):
             container.append(None)
@@ -119,16 +150,17 @@ def _set(values: dict[str, Any], parts: list[str], value: Any, take_out: bool) -
     return tuple(path)
 
 
-def _key_of(container: Any, part: str, name: str) -> str | int:
-    """A part of an override's path as the key of the container it is looked up in."""
+def _key_of(container: Any, part: str, parts: list[str], name: str) -> str | int:
+    """A part of an override's path as the key of the container it is looked up in; `name` is the container's."""
     if isinstance(container, dict):
         return part
+    refusal = f"{'.'.join(parts)} cannot be set: {name}"
     if not isinstance(container, list):
-        raise _CannotSetError(f"{name} is a single value; it has no keys and no elements")
+        raise _CannotSetError(f"{refusal} is a single value; it has no keys and no elements")
     if not _is_index(part):
-        raise _CannotSetError(f"{name} is a list; name an element by its index, e.g. {name}.0")
+        raise _CannotSetError(f"{refusal} is a list; name an element by its index, e.g. {name}.0")
     if int(part) > len(container):
-        raise _CannotSetError(f"{name} has {len(container)} elements; the next index is {len(container)}")
+        raise _CannotSetError(f"{refusal} has {len(container)} elements; the next index is {len(container)}")
     return int(part)
 
 

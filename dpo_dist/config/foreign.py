@@ -16,6 +16,8 @@ _PROMPT = "only data.max_length (prompt plus completion) limits a length; there 
 _PACKING = "examples are always packed without padding, up to packing.max_tokens"
 _ADAPTER = "adapters are not supported"
 _REFERENCE = "the name here is model.reference_name_or_path (null = the policy's starting weights)"
+_MODEL = "the name here is model.model_name_or_path"
+_TOKENIZER = "the name here is model.tokenizer_name_or_path"
 _CACHE = "reference.source says where reference log-probabilities come from; only `live` exists"
 _WEIGHT = "no loss here has this term; loss has loss_type, beta and label_smoothing"
 _HEAD = "log-probabilities are always computed in chunks without keeping the logits"
@@ -93,6 +95,10 @@ FOREIGN_KEYS: dict[str, str] = {
     # ---- reference
     "ref_model": _REFERENCE,
     "ref_model_name_or_path": _REFERENCE,
+    "ref_model_path": _REFERENCE,
+    "reference_model": _REFERENCE,
+    "reference_model_name_or_path": _REFERENCE,
+    "reference_model_path": _REFERENCE,
     "ref_pretrain": _REFERENCE,
     "ref_model_init_kwargs": _REFERENCE,
     "force_use_ref_model": _REFERENCE,
@@ -103,10 +109,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "ref_model_mixup_alpha": "the reference is frozen for the whole run",
     "ref_model_sync_steps": "the reference is frozen for the whole run",
     # ---- model
-    "base_model": "the name here is model.model_name_or_path",
-    "pretrain": "the name here is model.model_name_or_path",
-    "model": "the name here is model.model_name_or_path",
-    "tokenizer_config": "the name here is model.tokenizer_name_or_path",
+    **dict.fromkeys(("base_model", "pretrain", "model", "model_name", "model_path", "model_id"), _MODEL),
+    **dict.fromkeys(("tokenizer", "tokenizer_config", "tokenizer_name", "tokenizer_path"), _TOKENIZER),
     "model_revision": "the name here is model.revision",
     "torch_dtype": _DTYPE,
     "bf16": _DTYPE,
@@ -203,4 +207,34 @@ FOREIGN_SOURCE_KEYS: dict[str, str] = {
     **dict.fromkeys(("fraction", "weight", "probs"), "limit takes the first rows; sets are not weighted"),
     "config": "a hub data set's configuration cannot be chosen; give a local file or folder",
     "revision": "a hub data set's revision cannot be chosen; give a local file or folder",
+}
+
+# Names that mean something only in the section they stand in.
+FOREIGN_WITHIN: dict[str, dict[str, str]] = {
+    "model": {
+        **dict.fromkeys(("name", "path", "name_or_path", "policy"), _MODEL),
+        **dict.fromkeys(("reference", "ref", "reference_name", "reference_path"), _REFERENCE),
+    },
+    "reference": dict.fromkeys(("model", "name", "path", "name_or_path", "model_name_or_path"), _REFERENCE),
+    "data": dict.fromkeys(("path", "name", "split", "limit", "files"), _DATA),
+}
+
+# Words for what has another word here, or for what comes nearest to it.
+FOREIGN_VALUES: dict[str, dict[str, str]] = {
+    "model.dtype": {
+        "bf16": "bfloat16",
+        **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+        **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    },
+    "model.attn_implementation": {
+        **dict.fromkeys(("flash_attention_2", "flash_attention_3", "flash_attention", "fa2", "fa3"), "flash_attn"),
+        "eager": "sdpa",
+        "flex_attention": "auto",
+    },
+    "model.prefix_sharing": {"true": "on", "false": "off"},
+    "loss.loss_type": {"dpo": "sigmoid"},
+    "train.lr_scheduler_type": {
+        "linear_with_warmup": "linear",
+        **dict.fromkeys(("cosine_with_warmup", "cosine_with_restarts", "cosine_with_min_lr"), "cosine"),
+    },
 }

@@ -10,12 +10,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_SOURCE_KEYS
+from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_SOURCE_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
 from dpo_dist.config.models import DataSource, RunConfig
 
 KeyPath = tuple[str | int, ...]
 
-_SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
+# `max_token` and `pad_token` are no credentials, though they end like `hub_token`.
+_SECRET = re.compile(
+    r"(?<!(?:max|min|num|new|pad|eos|bos|unk|sep|cls)_)(?<!mask_)token$|secret|passw|credential|(api|access|private)_?key",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{30}")  # a token of the hub
+_HASH = re.compile(r"[0-9a-fA-F]{40}")  # a key of wandb; or a commit
+_NAME_HERE = re.compile(r"; (?:write|the name here is|did you mean) ([a-z]+(?:\.[a-z_0-9]+)?)")
 _LONGEST_VALUE = 80  # characters of a value that are shown
 
 
@@ -36,13 +43,17 @@ def dotted(path: KeyPath) -> str:
 
 
 def shown(path: KeyPath, value: Any) -> str:
-    """`section.key=value`; long values are cut, and values of keys that sound like a secret are left out."""
+    """`section.key=value`; long values are cut, and what may be a secret by its key or its value is left out."""
     text = value if isinstance(value, str) and value.isprintable() and value.strip() else json.dumps(value, default=str)
-    if len(text) > _LONGEST_VALUE:
-        text = text[: _LONGEST_VALUE - 3] + "..."
-    if any(isinstance(part, str) and _SECRET.search(part) for part in path):
-        text = "(not shown)"
-    return f"{dotted(path)}={text}"
+    return f"{dotted(path)}={_without_secret(path, text)}"
+
+
+def _without_secret(path: KeyPath, text: str) -> str:
+    if any(isinstance(part, str) and _SECRET.search(part) for part in path) or _SECRET_VALUE.search(text):
+        return "(not shown)"
+    if _HASH.fullmatch(text) and "revision" not in str(path[-1]):
+        return "(not shown)"
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
 def field_at(path: KeyPath) -> FieldInfo | None:
@@ -80,7 +91,10 @@ def _wrong_value(error: ErrorDetails) -> str:
         return f"is not known; it must be {context['expected']}{_did_you_mean(value, path)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         keys = KEYS.get(str(path[-1]), ()) if len(path) == 1 else tuple(DataSource.model_fields)
-        return f"is not a mapping; write `key: value` with the keys {', '.join(keys)}"
+        example = _as_source(path, value) if len(path) > 1 and isinstance(value, str) else "`key: value`"
+        return f"is not a mapping; write {example} with the keys {', '.join(keys)}"
+    if kind == "list_type" and path[:1] == ("data",) and isinstance(value, str | dict):
+        return f"is not a list of data sets; write [{_as_source(path, value)}]"
     if kind in ("int_parsing", "int_type", "int_from_float", "int_parsing_size"):
         return "is not a whole number; write one, without a unit"
     if kind in ("float_parsing", "float_type"):
@@ -97,12 +111,22 @@ def _wrong_value(error: ErrorDetails) -> str:
     return texts.get(kind) or f"is not valid ({error['msg']}); see `dpo-dist schema`"
 
 
+def _as_source(path: KeyPath, value: Any) -> str:
+    """What stands in place of a data set, written as one: `{path: pairs.jsonl}`."""
+    if isinstance(value, dict):
+        return "{path: ..., split: ...}"
+    text = _without_secret(path, value)
+    return f"{{path: {text if re.fullmatch(r'[A-Za-z./~][A-Za-z0-9./_-]*', text) else json.dumps(text)}}}"
+
+
 def _did_you_mean(value: Any, path: KeyPath) -> str:
     """Ending of a sentence that suggests one of the words an option knows."""
     field = field_at(path)
     words = re.findall(r"Literal\[(.*?)\]", str(field.annotation)) if field else []
     choices = re.findall(r"'(.*?)'", words[0]) if words else []
-    close = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    word = str(value).lower().removeprefix("torch.")
+    foreign = FOREIGN_VALUES.get(dotted(path), {}).get(word)
+    close = [foreign] if foreign else difflib.get_close_matches(word, choices, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -113,6 +137,11 @@ def unknown_key(path: KeyPath, value: Any) -> str:
     if len(path) > 2:
         return f"{text} is not a key of a data set; {_advice_for_source(key)}"
     at = f"in section {where}" if where else "at top level"
+    section, dot, name = key.partition(".")
+    if dot and not where and section in SECTIONS:
+        return f"{text} is one dotted key; write {key} nested: `{section}: {{{name}: ...}}`"
+    if key in FOREIGN_WITHIN.get(where, {}):
+        return f"{text} is not a key {at}; {FOREIGN_WITHIN[where][key]}"
     if key in SECTION_OF and SECTION_OF[key] != where:
         return f"{text} is not a key {at}; write {SECTION_OF[key]}.{key}"
     if key in FOREIGN_KEYS:
@@ -124,6 +153,15 @@ def unknown_key(path: KeyPath, value: Any) -> str:
     if close:
         return f"{text} is not a key {at}; did you mean {SECTION_OF[close[0]]}.{close[0]}?"
     return f"{text} is not a key {at}; there are {', '.join(KEYS.get(where, SECTIONS))}"
+
+
+def meant_keys(error: ErrorDetails) -> set[str]:
+    """The keys that are there under an unknown name or in a wrong place: these are not missing as well."""
+    found = _NAME_HERE.search(describe(error)) if error["type"] == "extra_forbidden" else None
+    if not found:
+        return set()
+    name, value = found.group(1), error["input"]
+    return {f"{name}.{key}" for key in value} if name in SECTIONS and isinstance(value, dict) else {name}
 
 
 def _advice_for_source(key: str) -> str:

@@ -193,7 +193,7 @@ class EvaluationConfig(_Section):
     """When the held-out data sets are evaluated."""
 
     eval_steps: Annotated[int, Field(ge=0)] = 0
-    """Evaluate after so many updates. 0: never."""
+    """Evaluate after so many updates, and after the last one; more than the run has: only at the end. 0: never."""
     eval_on_start: Flag = False
     """Evaluate before the first update, too."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,8 +29,14 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
     """
     if name == "demo":
         return demo_model_folder(cache_dir)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
+    if folder.is_file():
+        raise ModelError(f"{key}={name} is a file; give the folder it is in")
     if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub id: the hub is not asked for it
+            raise ModelError(
+                f"{key}={name} does not exist; give the folder save_pretrained wrote, or a hub id such as owner/name"
+            )
         folder = _download(name, key, revision)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{key}={name} has no config.json; give the folder save_pretrained wrote, or a hub id")

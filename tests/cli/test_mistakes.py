@@ -60,6 +60,8 @@ def snapshot(folder: Path) -> set[str]:
     [
         ("loss.bta=0.1", ["loss.bta", "loss.beta"]),
         ("loss.beta=high", ["loss.beta", "high"]),
+        ("loss.beta=", ["loss.beta= is empty", "loss.beta=null"]),
+        ("data.train.path=pairs.jsonl", ["data.train.0.path=pairs.jsonl"]),
         ("loss.loss_type=sigmoyd", ["loss.loss_type", "sigmoyd", "sigmoid"]),
         ("train.num_train_epochs=2", ["train.num_train_epochs", "train.max_steps"]),
         ("train.warmup_ratio=0.1", ["warmup_ratio", "warmup_steps"]),
@@ -139,7 +141,7 @@ def test_tracker_without_its_package(config: Path, monkeypatch: pytest.MonkeyPat
 
 def test_model_that_is_not_there(config: Path) -> None:
     message = refuse(config, "model.model_name_or_path=./nowhere")
-    assert "model.model_name_or_path=./nowhere" in message
+    assert "model.model_name_or_path=./nowhere does not exist; give the folder" in message
 
 
 def test_model_folder_without_weights(config: Path) -> None:

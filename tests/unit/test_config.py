@@ -28,7 +28,7 @@ from dpo_dist.config import (
     load_config,
     package_file,
 )
-from dpo_dist.config.foreign import FOREIGN_KEYS
+from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
 from dpo_dist.config.messages import KEYS, SECTION_OF
 from dpo_dist.config.rules import broken_rules
 from dpo_dist.config.yaml_lines import YamlError, dump, parse
@@ -120,7 +120,6 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("train.learning_rate=.nan", "train.learning_rate=NaN is not finite", "write a finite number"),
         ("train.learning_rate=fast", "train.learning_rate=fast is not a number", "write one"),
         ("train.learning_rate=true", "train.learning_rate=true is a truth value", "write a number"),
-        ("train.learning_rate=null", "train.learning_rate=null is not a number", "write one"),
         ("train.adam_beta1=1", "train.adam_beta1=1 is out of range", "must be < 1"),
         ("train.adam_beta2=-0.1", "train.adam_beta2=-0.1 is out of range", "must be >= 0"),
         ("train.adam_epsilon=0", "train.adam_epsilon=0 is out of range", "must be > 0"),
@@ -147,7 +146,11 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("loss.beta=0", "loss.beta=0 is out of range", "must be > 0"),
         ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5 is out of range", "must be < 0.5"),
         ("loss.loss_type=sigmiod", "loss.loss_type=sigmiod is not known", "must be 'sigmoid' (did you mean sigmoid?)"),
-        ("model.dtype=bf16", "model.dtype=bf16 is not known", "'bfloat16', 'float32' or 'float16'"),
+        ("model.dtype=int8", "model.dtype=int8 is not known", "'bfloat16', 'float32' or 'float16'"),
+        ("model.dtype=torch.half", "model.dtype=torch.half is not known", "(did you mean float16?)"),
+        ("model.prefix_sharing=true", "model.prefix_sharing=true is not known", "(did you mean on?)"),
+        ("train.lr_scheduler_type=cosin", "cosin is not known", "(did you mean cosine?)"),
+        ("train.lr_scheduler_type=constant_warmup", "is not known", "(did you mean constant_with_warmup?)"),
         ("model.attn_implementation=flash_atn", "flash_atn is not known", "(did you mean flash_attn?)"),
         ("packing.max_tokens=0", "packing.max_tokens=0 is out of range", "must be >= 1"),
         ("packing.reference_max_tokens=0", "packing.reference_max_tokens=0 is out of range", "must be >= 1"),
@@ -159,8 +162,11 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("log.report_to=[wanb]", "log.report_to.0=wanb is not known", "(did you mean wandb?)"),
         ("log.report_to=[wandb, wandb]", "names a tracker twice", "name each once"),
         ("data.train=[]", "data.train=[] is empty", "give at least one element"),
-        ("data.train=x.jsonl", "data.train=x.jsonl is not a list", "write it in brackets"),
-        ("data.train=[x.jsonl]", "data.train.0=x.jsonl is not a mapping", "keys path, split, limit"),
+        ("data.train=x.jsonl", "data.train=x.jsonl is not a list of data sets", "write [{path: x.jsonl}]"),
+        ("data.train='x, y'", "data.train=x, y is not a list of data sets", 'write [{path: "x, y"}]'),
+        ("data.evaluation={path: x}", 'data.evaluation={"path": "x"} is not a list of data sets', "write [{path: ..."),
+        ("data.train=[x.jsonl]", "data.train.0=x.jsonl is not a mapping", "write {path: x.jsonl}"),
+        ("data.train=[3]", "data.train.0=3 is not a mapping", "keys path, split, limit"),
         ("data.train.0.limit=0", "data.train.0.limit=0 is out of range", "must be >= 1"),
         ("data.max_length=1", "data.max_length=1 is out of range", "must be >= 2"),
         ("loss=3", "loss=3 is not a mapping", "keys loss_type, beta, label_smoothing"),
@@ -173,6 +179,41 @@ def test_wrong_values(minimal, override, wrong, right):
     assert right in line.split("; ", 1)[1]
 
 
+@pytest.mark.parametrize(
+    ("option", "word", "meant"),
+    [(key, word, meant) for key, words in FOREIGN_VALUES.items() for word, meant in words.items()],
+)
+def test_words_of_other_systems_are_refused_with_ours(minimal, option, word, meant):
+    assert f"(did you mean {meant}?)" in only_error(minimal, f"{option}={word}")
+    load_config(minimal, [f"{option}={meant}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_secret"),
+    [
+        ("packing.max_token", "512", False),
+        ("model.pad_token", "x", False),
+        ("model.max_tokens_", "x", False),
+        ("model.tokenizer", "x", False),
+        ("hf_token", "x", True),
+        ("train.auth_token", "x", True),
+        ("token", "x", True),
+        ("model.HUB_TOKEN", "x", True),
+        ("train.wandb_api_key", "x", True),
+        ("train.db_password", "x", True),
+        ("log.client_secret", "x", True),
+        ("log.wandb", "0123456789abcdef0123" * 2, True),
+        ("model.model_revision", "0123456789abcdef0123" * 2, False),
+        ("log.hub", "hf_" + "aZ09" * 9, True),
+        ("log.hub", "hf_short", False),
+    ],
+)
+def test_values_that_may_be_secrets_are_not_shown(minimal, key, value, is_secret):
+    line = only_error(minimal, f"{key}={value}")
+    assert (f"{key}=(not shown) is" in line) == is_secret
+    assert (value in line.split(" is ")[0]) != is_secret
+
+
 # ---- keys
 
 
@@ -180,7 +221,14 @@ def test_wrong_values(minimal, override, wrong, right):
     ("override", "fragment"),
     [
         ("loss.bta=1", "loss.bta=1 is not a key in section loss; did you mean loss.beta?"),
-        ("los.beta=1", "los is not a key at top level; did you mean loss?"),
+        ("los.beta=1", "command line: los is not a key at top level; did you mean loss?"),
+        ("trian.max_steps=3", "command line: trian is not a key at top level; did you mean train?"),
+        ("zzz.max_steps=3", "command line: zzz is not a key at top level; there are model,"),
+        ("loss.bta.gamma=1", "command line: loss.bta is not a key in section loss; did you mean loss.beta?"),
+        ("loss.bta=null", "command line: loss.bta=null is not a key in section loss; did you mean loss.beta?"),
+        ("data.evaluation.0.limit=1", "command line: data.evaluation.0.path is missing"),
+        ("reference.model=x", "the name here is model.reference_name_or_path"),
+        ("data.path=x", "the name here is data.train: a list"),
         ("loss.learning_rate=1", "loss.learning_rate=1 is not a key in section loss; write train.learning_rate"),
         ("beta=1", "beta=1 is not a key at top level; write loss.beta"),
         ("loss.output_dir=x", "loss.output_dir=x is not a key in section loss; write train.output_dir"),
@@ -217,6 +265,9 @@ def test_unknown_keys(minimal, override, fragment):
         ("warmup_ratio", "train.warmup_steps"),
         ("dataset_name", "data.train"),
         ("ref_model", "model.reference_name_or_path"),
+        ("reference_model", "model.reference_name_or_path"),
+        ("model_path", "model.model_name_or_path"),
+        ("tokenizer", "model.tokenizer_name_or_path"),
         ("precompute_ref_log_probs", "reference.source"),
         ("pref_beta", "loss.beta"),
         ("rl_beta", "loss.beta"),
@@ -235,9 +286,24 @@ def test_names_of_other_systems_are_refused_with_ours(minimal, section, key, nam
 
 def test_foreign_names_are_foreign_and_point_at_keys_that_exist():
     assert not FOREIGN_KEYS.keys() & SECTION_OF.keys()
-    for key, advice in FOREIGN_KEYS.items():
+    within = [(key, advice) for keys in FOREIGN_WITHIN.values() for key, advice in keys.items()]
+    for key, advice in [*FOREIGN_KEYS.items(), *within]:
         for section, name in re.findall(r"\b(" + "|".join(KEYS) + r")\.([a-z_0-9]+)", advice):
             assert name in KEYS[section], (key, advice)
+
+
+@pytest.mark.parametrize("key", ["reference", "ref_model", "reference_model", "ref"])
+def test_names_one_may_try_for_the_reference(minimal, key):
+    assert f"model.{key}=x is not a key in section model; the name here is model.reference_name_or_path" in only_error(
+        minimal, f"model.{key}=x"
+    )
+
+
+@pytest.mark.parametrize("key", ["model", "name", "path", "name_or_path", "model_name", "model_path"])
+def test_names_one_may_try_for_the_policy(minimal, key):
+    assert f"model.{key}=x is not a key in section model; the name here is model.model_name_or_path" in only_error(
+        minimal, f"model.{key}=x"
+    )
 
 
 # ---- the file
@@ -288,6 +354,44 @@ def test_missing_sections_name_every_missing_key(write):
         "run.yaml: train.output_dir",
     ]
     assert "The policy: a local folder" in lines[0]
+
+
+def test_a_file_without_sections_is_told_where_each_key_belongs(write):
+    lines = errors_of(
+        write("""\
+            model_name_or_path: demo
+            dataset_name: pairs.jsonl
+            learning_rate: 1e-6
+            beta: 0.1
+            output_dir: runs/x
+            """)
+    )
+    assert lines == [
+        "run.yaml:1: model_name_or_path=demo is not a key at top level; write model.model_name_or_path",
+        "run.yaml:2: dataset_name=pairs.jsonl is not a key at top level; the name here is data.train: a list of {path, "
+        "split, limit}",
+        "run.yaml:3: learning_rate=1e-06 is not a key at top level; write train.learning_rate",
+        "run.yaml:4: beta=0.1 is not a key at top level; write loss.beta",
+        "run.yaml:5: output_dir=runs/x is not a key at top level; write train.output_dir",
+    ]
+
+
+def test_a_key_is_not_missing_as_well_where_it_stands_under_another_name(write):
+    text = MINIMAL.replace("model: {model_name", "modle: {model_name").replace("output_dir", "outputdir")
+    assert [line.split(" ", 1)[1] for line in errors_of(write(text))] == [
+        "modle is not a key at top level; did you mean model?",
+        "train.outputdir=runs/x is not a key in section train; did you mean train.output_dir?",
+    ]
+    # What only mentions a required key does not give it.
+    text = MINIMAL.replace("output_dir: runs", "run_name: runs")
+    assert "train.output_dir is missing" in errors_of(write(text))[0]
+
+
+def test_dotted_keys_are_for_the_command_line(write):
+    line = only_error(write("train.output_dir: x\n" + MINIMAL.replace("train: {output_dir: runs/x}\n", "")))
+    assert line == (
+        "run.yaml:1: train.output_dir=x is one dotted key; write train.output_dir nested: `train: {output_dir: ...}`"
+    )
 
 
 def test_a_rule_is_silent_about_a_key_that_is_already_wrong(minimal):
@@ -348,13 +452,13 @@ def test_an_unreadable_file(minimal, monkeypatch):
 # ---- overrides
 
 
-def test_overrides_reach_every_depth_and_the_last_one_counts(minimal):
+def test_overrides_reach_every_depth(minimal):
     text = (
         "loss.beta=0.2 data.train.0.path=b data.train.1.path=c data.train.1.limit=3 data.evaluation.0.path=d "
-        "evaluation.eval_on_start=true loss.beta=0.3 log.report_to=[] model.revision=null"
+        "evaluation.eval_on_start=true log.report_to=[] model.revision=null"
     )
     config = load_config(minimal, text.split())
-    assert config.loss.beta == 0.3 and config.log.report_to == []
+    assert config.loss.beta == 0.2 and config.log.report_to == []
     assert config.data.train == [DataSource(path="b"), DataSource(path="c", limit=3)]
     assert config.data.evaluation == [DataSource(path="d")]
 
@@ -364,12 +468,38 @@ def test_an_override_replaces_what_the_file_says_wrongly(write):
     assert load_config(path, ["loss.beta=0.2"]).loss.beta == 0.2
 
 
-def test_an_empty_override_takes_the_key_out(write):
-    path = write(MINIMAL + "loss: {beta: 3}\n")
-    assert load_config(path, ["loss.beta="]).loss.beta == 0.1
-    assert load_config(path, ["loss.label_smoothing="]).loss == LossConfig(beta=3)
-    assert len(load_config(path, ["data.train.1.path=y", "data.train.0="]).data.train) == 1
-    assert "train.output_dir is missing" in only_error(path, "train.output_dir=")
+def test_null_takes_the_key_out(write):
+    path = write(MINIMAL.replace("runs/x", "runs/x, num_train_epochs: 3") + "loss: {beta: 3, bta: 1}\n")
+    out = "loss.bta=null"
+    assert load_config(path, [out, "loss.beta=null"]).loss.beta == 0.1
+    assert load_config(path, [out, "loss.label_smoothing=~"]).loss == LossConfig(beta=3)
+    assert load_config(path, ["loss=null"]).loss == LossConfig()
+    assert load_config(path, [out, "train.max_steps=null"]).train.max_steps is None
+    assert load_config(path, [out, "train.max_steps=5", "train.num_train_epochs=null"]).train.num_train_epochs == 1.0
+    assert len(load_config(path, [out, "data.train.1.path=y", "data.train.0=null"]).data.train) == 1
+    assert only_error(path, out, "train.output_dir=null").startswith("command line: train.output_dir is missing")
+
+
+def test_null_in_a_file_is_no_number(write):
+    assert "loss.beta=null is not a number; write one" in only_error(write(MINIMAL + "loss: {beta: null}\n"))
+
+
+@pytest.mark.parametrize("key", ["loss.beta", "model.revision", "train.output_dir", "loss"])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_override_is_refused(minimal, key, value):
+    line = only_error(minimal, f"{key}={value}")
+    assert line == f"command line: {key}= is empty; write a value, or {key}=null to take the key out"
+
+
+def test_a_quoted_empty_override_is_an_empty_text(minimal):
+    assert 'train.output_dir="" is empty; write a name or path' in only_error(minimal, 'train.output_dir=""')
+
+
+def test_a_key_is_given_once_on_the_command_line(minimal):
+    line = only_error(minimal, "loss.beta=0.2", "train.max_steps=3", "loss.beta=0.3")
+    assert line == "command line: loss.beta=0.3 is given twice on the command line; leave one out"
+    assert load_config(minimal, ["loss.beta=0.2", "train.max_steps=3", "loss.beta=0.2"]).loss.beta == 0.2
+    assert load_config(minimal, ["data.train=[{path: y}]", "data.train.0.path=z"]).data.train[0].path == "z"
 
 
 @pytest.mark.parametrize(
@@ -379,6 +509,10 @@ def test_an_empty_override_takes_the_key_out(write):
         ("=1", "=1 is not an override"),
         ("loss..beta=1", "loss..beta=1 is not an override"),
         ("data.train.x=1", "data.train is a list; name an element by its index, e.g. data.train.0"),
+        ("data.train.path=x", "data.train.path=x names no element of the list; did you mean data.train.0.path=x?"),
+        ("data.evaluation.split=x", "did you mean data.evaluation.0.split=x?"),
+        ("data.train.1=null", "data.train.1=null takes out an element that is not there; leave it out"),
+        ("train.output_dir=#1", "train.output_dir has only a comment as its value; put the value in quotes"),
         ("data.train.-1.path=x", "data.train is a list; name an element by its index"),
         ("data.train.2.path=x", "data.train has 1 elements; the next index is 1"),
         ("data.train.0.path.x=1", "data.train.0.path is a single value; it has no keys and no elements"),

@@ -87,6 +87,24 @@ def test_what_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         resolve_folder("no/where", KEY, None, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "../nowhere", "/nowhere/model", "~/nowhere", "~nobody/x", "runs/no/model"]
+)
+def test_the_hub_is_not_asked_for_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_file, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(
+        ModelError, match=f"{KEY}={name} does not exist; give the folder save_pretrained wrote, or a hub"
+    ):
+        resolve_folder(name, KEY, None, tmp_path)
+
+
+def test_a_file_is_no_model(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(model_file, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError, match=f"{KEY}=.*model.safetensors is a file; give the folder it is in"):
+        resolve_folder(str(folder / "model.safetensors"), KEY, None, tmp_path)
+
+
 def test_a_folder_without_configuration_or_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=rf"{KEY}=.*tiny has no weights \(\*.safetensors\); pickled weights"):

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from dpo_dist import __version__
-from dpo_dist.config import json_schema, load_config
+from dpo_dist.config import json_schema, load_config, options_table
 from dpo_dist.errors import DpoDistError
 
 app = typer.Typer(
@@ -150,9 +150,9 @@ def export(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a run's configuration, for editors and checkers."""
-    typer.echo(json.dumps(json_schema(), indent=2))
+def schema(table: Annotated[bool, typer.Option("--table", help="A Markdown table of all options.")] = False) -> None:
+    """Print the JSON schema of a run's configuration, for editors and checkers; or all options as a table."""
+    typer.echo(options_table().rstrip() if table else json.dumps(json_schema(), indent=2))
 
 
 @app.command(name="demo-model")

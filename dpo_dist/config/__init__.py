@@ -7,6 +7,7 @@
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
     files.py       files that are shipped with the package, and how a relative path is looked up
     messages.py    what is wrong with a key, in one line
+    table.py       every option as a Markdown table
     draft.py       raw values of a file and its overrides
     loader.py      file + overrides -> RunConfig, or all errors at once; and back
 
@@ -31,6 +32,7 @@ from dpo_dist.config.models import (
     RunConfig,
     TrainConfig,
 )
+from dpo_dist.config.table import options_table
 
 __all__ = [
     "LOSS_TYPES",
@@ -50,5 +52,6 @@ __all__ = [
     "json_schema",
     "load_config",
     "load_deepspeed",
+    "options_table",
     "package_file",
 ]

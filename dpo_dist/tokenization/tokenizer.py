@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: if there is none that can be loaded.
     """
-    path = Path(spec.path).expanduser()
+    path = Path(os.path.expanduser(spec.path))
     if not path.exists() and (path.is_absolute() or spec.path.startswith((".", "~")) or spec.path.count("/") > 1):
         raise ModelError(
             f"{spec.key}={spec.path} does not exist; give a folder with tokenizer.json or a hub id such as owner/name"

@@ -155,6 +155,9 @@ def test_check_tells_what_training_would_do(run_folder: Path) -> None:
 def test_schema_and_version() -> None:
     schema = CliRunner().invoke(app, ["schema"])
     assert json.loads(schema.output) == json.loads((REPOSITORY / "configs" / "schema.json").read_text())
+    table = CliRunner().invoke(app, ["schema", "--table"])
+    assert table.output == (REPOSITORY / "docs" / "configuration.md").read_text()
+    assert "| `beta` | number > 0 | `0.1` | Inverse temperature" in table.output
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"dpo-dist {__version__}"
 
 

@@ -230,6 +230,8 @@ def _announce(prepared: Prepared, ranks: Ranks) -> None:
     )  # fmt: skip
     if prepared.dataset.bad_rows:
         logger.info("rows left out: %s", prepared.dataset.bad_rows)
+    if prepared.dataset.ignored_columns:
+        logger.info("columns ignored: %s", ", ".join(prepared.dataset.ignored_columns))
 
 
 def _facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:

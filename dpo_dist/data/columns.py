@@ -24,6 +24,7 @@ SHAPES = (
 )
 
 _WITH_TEXT = frozenset(COLUMNS)
+_WITH_CONVERSATIONS = _WITH_TEXT - {"prompt"}
 _WITH_TOKEN_IDS = _WITH_TEXT - {"prompt", "chosen", "rejected", "conversations"}
 
 # Values of `from` in ShareGPT rows, and the role that a chat template knows them by.
@@ -46,7 +47,9 @@ def holds_token_ids(row: Row) -> bool:
 
 def ignored_columns(row: Row) -> set[str]:
     """The columns of a row that mean nothing here, so that the user can be told of them."""
-    return row.keys() - (_WITH_TOKEN_IDS if holds_token_ids(row) else _WITH_TEXT)
+    if holds_token_ids(row):
+        return row.keys() - _WITH_TOKEN_IDS
+    return row.keys() - (_WITH_TEXT if row.get("conversations") is None else _WITH_CONVERSATIONS)
 
 
 def required(row: Row, column: str, source: str) -> Any:

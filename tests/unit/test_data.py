@@ -244,6 +244,7 @@ SCORES = {"score_chosen": 7.5, "source": "web"}
             {"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": "Be brief.", **SCORES},
             {"score_chosen", "source"},
         ),
+        ({"conversations": [USER], "chosen": GOOD, "rejected": BAD, "prompt": "Hi"}, {"prompt"}),
         ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], **STRINGS[0]}, {"prompt", "chosen", "rejected"}),
     ],
 )

@@ -1,5 +1,6 @@
 """All that can be known before a process group exists: files, model, data, packing. Shared by `check` and `train`."""
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,16 @@ from transformers import PretrainedConfig
 from dpo_dist.attention import choose_backend
 from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
+from dpo_dist.distributed import launched_rank
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.metrics import TRACKER_PACKAGES
 from dpo_dist.model import DTYPES, decide_sharing, identity, load_config, resolve_folder
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, repeated_data
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,9 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         name: _dataset(config, [source], tokenizer, model_config, cache_dir, "data.evaluation", index)
         for index, (name, source) in enumerate(zip(names, config.data.evaluation, strict=True))
     }
+    if launched_rank() == 0:
+        for what in repeated_data(config.data, dataset, list(evaluation_sets.values())):
+            logger.warning(what)
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(

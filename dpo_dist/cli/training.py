@@ -220,6 +220,8 @@ def _announce(prepared: Prepared, plan: StepPlan, ranks: Ranks) -> None:
         logger.warning(remark)
     if prepared.dataset.bad_rows:
         logger.info("rows left out: %s", prepared.dataset.bad_rows)
+    if prepared.dataset.ignored_columns:
+        logger.info("columns ignored: %s", ", ".join(prepared.dataset.ignored_columns))
 
 
 def _facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Preference examples as text: read, validate, normalise, mix, split.
 
     files.py     bytes of a local file          (line, row) with the line numbers a user can look up
+    columns.py   the columns of a row           each checked, and in one form
     rows.py      one row, of any accepted shape PreferenceExample or RowFault
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
 

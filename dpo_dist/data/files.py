@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_dist.data.rows import COLUMNS
+from dpo_dist.data.columns import COLUMNS
 from dpo_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -86,13 +86,14 @@ def _is_json_array(path: Path, shown: str) -> bool:
 
 def _json_lines_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
     for line, raw in _lines(path, shown):
-        text = _decode(raw, shown, line)
-        if not text.strip():
+        # Without its end of line: what is missing at the end would be reported as column 1 of the next.
+        text = _decode(raw, shown, line).rstrip()
+        if not text:
             continue
         try:
             yield line, json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _broken_json(shown, line, error) from None
+            raise _broken_json(shown, line, _problem(error, text, "line")) from None
 
 
 def _json_array_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
@@ -107,7 +108,7 @@ def _json_array_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             at = error.pos if isinstance(error, json.JSONDecodeError) else position
-            raise _broken_json(shown, 1 + text.count("\n", 0, at), error) from None
+            raise _broken_json(shown, 1 + text.count("\n", 0, at), _problem(error, text, "file")) from None
         yield line, row
         position = _skip_whitespace(text, position)
         separator = text[position : position + 1]
@@ -115,7 +116,8 @@ def _json_array_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
             return
         if separator != ",":
             problem = "more text after the array" if separator == "]" else "',' or ']' expected after a row"
-            raise _broken_json(shown, 1 + text.count("\n", 0, position), ValueError(problem))
+            problem += "" if separator else ", and the file ends: cut off?"
+            raise _broken_json(shown, 1 + text.count("\n", 0, position), problem)
         position = _skip_whitespace(text, position + 1)
 
 
@@ -133,10 +135,21 @@ def _decode(raw: bytes, shown: str, line: int) -> str:
         ) from None
 
 
-def _broken_json(shown: str, line: int, error: Exception) -> DataError:
-    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+def _problem(error: Exception, text: str, whole: str) -> str:
+    """What is wrong and in which column; an error that reaches to the end of the text is one of a missing rest."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    end = len(text.rstrip())
+    if error.pos < end and not error.msg.startswith("Unterminated string"):
+        return what
+    column = end - text.rfind("\n", 0, end) - 1
+    return f"{what}, and the {whole} ends after column {column}: cut off?"
+
+
+def _broken_json(shown: str, line: int, problem: str) -> DataError:
     return DataError(
-        f"{shown}:{line}: broken JSON ({what}); "
+        f"{shown}:{line}: broken JSON ({problem}); "
         "give one JSON object per line, or one array of objects for the whole file"
     )
 
@@ -144,16 +157,18 @@ def _broken_json(shown: str, line: int, error: Exception) -> DataError:
 # ---- Parquet and Arrow
 
 
-def _columnar_rows(batches: Iterator[pa.RecordBatch], shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _columnar_rows(
+    batches: Iterator[tuple[pa.RecordBatch, dict[str, None]]], shown: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
     line = 0
     try:
-        for batch in batches:
+        for batch, unread in batches:
             for values in zip(*batch.columns, strict=True):
                 row = {
                     name: without_nulls(value.as_py()) for name, value in zip(batch.schema.names, values, strict=True)
                 }
                 line += 1
-                yield line, row
+                yield line, row | unread
     except UnicodeDecodeError as error:
         raise DataError(f"{shown}:{line + 1}: a string is not UTF-8 ({error.reason}); write the file again") from error
     except (pa.ArrowException, *_READ_ERRORS) as error:
@@ -169,26 +184,27 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _parquet_batches(path: Path, shown: str) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(path: Path, shown: str) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
     with _seekable(path) as stream, pq.ParquetFile(stream) as file:
-        columns = _known_columns(file.schema_arrow, shown)
-        yield from file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns)
+        columns, unread = _columns(file.schema_arrow, shown)
+        for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
+            yield batch, unread
 
 
-def _arrow_batches(path: Path, shown: str) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: Path, shown: str) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
     """Both forms of the IPC format: files, and the streams that the datasets library writes."""
     with _seekable(path) as stream:
         if stream.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(stream)
-            columns = _known_columns(reader.schema, shown)
+            columns, unread = _columns(reader.schema, shown)
             for index in range(reader.num_record_batches):
-                yield reader.get_batch(index).select(columns)
+                yield reader.get_batch(index).select(columns), unread
             return
         stream.seek(0)
         reader = pa.ipc.open_stream(stream)
-        columns = _known_columns(reader.schema, shown)
+        columns, unread = _columns(reader.schema, shown)
         for batch in reader:
-            yield batch.select(columns)
+            yield batch.select(columns), unread
 
 
 def _seekable(path: Path) -> pa.NativeFile:
@@ -197,14 +213,15 @@ def _seekable(path: Path) -> pa.NativeFile:
     return pa.BufferReader(gzip.decompress(path.read_bytes())) if compressed else pa.memory_map(str(path))
 
 
-def _known_columns(schema: pa.Schema, shown: str) -> list[str]:
+def _columns(schema: pa.Schema, shown: str) -> tuple[list[str], dict[str, None]]:
+    """The columns to read; and those that mean nothing here: a row names them, as null, so that the user is told."""
     known = [name for name in schema.names if name in COLUMNS]
     if not known:
         raise DataError(
             f"{shown}:1: none of the columns {', '.join(schema.names) or '(none)'} is a preference; "
             "give prompt, chosen, rejected"
         )
-    return known
+    return known, dict.fromkeys(name for name in schema.names if name not in COLUMNS)
 
 
 def _damaged(shown: str, line: int, error: BaseException) -> DataError:

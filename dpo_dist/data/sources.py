@@ -11,9 +11,10 @@ from typing import Any
 import datasets
 
 from dpo_dist.config import DataSource
+from dpo_dist.data.columns import Row, holds_token_ids, ignored_columns
 from dpo_dist.data.example import PreferenceExample, RowFault
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
-from dpo_dist.data.rows import Row, holds_token_ids, parse_row
+from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import DataError
 
 # `name` or `owner/name`, as the hub allows them: anything else can only be a local path.
@@ -49,9 +50,11 @@ class Source:
         _, first = next(self._raw_rows())
         return holds_token_ids(first)
 
-    def examples(self) -> Iterator[PreferenceExample | RowFault]:
+    def examples(self, ignored: set[str] | None = None) -> Iterator[PreferenceExample | RowFault]:
         """Every row up to the limit, as an example or as the reason why it is none.
 
+        Args:
+            ignored: gets the names of the columns that mean nothing here, as they are met.
         Raises:
             DataError: at a fault of the file, naming file:line.
         """
@@ -64,6 +67,8 @@ class Source:
                 raise DataError(
                     f"{where}: the row holds {kinds[0]}, earlier rows hold {kinds[1]}; use one kind per source"
                 )
+            if ignored is not None:
+                ignored |= ignored_columns(row)
             yield parse_row(row, where)
 
     def _raw_rows(self) -> Iterator[tuple[str, Row]]:

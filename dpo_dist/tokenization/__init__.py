@@ -11,7 +11,14 @@ Rows that hold token ids already pass through unchanged, and no tokenizer is loa
 
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import TokenizedExample
-from dpo_dist.tokenization.prepare import prepare_dataset
+from dpo_dist.tokenization.prepare import prepare_dataset, repeated_data
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer
 
-__all__ = ["TokenizedDataset", "TokenizedExample", "TokenizerSpec", "load_tokenizer", "prepare_dataset"]
+__all__ = [
+    "TokenizedDataset",
+    "TokenizedExample",
+    "TokenizerSpec",
+    "load_tokenizer",
+    "prepare_dataset",
+    "repeated_data",
+]

@@ -64,6 +64,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         fingerprint: hash of all ids and pairs, in order; the same on every machine, wherever the files are.
         bad_rows: rows left out, by reason.
         notes: rows used that the user should know about, by reason (truncated, ...).
+        ignored_columns: names of the columns that mean nothing here, whatever source they are in.
         max_token_id: the largest id in any prompt or completion.
     """
 
@@ -83,6 +84,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self.fingerprint = self._summary.fingerprint
         self.bad_rows = dict(self._summary.bad_rows)
         self.notes = dict(self._summary.notes)
+        self.ignored_columns = tuple(self._summary.ignored_columns)
         self.max_token_id = self._summary.max_token_id
         self.prompt_lengths = _concatenated([_list_lengths(batch.column("prompt_ids")) for batch in self._batches])
         nested = [batch.column("completion_ids") for batch in self._batches]
@@ -142,7 +144,8 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         """Token counts: min, percentiles, max, mean and sum of prompts, completions, sequences and examples.
 
         A `sequence` is a prompt with one completion (what data.max_length bounds), an `example` a prompt with all its
-        completions (what packing.max_tokens bounds when prompts are shared).
+        completions (what packing.max_tokens bounds when prompts are shared). A percentile between two lengths is the
+        longer one: each is a length that there is.
         """
         flat, starts = self.completion_lengths.flat, self.completion_lengths.starts
         sequences = flat + np.repeat(self.prompt_lengths, np.diff(starts))
@@ -198,10 +201,10 @@ def _largest(ids: pa.Array) -> int:
 
 
 def _describe(values: np.ndarray) -> dict[str, int | float]:
-    percentiles = np.percentile(values, _PERCENTILES)
+    percentiles = np.percentile(values, _PERCENTILES, method="higher")
     return {
         "min": int(values.min()),
-        **{f"p{name}": float(value) for name, value in zip(_PERCENTILES, percentiles, strict=True)},
+        **{f"p{name}": int(value) for name, value in zip(_PERCENTILES, percentiles, strict=True)},
         "max": int(values.max()),
         "mean": float(values.mean()),
         "sum": int(values.sum()),

@@ -30,7 +30,7 @@ from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, token
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
 # Raise when the same rows would be written as other ids or in another layout.
-DATA_FORMAT = 1
+DATA_FORMAT = 2
 _EXAMPLES_PER_CALL = 256
 _LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
@@ -81,6 +81,40 @@ def prepare_dataset(
     return TokenizedDataset(folder)
 
 
+def repeated_data(data: DataConfig, training: TokenizedDataset, held_out: Sequence[TokenizedDataset]) -> list[str]:
+    """What is named twice in data.train, or is both trained on and held out; none of it is an error.
+
+    A name is enough, whatever the limits are: every source is read from its first row on. Equal examples are found
+    under other names too.
+
+    Args:
+        data: the entries of data.train and data.evaluation.
+        training: the data set of all entries of data.train.
+        held_out: the data set of each entry of data.evaluation.
+    """
+    found: list[str] = []
+    first_key: dict[tuple[str, str], str] = {}
+    for index, source in enumerate(data.train):
+        key = f"data.train.{index}"
+        first = first_key.setdefault(_place(source), key)
+        if first != key:
+            found.append(
+                f"{key}.path={source.path} names the same data as {first}: its rows are trained on twice in an epoch"
+            )
+    for index, (source, dataset) in enumerate(zip(data.evaluation, held_out, strict=True)):
+        key = f"data.evaluation.{index}.path={source.path}"
+        if first := first_key.get(_place(source)):
+            found.append(f"{key} names the same data as {first}: what it measures was trained on")
+        elif dataset.fingerprint == training.fingerprint:
+            found.append(f"{key} holds the same examples as data.train: what it measures was trained on")
+    return found
+
+
+def _place(source: DataSource) -> tuple[str, str]:
+    path = Path(source.path).expanduser()
+    return str(path.resolve()) if path.exists() else source.path, source.split
+
+
 def _cache_key(sources: Sequence[Source], data: DataConfig, tokenizer: str | None) -> str:
     """Name of the folder: equal for equal content, whatever the machine or the time of the files."""
     parts = {
@@ -123,9 +157,10 @@ def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: E
     try:
         with closing(ExampleWriter(partial)) as writer:
             bad_rows: Counter[str] = Counter()
+            ignored: set[str] = set()
             for source in sources:
-                _write_source(source, data, encoder, writer, bad_rows)
-            writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())))
+                _write_source(source, data, encoder, writer, bad_rows, ignored)
+            writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())), sorted(ignored))
         for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
             _sync(partial / name)
         partial.rename(folder)
@@ -139,11 +174,16 @@ def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: E
 
 
 def _write_source(
-    source: Source, data: DataConfig, encoder: Encoder, writer: ExampleWriter, bad_rows: Counter[str]
+    source: Source,
+    data: DataConfig,
+    encoder: Encoder,
+    writer: ExampleWriter,
+    bad_rows: Counter[str],
+    ignored: set[str],
 ) -> None:
     counts: Counter[str] = Counter()
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
-    for group in _grouped(source.examples(), _EXAMPLES_PER_CALL):
+    for group in _grouped(source.examples(ignored), _EXAMPLES_PER_CALL):
         for result in _encoded(group, encoder):
             num_read += 1
             if isinstance(result, RowFault):

@@ -36,6 +36,7 @@ class Summary:
     max_token_id: int
     bad_rows: dict[str, int]
     notes: dict[str, int]
+    ignored_columns: list[str]
 
 
 class ExampleWriter:
@@ -65,7 +66,7 @@ class ExampleWriter:
         if len(self._buffer) >= _ROWS_PER_BATCH or self._buffered_tokens >= _TOKENS_PER_BATCH:
             self._flush()
 
-    def finish(self, bad_rows: dict[str, int], notes: dict[str, int]) -> None:
+    def finish(self, bad_rows: dict[str, int], notes: dict[str, int], ignored_columns: list[str]) -> None:
         """Write what is left and the summary."""
         self._flush()
         self._stream.close()
@@ -77,6 +78,7 @@ class ExampleWriter:
             max_token_id=self._max_token_id,
             bad_rows=bad_rows,
             notes=notes,
+            ignored_columns=ignored_columns,
         )
         (self._folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
 

@@ -143,6 +143,7 @@ def test_check_tells_what_training_would_do(run_folder: Path) -> None:
         "prefix sharing     on: architecture llama",
         "dropout            off",
         "data.train: 9 examples",
+        "pairs.jsonl names the same data as data.train.0",
         "first step on 3 ranks: 5 examples, 5 pairs",
         "rank 2",
         "2, 2 per epoch",
@@ -150,6 +151,17 @@ def test_check_tells_what_training_would_do(run_folder: Path) -> None:
     ):
         assert fragment in result.output
     assert not folder.exists()
+
+
+def test_check_tells_of_one_example_and_of_columns_that_are_ignored(tmp_path: Path, run_folder: Path) -> None:
+    row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4], "score_chosen": 1, "source": "web"}
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    overrides = [f"train.output_dir={tmp_path}/unused", f"data.train.0.path={path}", "train.examples_per_step=1"]
+    result = CliRunner().invoke(app, ["check", str(run_folder / "run.yaml"), *overrides])
+    assert result.exit_code == 0, result.output
+    assert "data.train: 1 example, tokens" in result.output
+    assert "columns ignored: score_chosen, source\n" in result.output
 
 
 def test_schema_and_version() -> None:

@@ -134,6 +134,53 @@ def test_messages_with_explicit_and_implicit_prompt_are_the_same(dialogue: list[
     assert explicit == PreferenceExample(tuple(dialogue), ((GOOD,), (BAD,)), (Pair(0, 1),), None, "f:1")
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("dialogue", [[USER], [SYSTEM, USER], [SYSTEM, USER, GOOD, {**USER, "content": "And?"}]])
+@pytest.mark.parametrize("prompt", ["Hi", " Hi\n"])
+def test_a_prompt_that_repeats_the_first_user_message_of_whole_conversations(dialogue: list[Any], prompt: str) -> None:
+    """The layout of UltraFeedback-binarized."""
+    implicit = {"chosen": [*dialogue, GOOD], "rejected": [*dialogue, BAD]}
+    assert parsed({"prompt": prompt, **implicit}) == parsed(implicit)
+
+
+@pytest.mark.parametrize("column", ["prompt", "conversations"])
+def test_whole_conversations_that_begin_with_the_prompts_messages(column: str) -> None:
+    row = {column: [SYSTEM, USER], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}
+    assert parsed(row) == parsed({"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]})
+
+
+def test_answers_that_begin_with_the_prompts_own_words_are_kept_whole() -> None:
+    example = parsed({"prompt": [GOOD], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]})
+    assert example.completions == ((GOOD, USER, GOOD), (GOOD, USER, BAD))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [SYSTEM, USER, GOOD], "rejected": [USER, BAD]},
+        {"conversations": [USER], "chosen": GOOD, "rejected": BAD},
+        {"conversations": [SYSTEM, USER], "chosen": GOOD, "rejected": BAD},
+    ],
+)
+def test_system_column_beside_messages_of_every_shape(row: dict[str, Any]) -> None:
+    assert parsed({**row, "system": "Be brief."}).prompt == (SYSTEM, USER)
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_a_system_column_that_says_nothing(system: str | None) -> None:
+    assert parsed({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "system": system}).prompt == (USER,)
+    assert parsed({"prompt": "P", "chosen": "c", "rejected": "r", "system": system}).prompt == "P"
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    assert parsed({**ids, "system": system}).prompt == (1,)
+
+
 def test_implicit_prompt_of_strings_leaves_the_space_to_the_completions() -> None:
     example = parsed({"chosen": "The sky is blue.", "rejected": "The sky is green."})
     assert (example.prompt, example.completions) == ("The sky is", (" blue.", " green."))
@@ -184,6 +231,30 @@ def test_keys_that_parquet_invents_are_dropped(tmp_path: Path) -> None:
     assert (second.prompt, second.completions) == ((USER,), ((GOOD,), (BAD,)))
 
 
+SCORES = {"score_chosen": 7.5, "source": "web"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({**STRINGS[0], "images": None, "tools": None}, set()),
+        ({**STRINGS[0], **SCORES}, {"score_chosen", "source"}),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": "Be brief.", **SCORES},
+            {"score_chosen", "source"},
+        ),
+        ({"conversations": [USER], "chosen": GOOD, "rejected": BAD, "prompt": "Hi"}, {"prompt"}),
+        ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], **STRINGS[0]}, {"prompt", "chosen", "rejected"}),
+    ],
+)
+def test_ignored_columns_are_named(tmp_path: Path, suffix: str, row: dict[str, Any], names: set[str]) -> None:
+    path, ignored = write(tmp_path / f"pairs.{suffix}", [row, row]), set[str]()
+    examples = list(open_source(DataSource(path=str(path)), "data.train.0").examples(ignored))
+    assert [type(example) for example in examples] == [PreferenceExample] * 2
+    assert ignored == names
+
+
 # ---- row faults
 
 
@@ -209,6 +280,9 @@ def test_keys_that_parquet_invents_are_dropped(tmp_path: Path) -> None:
         ({"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: c"}, "prompts_differ"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: a"}, "prompts_differ"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "Ho"}, GOOD]}, "prompts_differ"),
+        ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [{**USER, "content": "Ho"}, BAD]}, "prompts_differ"),
+        ({"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "identical_completions"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [USER, BAD]}, "empty_completion"),
     ],
 )
 def test_row_faults(row: dict[str, Any], reason: str) -> None:
@@ -229,6 +303,10 @@ def test_row_faults(row: dict[str, Any], reason: str) -> None:
         ({"prompt": "P", "chosen": None, "rejected": "r"}, "chosen is null"),
         ({"prompt": None, "chosen": "c", "rejected": "r"}, "prompt is null"),
         ({"prompt": "P", "chosen": [GOOD], "rejected": [BAD]}, "prompt is a string, chosen and rejected are not"),
+        (
+            {"prompt": "Ho", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            "prompt is a string, and not the first user",
+        ),
         ({"chosen": "c", "rejected": [BAD]}, "chosen is a string, rejected is not"),
         ({"prompt": 1, "chosen": 2, "rejected": 3}, "prompt=1 is of the wrong type (int); give a list of messages"),
         ({"prompt": [USER], "chosen": ["c"], "rejected": [BAD]}, "chosen[0]='c' is of the wrong type (str)"),
@@ -242,6 +320,18 @@ def test_row_faults(row: dict[str, Any], reason: str) -> None:
         ),
         ({"conversations": [USER], "chosen": "c", "rejected": "r"}, "chosen='c' is of the wrong type"),
         ({"conversations": [USER], "system": 3, "chosen": GOOD, "rejected": BAD}, "system=3 is of the wrong type"),
+        ({"prompt": "P", "chosen": "c", "rejected": "r", "system": "Be"}, "system is set, and rows of strings have no"),
+        ({"chosen": "say c", "rejected": "say r", "system": "Be"}, "write it into the prompt and remove the column"),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD], "system": "Be"},
+            "prompt begins with another system message; keep one of the two",
+        ),
+        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, USER, BAD], "system": "Be"}, "rejected begins with another"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [2], "system": "Be"},
+            "system is set, and the token ids are used as they are; remove the column system",
+        ),
+        ({"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [2], "tools": [TOOL]}, "tools is set, and the token"),
         ({"prompt_ids": [1, -2], "chosen_ids": [1], "rejected_ids": [2]}, "prompt_ids[1]=-2 is of the wrong type"),
         ({"prompt_ids": [True], "chosen_ids": [1], "rejected_ids": [2]}, "prompt_ids[0]=True is of the wrong type"),
         ({"prompt_ids": "1 2", "chosen_ids": [1], "rejected_ids": [2]}, "prompt_ids='1 2' is of the wrong type (str)"),
@@ -265,6 +355,27 @@ GOOD_LINE = json.dumps(STRINGS[0]).encode()
     ("name", "content", "line", "message"),
     [
         ("a.jsonl", GOOD_LINE + b'\n{"prompt": \n', 2, "broken JSON (Expecting value"),
+        ("a.jsonl", b'{"prompt" 1}\n', 1, "broken JSON (Expecting ':' delimiter at column 11); give"),
+        (
+            "a.jsonl",
+            GOOD_LINE + b'\n{"prompt": "abc\n',
+            2,
+            "(Unterminated string starting at column 12, and the line ends after column 15: cut off?); give",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": \r\n',
+            1,
+            "(Expecting value at column 11, and the line ends after column 10: cut off?)",
+        ),
+        ("a.jsonl", b'{"prompt": "a"', 1, "(Expecting ',' delimiter at column 15, and the line ends after column 14"),
+        (
+            "a.json",
+            b'[\n{"prompt":\n"abc',
+            3,
+            "(Unterminated string starting at column 1, and the file ends after column 4",
+        ),
+        ("a.json", b"[" + GOOD_LINE, 1, "',' or ']' expected after a row, and the file ends: cut off?)"),
         ("a.jsonl", GOOD_LINE + b"\n3\n", 2, "the row is of type int"),
         ("a.jsonl", GOOD_LINE + b'\n\n{"prompt": "\xff"}', 3, "byte 13 of the line is not UTF-8"),
         ("a.jsonl", b"[" * 100_000, 1, "broken JSON ("),

@@ -18,7 +18,14 @@ from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import Pair
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import DataError, ModelError
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, load_tokenizer, prepare, prepare_dataset
+from dpo_dist.tokenization import (
+    TokenizedDataset,
+    TokenizerSpec,
+    load_tokenizer,
+    prepare,
+    prepare_dataset,
+    repeated_data,
+)
 from dpo_dist.tokenization.tokenizer import tokenizer_digest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -311,10 +318,48 @@ def test_stats(run: Any) -> None:
             {"prompt_ids": [1, 1, 1], "chosen_ids": [2], "rejected_ids": [4, 4, 4, 4]},
         ]
     ).stats()
-    assert (stats["prompt"]["min"], stats["prompt"]["p50"], stats["prompt"]["max"]) == (1, 2, 3)
+    # Every percentile is a length that there is, here one of two.
+    assert (stats["prompt"]["min"], stats["prompt"]["p50"], stats["prompt"]["max"]) == (1, 3, 3)
+    assert [stats["completion"][name] for name in ("p5", "p25", "p50", "p75", "p99")] == [1, 1, 2, 4, 4]
     assert (stats["completion"]["sum"], stats["completion"]["mean"]) == (8, 2)
     assert (stats["sequence"]["min"], stats["sequence"]["max"], stats["sequence"]["sum"]) == (2, 7, 16)
     assert (stats["example"]["min"], stats["example"]["max"]) == (4, 8)
+
+
+def test_ignored_columns_are_told_again_when_the_data_are_found_in_the_cache(tmp_path: Path, run: Any) -> None:
+    rows = [{**row, "source": "web", "score_chosen": 1} for row in strings(3)]
+    for _ in range(2):
+        assert run(rows).ignored_columns == ("score_chosen", "source")
+    assert len(list((tmp_path / "cache").glob("*/summary.json"))) == 1
+    assert run(strings(3)).ignored_columns == ()
+
+
+def test_system_column_reaches_the_template(run: Any, spec: TokenizerSpec) -> None:
+    row = {"prompt": [USER], "chosen": [says("yes")], "rejected": [says("no")], "system": "Be brief."}
+    assert decoded(run([row]), spec)[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+
+
+def test_data_that_are_named_twice_are_found(tmp_path: Path, spec: TokenizerSpec) -> None:
+    def found(train: list[DataSource], evaluation: list[DataSource]) -> list[str]:
+        data = DataConfig(train=train, evaluation=evaluation)
+        sets = [prepare_dataset(part, data, spec, tmp_path / "cache") for part in (train, *([e] for e in evaluation))]
+        return repeated_data(data, sets[0], sets[1:])
+
+    first, other = write(tmp_path / "a.jsonl", token_ids(3)), write(tmp_path / "b.jsonl", token_ids(4))
+    copy = write(tmp_path / "copy.jsonl", token_ids(3))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    link, part = DataSource(path=str(tmp_path / "link.jsonl")), first.model_copy(update={"limit": 2})
+    assert found([first], [other]) == found([first, other], [copy]) == []
+    twice = "names the same data as data.train.0: its rows are trained on twice in an epoch"
+    assert found([first, other, link], []) == [f"data.train.2.path={link.path} {twice}"]
+    measured = "what it measures was trained on"
+    assert found([other, first], [part, other]) == [
+        f"data.evaluation.0.path={part.path} names the same data as data.train.1: {measured}",
+        f"data.evaluation.1.path={other.path} names the same data as data.train.0: {measured}",
+    ]
+    assert found([first], [other, copy]) == [
+        f"data.evaluation.1.path={copy.path} holds the same examples as data.train: {measured}"
+    ]
 
 
 def test_check_vocabulary_names_the_row_and_the_id(run: Any) -> None:

@@ -1,0 +1,208 @@
+"""The columns of a row: which there are, and each one checked and in one form."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from dpo_dist.data.example import Message
+from dpo_dist.errors import DataError
+
+Row = dict[str, Any]
+Messages = tuple[Message, ...]
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# These change what the model sees; a run that ignored them would train on something else than the user wrote.
+REFUSED_COLUMNS = {
+    "images": "images are not supported",
+    "image": "images are not supported",
+    "chat_template_kwargs": "arguments for the chat template are not supported",
+}
+COLUMNS = ("prompt", "chosen", "rejected", "conversations", "system", "tools", *TOKEN_COLUMNS, *REFUSED_COLUMNS)
+SHAPES = (
+    "a row holds prompt, chosen, rejected (all strings or all message lists); chosen, rejected (whole dialogues); "
+    "conversations, chosen, rejected; or prompt_ids, chosen_ids, rejected_ids"
+)
+
+_WITH_TEXT = frozenset(COLUMNS)
+_WITH_CONVERSATIONS = _WITH_TEXT - {"prompt"}
+_WITH_TOKEN_IDS = _WITH_TEXT - {"prompt", "chosen", "rejected", "conversations"}
+
+# Values of `from` in ShareGPT rows, and the role that a chat template knows them by.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+MAX_TOKEN_ID = 2**31 - 1
+
+
+def holds_token_ids(row: Row) -> bool:
+    """Whether a row is already tokenised, so that it needs no tokenizer."""
+    return any(row.get(column) is not None for column in TOKEN_COLUMNS)
+
+
+def ignored_columns(row: Row) -> set[str]:
+    """The columns of a row that mean nothing here, so that the user can be told of them."""
+    if holds_token_ids(row):
+        return row.keys() - _WITH_TOKEN_IDS
+    return row.keys() - (_WITH_TEXT if row.get("conversations") is None else _WITH_CONVERSATIONS)
+
+
+def required(row: Row, column: str, source: str) -> Any:
+    """A column that the row must have, of any type."""
+    if column not in row:
+        raise DataError(f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {SHAPES}")
+    if row[column] is None:
+        raise DataError(f"{source}: {column} is null; {SHAPES}")
+    return row[column]
+
+
+def all_strings(row: Row, columns: Sequence[str], source: str) -> bool:
+    """True if the columns are all strings, False if all are message lists."""
+    strings = [column for column in columns if isinstance(row[column], str)]
+    others = [column for column in columns if column not in strings]
+    if strings and others:
+        raise DataError(
+            f"{source}: {' and '.join(strings)} {'is a string' if len(strings) == 1 else 'are strings'}, "
+            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} not; "
+            "give all columns of a row as strings, or all as message lists"
+        )
+    for column in strings:
+        _check_text(row[column], column, source)
+    if strings and tools_of(row, source):
+        raise DataError(f"{source}: tools are set, and nothing shows them to the model; give the row as message lists")
+    if strings and system_of(row, source):
+        raise DataError(
+            f"{source}: system is set, and rows of strings have no place for it; "
+            "write it into the prompt and remove the column, or give the row as message lists"
+        )
+    return bool(strings)
+
+
+def messages_of(value: Any, column: str, source: str) -> Messages:
+    """A list of messages, each as {role, content, ...}."""
+    if not isinstance(value, list):
+        _wrong_type(source, column, value, "a list of messages")
+    return tuple(_message(message, f"{column}[{index}]", source) for index, message in enumerate(value))
+
+
+def completions_of(row: Row, prompt: Messages, source: str) -> tuple[Messages, Messages]:
+    """What the assistant says in chosen and in rejected: messages or a single one, alone or both after the prompt's."""
+    values = {column: required(row, column, source) for column in ("chosen", "rejected")}
+    chosen, rejected = (
+        messages_of([value] if isinstance(value, dict) else value, column, source) for column, value in values.items()
+    )
+    # A prompt that is the assistant's may be answered with the same words: nothing is cut from such completions.
+    begins = len(prompt) if prompt and prompt[0]["role"] != "assistant" else 0
+    if chosen[:begins] == rejected[:begins] == prompt:
+        chosen, rejected = chosen[begins:], rejected[begins:]
+    for column, messages in (("chosen", chosen), ("rejected", rejected)):
+        if messages and messages[0]["role"] != "assistant":
+            raise DataError(
+                f"{source}: {column} begins with a message of role {messages[0]['role']!r}; where the prompt stands in "
+                "a column of its own, a completion begins with the assistant's message (or leave out the prompt column)"
+            )
+    return chosen, rejected
+
+
+def _message(value: Any, where: str, source: str) -> Message:
+    """A message as {role, content, ...}; ShareGPT's {from, value} is renamed."""
+    if not isinstance(value, dict):
+        _wrong_type(source, where, value, "a message {role, content}")
+    message = {key: item for key, item in value.items() if item is not None}
+    if "role" not in message and "from" in message:
+        speaker = message.pop("from")
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            raise DataError(f"{source}: {where}.from={speaker!r} is not known; use one of {', '.join(ROLES)}")
+        message["role"] = ROLES[speaker]
+        if "value" in message:
+            message["content"] = message.pop("value")
+    if not isinstance(message.get("role"), str):
+        raise DataError(f"{source}: {where} has no role; a message is {{role, content}} or {{from, value}}")
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if not isinstance(content, str):
+        _wrong_type(source, f"{where}.content", content, "a string")
+    _check_text(content, f"{where}.content", source)
+    return {**message, "content": content}
+
+
+def system_of(row: Row, source: str) -> str:
+    """The `system` column; empty if there is nothing in it."""
+    system = row.get("system")
+    if system is None:
+        return ""
+    if not isinstance(system, str):
+        _wrong_type(source, "system", system, "a string")
+    _check_text(system, "system", source)
+    return system if system.strip() else ""
+
+
+def with_system(messages: Messages, column: str, row: Row, source: str) -> Messages:
+    """The messages of a column, after the system message that the `system` column holds, if any."""
+    system = system_of(row, source)
+    if not system:
+        return messages
+    if not messages or messages[0]["role"] != "system":
+        return ({"role": "system", "content": system}, *messages)
+    if messages[0]["content"].strip() != system.strip():
+        raise DataError(
+            f"{source}: system is set, and {column} begins with another system message; keep one of the two"
+        )
+    return messages
+
+
+def refuse_without_effect(row: Row, source: str) -> None:
+    """Token ids are used as they are: what would change the rendered text comes too late."""
+    for column, value in (("system", system_of(row, source)), ("tools", tools_of(row, source))):
+        if value:
+            raise DataError(
+                f"{source}: {column} is set, and the token ids are used as they are; "
+                f"remove the column {column} (what it says must be in prompt_ids already)"
+            )
+
+
+def tools_of(row: Row, source: str) -> tuple[Any, ...] | None:
+    """The `tools` column: a list, or the same as JSON text."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(
+                f"{source}: tools is not JSON ({error}); give a list of tools, or the list as JSON"
+            ) from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        _wrong_type(source, "tools", tools, "a list of tools (JSON schemas of functions)")
+    return tuple(tools)
+
+
+def token_ids_of(value: Any, column: str, source: str) -> tuple[int, ...]:
+    """A list of token ids."""
+    if not isinstance(value, list):
+        _wrong_type(source, column, value, "a list of token ids")
+    for index, token in enumerate(value):
+        if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
+            _wrong_type(source, f"{column}[{index}]", token, "a token id (an integer >= 0)")
+    return tuple(value)
+
+
+def _check_text(text: str, where: str, source: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{source}: {where} holds half of a surrogate pair at character {error.start}; "
+            "write the character as UTF-8 or as a complete \\uXXXX\\uXXXX pair"
+        ) from None
+
+
+def _wrong_type(source: str, where: str, value: Any, wanted: str) -> NoReturn:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    raise DataError(f"{source}: {where}={shown} is of the wrong type ({type(value).__name__}); give {wanted}")

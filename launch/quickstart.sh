@@ -34,7 +34,7 @@ fi
 say "Done"
 cat << MESSAGE
 model        $output_dir/model            loads with transformers' from_pretrained
-try it       $venv/bin/transformers chat $output_dir/model
+ask it       $venv/bin/python -c "from transformers import pipeline; print(pipeline('text-generation', '$output_dir/model', do_sample=False, max_new_tokens=60)([{'role': 'user', 'content': 'Why is the sky blue?'}])[0]['generated_text'][-1]['content'])"
 metrics      $output_dir/metrics.jsonl    one line for every step
 curves       tensorboard --logdir runs
 settings     $output_dir/config.yaml      reproduces the run

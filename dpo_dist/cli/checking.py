@@ -51,7 +51,7 @@ def _print_model(console: Console, prepared: Prepared) -> None:
 
 
 def _print_data(console: Console, name: str, dataset: TokenizedDataset) -> None:
-    table = Table(title=f"{name}: {_counted(len(dataset), 'example')}, tokens", title_justify="left")
+    table = Table(title=f"{name}: {counted(len(dataset), 'example')}, tokens", title_justify="left")
     stats = dataset.stats()
     columns = list(next(iter(stats.values())))
     for column in ("", *columns):
@@ -64,10 +64,6 @@ def _print_data(console: Console, name: str, dataset: TokenizedDataset) -> None:
             console.print(f"{what}: {count} x {reason}")
     if dataset.ignored_columns:
         console.print(f"columns ignored: {', '.join(dataset.ignored_columns)}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _print_sample(console: Console, prepared: Prepared) -> None:

@@ -1,6 +1,5 @@
 """All that can be known before a process group exists: files, model, data, packing. Shared by `check` and `train`."""
 
-import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,6 @@ from transformers import PretrainedConfig
 from dpo_dist.attention import choose_backend
 from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
-from dpo_dist.distributed import launched_rank
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.metrics import TRACKER_PACKAGES
@@ -22,8 +20,6 @@ from dpo_dist.model import DTYPES, decide_sharing, identity, load_config, resolv
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, repeated_data
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,6 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         name: _dataset(config, [source], tokenizer, model_config, cache_dir, "data.evaluation", index)
         for index, (name, source) in enumerate(zip(names, config.data.evaluation, strict=True))
     }
-    if launched_rank() == 0:
-        for what in repeated_data(config.data, dataset, list(evaluation_sets.values())):
-            logger.warning(what)
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
@@ -173,7 +166,8 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
         prepared: The run.
         plan: Its first step.
     """
-    config, found = prepared.config, []
+    config = prepared.config
+    found = repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
     wanted, available = config.train.examples_per_step, len(prepared.dataset)
     if wanted > available:
         found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")
@@ -195,7 +189,7 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
 
 def counted(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _is_virtual(folder: Path) -> bool:

@@ -34,6 +34,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     Raises:
         ConfigError: the requested kernel cannot run on this device, with this dtype, or is not installed.
     """
+    if requested == "auto" and device.type != "cuda":
+        return "sdpa", f"the only one on {device.type}"
     obstacles = {name: _obstacle(name, device, dtype) for name in ("flash_attn", "torch", "sdpa")}
     if requested != "auto":
         if obstacle := obstacles[requested]:

@@ -17,6 +17,7 @@ output_dir=runs/quickstart-$(date +%Y%m%d-%H%M%S)-$$
 for argument in "$@"; do
   case $argument in train.output_dir=*) output_dir=${argument#*=} ;; esac
 done
+absolute_dir=$(realpath -m -- "$output_dir")
 
 # One thread for each rank: more of them than cores makes gloo's ranks wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -28,14 +29,18 @@ say "Training into $output_dir"
 run_stoppable torchrun --standalone --nproc-per-node 2 -m dpo_dist train "${run[@]}"
 
 if [ ! -d "$output_dir/model" ]; then
-  say "Stopped on request. To go on: $0 train.output_dir=$output_dir checkpoint.resume=auto"
+  again=("$@")
+  for argument in "train.output_dir=$output_dir" checkpoint.resume=auto; do
+    case " $* " in *" $argument "*) ;; *) again+=("$argument") ;; esac
+  done
+  say "Stopped on request. To go on: $0$(printf ' %q' "${again[@]}")"
   exit 0
 fi
 say "Done"
 cat << MESSAGE
-model        $output_dir/model            loads with transformers' from_pretrained
-ask it       $venv/bin/python -c "from transformers import pipeline; print(pipeline('text-generation', '$output_dir/model', do_sample=False, max_new_tokens=60)([{'role': 'user', 'content': 'Why is the sky blue?'}])[0]['generated_text'][-1]['content'])"
-metrics      $output_dir/metrics.jsonl    one line for every step
-curves       tensorboard --logdir runs
-settings     $output_dir/config.yaml      reproduces the run
+model        $absolute_dir/model            loads with transformers' from_pretrained
+ask it       $venv/bin/python -c "from transformers import pipeline; print(pipeline('text-generation', '$absolute_dir/model', do_sample=False, max_new_tokens=60)([{'role': 'user', 'content': 'Why is the sky blue?'}])[0]['generated_text'][-1]['content'])"
+metrics      $absolute_dir/metrics.jsonl    a line for every step and every evaluation
+settings     $absolute_dir/config.yaml      reproduces the run, in another train.output_dir
+curves       $venv/bin/tensorboard --logdir $absolute_dir
 MESSAGE

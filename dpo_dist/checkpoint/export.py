@@ -123,6 +123,8 @@ def export_checkpoint(
     _require_unused(out, checkpoint)
     if not (checkpoint / MANIFEST_FILE).is_file() and (meant := checkpoint_meant_by(checkpoint)):
         raise CheckpointError(f"CHECKPOINT={checkpoint} is not a checkpoint; did you mean {meant}?")
+    if (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"CHECKPOINT={checkpoint} is a model folder already; transformers loads it as it is")
     verify(checkpoint)
     assets = checkpoint / ASSETS_FOLDER
     if not (assets / "config.json").is_file():

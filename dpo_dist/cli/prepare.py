@@ -173,10 +173,8 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
         found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")
     idle = sum(not any(micro_batches) for micro_batches in plan.micro_batches)
     if idle:
-        ranks = len(plan.micro_batches)
-        found.append(
-            f"{idle} of {ranks} ranks have nothing to do: train.examples_per_step={wanted} is less than {ranks}"
-        )
+        examples = counted(len(plan.examples), "example")
+        found.append(f"{idle} of {len(plan.micro_batches)} ranks have nothing to do: a step has {examples}")
     accumulated = prepared.deepspeed.get("data_types", {}).get("grad_accum_dtype")
     if prepared.dtype != torch.float32 and accumulated != "fp32":
         name = config.model.dtype

@@ -77,6 +77,8 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
             train(run, progress)
         if not progress.stopped:
             _export(prepared, run)
+        elif ranks.is_first:
+            logger.info("stopped after step %d of %d; checkpoint.resume=auto goes on", progress.step, run.num_steps)
         if ranks.is_first:
             run.metrics_file.close()
 

@@ -108,7 +108,9 @@ def read_draft(file: Path) -> Draft:
         raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}); give a YAML file") from error
     except YamlError as error:
         where = f"{file}:{error.line}" if error.line else f"{file}"
-        raise ConfigError(f"{where}: not valid YAML ({error}); text with special characters needs quotes") from error
+        raise ConfigError(
+            f"{where}: not valid YAML ({error}); check the indentation, and put text with special characters in quotes"
+        ) from error
     if document.value is None:
         raise ConfigError(f"{file} is empty; give the sections {', '.join(SECTIONS)}")
     if not isinstance(document.value, dict):

@@ -89,8 +89,8 @@ class DataConfig(_Section):
     truncation_mode: Literal["drop", "keep_start", "error"] = "error"
     """What happens to an example longer than max_length: left out, cut at its end, or the run is refused."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens to a row that cannot be used (equal or empty completions, different prompts, over-long): `error`
-    names file and line; `skip` leaves it out and counts it by reason."""
+    """What happens to a row that cannot be used (null, equal or empty completions, different prompts, over-long):
+    `error` names file and line; `skip` leaves it out and counts it by reason."""
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
 
 A *file fault* (cannot be read, broken JSON, a column missing or of the wrong type) is always a DataError; a *row fault*
-(equal or empty completions, different prompts) is returned, and `data.on_bad_row` decides. Nothing here knows tokens.
+(a null, equal or empty completions, different prompts) is returned, and `data.on_bad_row` decides. Nothing here knows
+tokens.
 """
 
 from dpo_dist.data.example import Message, Pair, PreferenceExample, RowFault

@@ -40,6 +40,10 @@ ROLES = {
 MAX_TOKEN_ID = 2**31 - 1
 
 
+class MissingValueError(Exception):
+    """A row leaves a column empty that the other rows of its file may well fill."""
+
+
 def holds_token_ids(row: Row) -> bool:
     """Whether a row is already tokenised, so that it needs no tokenizer."""
     return any(row.get(column) is not None for column in TOKEN_COLUMNS)
@@ -55,9 +59,12 @@ def ignored_columns(row: Row) -> set[str]:
 def required(row: Row, column: str, source: str) -> Any:
     """A column that the row must have, of any type."""
     if column not in row:
-        raise DataError(f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {SHAPES}")
+        raise DataError(
+            f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {SHAPES}; a value that is missing "
+            "in some rows only is written as null, which data.on_bad_row=skip passes over"
+        )
     if row[column] is None:
-        raise DataError(f"{source}: {column} is null; {SHAPES}")
+        raise MissingValueError(f"{column} is null")
     return row[column]
 
 

@@ -12,6 +12,7 @@ EMPTY_COMPLETION = "empty_completion"
 EMPTY_PROMPT = "empty_prompt"
 PROMPTS_DIFFER = "prompts_differ"
 OVER_LONG = "over_long"
+MISSING_VALUE = "missing_value"
 TEMPLATE_ERROR = "template_error"
 
 

@@ -6,6 +6,7 @@ from dpo_dist.data.columns import (
     REFUSED_COLUMNS,
     TOKEN_COLUMNS,
     Messages,
+    MissingValueError,
     Row,
     all_strings,
     completions_of,
@@ -21,6 +22,7 @@ from dpo_dist.data.example import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
     IDENTICAL_COMPLETIONS,
+    MISSING_VALUE,
     PROMPTS_DIFFER,
     Pair,
     PreferenceExample,
@@ -48,6 +50,16 @@ def parse_row(row: Row, source: str) -> PreferenceExample | RowFault:
     for column, reason in REFUSED_COLUMNS.items():
         if row.get(column):
             raise DataError(f"{source}: {column} is set, and {reason}; remove the column or the row")
+    try:
+        return _parsed(row, source)
+    except MissingValueError as error:
+        return RowFault(MISSING_VALUE, source, str(error))
+
+
+# ---- the shapes
+
+
+def _parsed(row: Row, source: str) -> PreferenceExample | RowFault:
     if holds_token_ids(row):
         return _from_token_ids(row, source)
     if row.get("conversations") is not None:
@@ -55,9 +67,6 @@ def parse_row(row: Row, source: str) -> PreferenceExample | RowFault:
     if "prompt" in row:
         return _from_explicit_prompt(row, source)
     return _from_dialogues(row, source)
-
-
-# ---- the shapes
 
 
 def _from_token_ids(row: Row, source: str) -> PreferenceExample | RowFault:

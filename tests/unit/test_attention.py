@@ -176,8 +176,7 @@ def test_a_window_that_is_not_handed_over_is_refused() -> None:
 
 def test_auto_takes_the_per_segment_kernel_on_cpu() -> None:
     chosen, why = choose_backend("auto", CPU, torch.float32)
-    assert chosen == "sdpa"
-    assert "torch needs a CUDA device, and this run is on cpu" in why
+    assert (chosen, why) == ("sdpa", "the only one on cpu")
 
 
 @pytest.mark.usefixtures("fake_flash_attn")

@@ -11,8 +11,9 @@ Knows nothing of models, ranks or losses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -42,6 +43,12 @@ class AttentionLayout:
     kv_index_U: Int[Tensor, " U"] | None  # which token each gathered key is; None: every token once, in order
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
+    # The inverse of kv_index_U: where each token's first copy is, and the second, third, ... copies of those that have
+    # one, copy after copy; a token is at most once among the n-th copies.
+    first_copy_T: Int[Tensor, " T"] | None = None
+    further_token_F: Int[Tensor, " F"] | None = None
+    further_place_F: Int[Tensor, " F"] | None = None
+    further_lengths: tuple[int, ...] = ()
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)  # kept for the layers
     reached: set[int] = field(default_factory=set, repr=False)  # ids of the attention modules that were handed this
 
@@ -74,10 +81,14 @@ class MicroBatch:
     num_unshared_tokens: int  # sum over pairs of 2 P + C + R: every pair on its own, nothing shared
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on a device."""
+        """The same micro-batch on a device, all of it by one copy."""
         if self.input_ids_T.device == device:
             return self
-        return replace(self, layout=_move(self.layout, device), **_moved_tensors(self, device))
+        own, of_layout = _tensors_of(self), _tensors_of(self.layout)
+        moved = iter(_move_together([*own.values(), *of_layout.values()], device))
+        own, of_layout = (dict(zip(tensors, moved, strict=False)) for tensors in (own, of_layout))
+        layout = replace(self.layout, masks={}, reached=set(), **of_layout)
+        return replace(self, layout=layout, **own)
 
     def completion_sums(self, values_M: Float[Tensor, " M"]) -> Float[Tensor, " C"]:
         """Add up one value per scored token to one value per completion, in the values' own precision."""
@@ -196,13 +207,12 @@ class _Parts:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
 
     def finish(self, is_filler: bool) -> MicroBatch:
-        identity = self.kv_index == list(range(len(self.ids)))
         layout = AttentionLayout(
             cu_q=_cumulative(self.q_lengths),
             cu_k=_cumulative(self.k_lengths),
-            kv_index_U=None if identity else _indices(self.kv_index),
             q_lengths=tuple(self.q_lengths),
             k_lengths=tuple(self.k_lengths),
+            **_gathering(self.kv_index, len(self.ids)),
         )
         return MicroBatch(
             input_ids_T=_indices(self.ids),
@@ -228,10 +238,35 @@ def _cumulative(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _moved_tensors(of: "MicroBatch | AttentionLayout", device: torch.device) -> dict[str, Tensor]:
-    tensors = {name: value for name, value in vars(of).items() if isinstance(value, Tensor)}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+def _gathering(kv_index: Sequence[int], num_tokens: int) -> dict[str, Any]:
+    """The fields of a layout that say which token is read where; none if every token is read once, in order."""
+    tokens = np.asarray(kv_index)
+    if len(tokens) == num_tokens and (tokens == np.arange(num_tokens)).all():
+        return {"kv_index_U": None}
+    places = np.argsort(tokens, kind="stable")  # by token, and a token's copies in their order
+    counts = np.bincount(tokens, minlength=num_tokens)
+    copy = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rounds = [places[copy == number] for number in range(counts.max())]
+    further = np.concatenate([places[:0], *rounds[1:]])
+    return {
+        "kv_index_U": torch.from_numpy(tokens),
+        "first_copy_T": torch.from_numpy(rounds[0]),
+        "further_token_F": torch.from_numpy(tokens[further]),
+        "further_place_F": torch.from_numpy(further),
+        "further_lengths": tuple(len(one) for one in rounds[1:]),
+    }
 
 
-def _move(layout: AttentionLayout, device: torch.device) -> AttentionLayout:
-    return replace(layout, masks={}, reached=set(), **_moved_tensors(layout, device))
+def _tensors_of(container: "MicroBatch | AttentionLayout") -> dict[str, Tensor]:
+    return {name: value for name, value in vars(container).items() if isinstance(value, Tensor)}
+
+
+def _move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Small one-dimensional tensors on a device by a single copy: each copy costs a launch, whatever its size."""
+    raw = [tensor.view(torch.uint8) for tensor in tensors]
+    sizes = [-(-len(one) // 8) * 8 for one in raw]  # every part begins where any dtype may begin
+    packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for part, one in zip(packed.split(sizes), raw, strict=True):
+        part[: len(one)] = one
+    parts = packed.to(device, non_blocking=True).split(sizes)
+    return [part[: len(one)].view(tensor.dtype) for part, one, tensor in zip(parts, raw, tensors, strict=True)]

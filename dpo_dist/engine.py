@@ -148,12 +148,14 @@ class TrainingEngine:
         # DeepSpeed averages over ranks; the objective is a sum over ranks.
         self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Float[Tensor, "1"]:
         """Clip, update, and forget the gradients.
 
         Returns:
-            The gradient's norm before clipping; 0 where float16 overflowed: DeepSpeed has then lowered its loss scale
-            and left the weights alone, which is how it finds the right one. In other dtypes an overflow is reported.
+            The gradient's norm before clipping, float64, on the first rank; 0 on the others, so that the sum over ranks
+            is the norm. It stays on the device: reading it would make the host wait. 0 as well where float16
+            overflowed: DeepSpeed has then lowered its loss scale and left the weights alone, which is how it finds the
+            right one. In other dtypes an overflow is reported.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -161,8 +163,10 @@ class TrainingEngine:
         self.engine.step()
         if self.dtype == torch.float16 and not self.engine.was_step_applied():
             logger.warning("float16 overflowed: this update is skipped, and the loss scale lowered")
-            return 0.0
-        return float(self.engine.get_global_grad_norm() if own_norm is None else own_norm)
+            return torch.zeros(1, dtype=torch.float64, device=self.device)
+        norm = self.engine.get_global_grad_norm() if own_norm is None else own_norm
+        known = torch.as_tensor(norm, dtype=torch.float64, device=self.device).reshape(1)
+        return known if self.ranks.is_first else torch.zeros_like(known)
 
     def _full_precision_norm(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

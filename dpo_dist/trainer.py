@@ -100,9 +100,9 @@ def train(run: Run, progress: Progress) -> None:
 
         # 6. Update theta; then, once in a while: log, evaluate, save.
         learning_rate = learning_rate_at(progress.step, run.config.train, run.num_steps)
-        grad_norm = run.policy.step(learning_rate)
+        norm = run.policy.step(learning_rate)
         # The one device-to-host copy of a step; every rank learns here whether any rank was asked to stop.
-        *totals, stop_requests = sum_over_ranks(torch.cat([sums, run.stop.as_tensor(device)])).tolist()
+        *totals, grad_norm, stop_requests = sum_over_ranks(torch.cat([sums, norm, run.stop.as_tensor(device)])).tolist()
         progress.stopped = stop_requests > 0
         _finish_step(run, progress, plan, dict(zip(SUMS, totals, strict=True)), grad_norm, learning_rate)
 

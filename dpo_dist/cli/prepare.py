@@ -16,7 +16,7 @@ from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.metrics import TRACKER_PACKAGES
-from dpo_dist.model import DTYPES, decide_sharing, identity, load_config, resolve_folder
+from dpo_dist.model import DTYPES, attention_needs, decide_sharing, identity, load_config, resolve_folder
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, repeated_data
@@ -81,7 +81,6 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[config.model.dtype]
     deepspeed = engine_config(load_deepspeed(config.parallel.deepspeed), dtype, device, config.train.max_grad_norm)
-    attention = choose_backend(config.model.attn_implementation, device, dtype)
     model, key = config.model, "model.model_name_or_path"
     model_folder = resolve_folder(model.model_name_or_path, key, model.revision, cache_dir)
     reference_folder = model_folder
@@ -90,6 +89,8 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         reference_folder = resolve_folder(model.reference_name_or_path, key, None, cache_dir)
     model_config = load_config(model_folder, model.trust_remote_code)
     reference_config = load_config(reference_folder, model.trust_remote_code)
+    needs = [attention_needs(one) for one in (model_config, reference_config)]
+    attention = choose_backend(model.attn_implementation, device, dtype, needs)
     sharing = decide_sharing(model_config, model.prefix_sharing)
     decide_sharing(reference_config, "auto")
     if model_config.vocab_size != reference_config.vocab_size:

@@ -5,7 +5,14 @@ architecture.py  which architectures can be packed, which can share prompts
 scoring.py       weights in memory, sharded as they are read, that answer with log-probabilities
 """
 
-from dpo_dist.model.architecture import PACKABLE_ROPE, SHARES_PROMPTS, decide_sharing, load_config, logit_transform
+from dpo_dist.model.architecture import (
+    PACKABLE_ROPE,
+    SHARES_PROMPTS,
+    attention_needs,
+    decide_sharing,
+    load_config,
+    logit_transform,
+)
 from dpo_dist.model.folder import identity, resolve_folder
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
 
@@ -14,6 +21,7 @@ __all__ = [
     "PACKABLE_ROPE",
     "SHARES_PROMPTS",
     "ScoringModel",
+    "attention_needs",
     "decide_sharing",
     "identity",
     "load_config",

@@ -1,10 +1,11 @@
 """What an architecture supports, and what it does between the last matrix product and the softmax."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
+from dpo_dist.attention import AttentionNeeds
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.logprobs import LogitTransform
 from dpo_dist.model.folder import first_line
@@ -82,6 +83,21 @@ def _cannot_be_packed(config: PretrainedConfig) -> str | None:
                 f"rope type {rope_type} depends on the longest position in the batch; supported: {_list(PACKABLE_ROPE)}"
             )
     return None
+
+
+# Architectures whose layers give their kernel a logit per head that no key stands for.
+_HAS_SINKS = frozenset("gpt_oss granite_swa granitemoe_swa mimo_v2_flash".split())
+
+
+def attention_needs(config: PretrainedConfig) -> AttentionNeeds:
+    """What an architecture asks of its attention kernel."""
+    text: Any = config.get_text_config()
+    head_dim = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    return AttentionNeeds(
+        head_dim=head_dim or text.hidden_size // text.num_attention_heads,
+        has_softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+        has_sinks=text.model_type in _HAS_SINKS,
+    )
 
 
 def _list(names: frozenset[str]) -> str:

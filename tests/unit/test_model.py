@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from dpo_dist.attention import register
+from dpo_dist.attention import AttentionNeeds, register
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogitTransform, LogProbHead
 from dpo_dist.model import (
+    SHARES_PROMPTS,
     ScoringModel,
+    attention_needs,
     identity,
     load_config,
     load_model,
@@ -228,3 +231,25 @@ def test_partitioned_loading_is_on_inside_and_off_after(folder: Path) -> None:
     for other in ({}, {"zero_optimization": {"stage": 2}}):
         with sharded_loading(other):
             assert not is_deepspeed_zero3_enabled()
+
+
+# ---- what a model needs of its attention kernel
+
+
+@pytest.mark.parametrize("model_type", sorted(SHARES_PROMPTS))
+def test_every_checked_architecture_tells_what_it_needs(model_type: str) -> None:
+    needs = attention_needs(CONFIG_MAPPING[model_type]())
+    assert needs.head_dim >= 32
+    source = Path(transformers.__file__).parent / "models" / model_type.removesuffix("_text") / "__init__.py"
+    (modeling,) = source.parent.glob("modeling_*.py")
+    # A layer that hands sinks or a softcap over says so in its source.
+    assert needs.has_sinks == ("s_aux=" in modeling.read_text())
+    assert needs.has_softcap <= ("softcap=" in modeling.read_text())
+
+
+def test_needs_of_unusual_models() -> None:
+    assert attention_needs(CONFIG_MAPPING["llama"](hidden_size=512, num_attention_heads=8)) == AttentionNeeds(64)
+    assert attention_needs(CONFIG_MAPPING["gemma2"]()) == AttentionNeeds(256, has_softcap=True)
+    assert attention_needs(CONFIG_MAPPING["gpt_oss"]()) == AttentionNeeds(64, has_sinks=True)
+    # Latent attention: 128 without position and 64 with; its values are narrower.
+    assert attention_needs(CONFIG_MAPPING["deepseek_v3"]()) == AttentionNeeds(192)

@@ -1,0 +1,20 @@
+"""Which token may see which, and the kernels that compute it.
+
+One function is registered with transformers under our own name, and no mask function: transformers then builds no mask,
+and the layout of the micro-batch arrives as a keyword argument, also when a layer is recomputed in backward. Letting
+transformers infer packing from position ids would be wrong here: the rejected completion would see the chosen one.
+
+    choice.py     which kernel a run takes, and why not a better one
+    packages.py   the flash-attn packages, and what each of them can do
+    interface.py  the function that transformers calls: layout, gathered keys and values, kernel
+    gather.py     keys and values of a shared prompt, once per completion
+    segments.py   one scaled_dot_product_attention per segment: CPU, and the oracle of the others
+    varlen.py     one call over all segments: flash-attn 2, 3, 4 and torch. Not yet run on a GPU
+
+    T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension   q, k of one segment
+"""
+
+from dpo_dist.attention.choice import AttentionNeeds, choose_backend
+from dpo_dist.attention.interface import register
+
+__all__ = ["AttentionNeeds", "choose_backend", "register"]

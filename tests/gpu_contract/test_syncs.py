@@ -1,0 +1,51 @@
+"""What a steady step waits for on the host, in a real run: one copy of ours at its end, and DeepSpeed's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.golden.trajectories import base_config
+from tests.launching import REPOSITORY, environment
+
+STEPS = 4  # the first one proves the run, the last one saves: the steady ones are between
+# DeepSpeed 0.19.8 reads the gradient's norm three times in its own update.
+OF_DEEPSPEED = 3
+
+
+def _observed(folder: Path, *faults: str) -> list[dict[str, int]]:
+    config = base_config(folder / "run")
+    config["train"] |= {"examples_per_step": 8, "max_steps": STEPS}
+    config["packing"]["max_tokens"] = 150  # several micro-batches
+    config["log"] = {"report_to": []}
+    config["parallel"] = {"deepspeed": "zero3_cpu"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    worker = [sys.executable, "-m", "tests.gpu_contract.syncs_worker", "run.yaml", "out.json", *faults]
+    variables = environment({"PYTHONPATH": str(REPOSITORY)})
+    done = subprocess.run(worker, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.json").read_text())
+
+
+def _split(step: dict[str, int]) -> tuple[dict[str, int], int]:
+    ours = {place: count for place, count in step.items() if place.startswith(("dpo_dist/", "tests/"))}
+    return ours, sum(count for place, count in step.items() if place not in ours)
+
+
+def test_a_steady_step_has_one_copy_to_the_host(tmp_path: Path) -> None:
+    steps = _observed(tmp_path)
+    assert len(steps) == STEPS
+    for step in steps[1:-1]:
+        ours, of_others = _split(step)
+        assert ours == {"dpo_dist/distributed.py:sum_over_ranks _to_copy": 1}
+        assert of_others == OF_DEEPSPEED, step
+
+
+def test_a_value_that_is_read_inside_the_loop_shows(tmp_path: Path) -> None:
+    steps = _observed(tmp_path, "item in the loop")
+    with pytest.raises(AssertionError):
+        assert _split(steps[1])[0] == {"dpo_dist/distributed.py:sum_over_ranks _to_copy": 1}
+    assert any("step_sums" in place or "train" in place for place in _split(steps[1])[0])

@@ -45,6 +45,12 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
+def _listen() -> None:
+    """Under nohup, or in the background of a script, tests inherit ignored signals, which no shell can take over."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator:
     """Start `run_stoppable AGENT RANK` in a process group of its own; gives the script and the rank's process id."""
@@ -52,7 +58,9 @@ def start(tmp_path: Path) -> Iterator:
 
     def run(rank: str) -> tuple[subprocess.Popen, int]:
         script = f'set -euo pipefail; source \'{SETUP}\'; run_stoppable python3 -c "$1" python3 -c "$2"'
-        process = subprocess.Popen(["bash", "-c", script, "bash", AGENT, rank], cwd=tmp_path, start_new_session=True)
+        process = subprocess.Popen(
+            ["bash", "-c", script, "bash", AGENT, rank], cwd=tmp_path, start_new_session=True, preexec_fn=_listen
+        )
         started.append(process)
         _wait_until(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text())
         return process, int((tmp_path / "rank").read_text())

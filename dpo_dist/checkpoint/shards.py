@@ -15,6 +15,7 @@ Layout, DeepSpeed 0.19, one model-parallel rank:
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class _ShardIO:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or remember why not."""
-        self._attempt(self.inner.save, state_dict, path)
+        self._attempt(self.inner.save, without_enums(state_dict), path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file without executing anything from it."""
@@ -59,6 +60,20 @@ class _ShardIO:
             action(*args, **kwargs)
         except Exception as error:  # raised again after DeepSpeed's last barrier
             self.error = error
+
+
+def without_enums(value: Any) -> Any:
+    """The same with every member of an enumeration as the number or text that it stands for.
+
+    Some versions of Python 3.11 pickle a member as a call of `getattr`, which no restricted unpickler may run.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return type(value)((key, without_enums(item)) for key, item in value.items())
+    if type(value) in (list, tuple):  # a named tuple is not built from one argument
+        return type(value)(without_enums(item) for item in value)
+    return value
 
 
 @contextmanager

@@ -6,15 +6,18 @@ import resource
 import socket
 import subprocess
 import sys
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dpo_dist.checkpoint import CheckpointStore, export_checkpoint, export_model, load_shards, save_shards
 from dpo_dist.checkpoint.pickles import ALLOWED_GLOBALS
+from dpo_dist.checkpoint.shards import without_enums
 from dpo_dist.distributed import process_group
 from dpo_dist.errors import CheckpointError
 from tests.run_states import draw, run_state
@@ -48,6 +51,24 @@ def test_resume_is_exact(tmp_path: Path, stage: int, dtype: torch.dtype) -> None
     assert not list(folder.rglob("*.py")), "DeepSpeed's executable scripts"
     shards = list(folder.rglob("*.pt"))
     seen_globals[f"{stage} {dtype}"] = {g for path in shards for g in get_unsafe_globals_in_checkpoint(str(path))}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_shard_holds_an_enumeration(tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.2, Debian 12's, pickles a member as a call of getattr: no checkpoint could be saved there."""
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    engine = make_engine(stage, torch.float32)
+    train(engine, 1, seed=1)
+    folder = save_engine(CheckpointStore(tmp_path, only_rank()), engine, run_state(), torch.float32)
+    load_shards(make_engine(stage, torch.float32), folder)
+
+
+def test_what_stands_for_an_enumeration_keeps_its_form() -> None:
+    pair = namedtuple("pair", "a b")
+    held = OrderedDict(stage=ZeroStageEnum.weights, nested=[(ZeroStageEnum.gradients, "x"), pair(1, 2)])
+    plain = without_enums(held)
+    assert plain == OrderedDict(stage=3, nested=[(2, "x"), pair(1, 2)])
+    assert type(plain) is OrderedDict and type(plain["stage"]) is int and type(plain["nested"][1]) is pair
 
 
 def test_allow_list_is_what_deepspeed_needs_and_no_more() -> None:

@@ -1,0 +1,13 @@
+"""What the first person with a GPU runs: `benchmarks/gpu.sh`. It needs a checkout: recorded numbers lie in `tests/`.
+
+__main__.py      the command: all parts in order, gpu.json, gpu.md, the exit code
+kit.py           what the parts share: sizes, time, how ranks are started
+environment.py   machine, versions, kernels
+golden.py        does training equal what was recorded elsewhere?
+throughput.py    speed with and without prompt sharing, and memory against its closed form
+observed.py      `dpo-dist train` with an observer, for the above
+random_model.py  the model for the above
+noise.py         the self-checks of all these runs
+bandwidth.py     how fast ranks exchange
+page.py          gpu.json as a page
+"""

@@ -85,10 +85,10 @@ class MicroBatch:
         if self.input_ids_T.device == device:
             return self
         own, of_layout = _tensors_of(self), _tensors_of(self.layout)
-        moved = iter(_move_together([*own.values(), *of_layout.values()], device))
-        own, of_layout = (dict(zip(tensors, moved, strict=False)) for tensors in (own, of_layout))
-        layout = replace(self.layout, masks={}, reached=set(), **of_layout)
-        return replace(self, layout=layout, **own)
+        moved = _move_together([*own.values(), *of_layout.values()], device)
+        own = dict(zip(own, moved[: len(own)], strict=True))
+        of_layout = dict(zip(of_layout, moved[len(own) :], strict=True))
+        return replace(self, layout=replace(self.layout, masks={}, reached=set(), **of_layout), **own)
 
     def completion_sums(self, values_M: Float[Tensor, " M"]) -> Float[Tensor, " C"]:
         """Add up one value per scored token to one value per completion, in the values' own precision."""

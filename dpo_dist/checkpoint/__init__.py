@@ -13,12 +13,14 @@
 """
 
 from dpo_dist.checkpoint.export import export_checkpoint, export_model, write_assets
-from dpo_dist.checkpoint.manifest import verify
+from dpo_dist.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.checkpoint.state import RunState, changed_settings, require_same
 from dpo_dist.checkpoint.store import CheckpointStore
 
 __all__ = [
+    "LATEST_FILE",
+    "MANIFEST_FILE",
     "CheckpointStore",
     "RunState",
     "changed_settings",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.checkpoint import CheckpointStore, RunState, require_same
+from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, RunState, require_same
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.distributed import broadcast_json
 
@@ -36,8 +36,7 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
     state = store.load_state(folder)
     _require_same_run(prepared, folder, state)
     model = Path(prepared.config.train.output_dir) / "model"
-    # The model is the last thing a run writes.
-    is_finished = broadcast_json(state.step >= prepared.num_steps and model.is_dir())
+    is_finished = broadcast_json(state.step >= prepared.num_steps and _is_model_of(folder, store, model))
     text = f"checkpoint.resume: {state.step} of {prepared.num_steps} steps are done in {folder}"
     if is_finished:
         text += (
@@ -45,6 +44,20 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
             "train.num_train_epochs it would go on"
         )
     return Start(folder, state.step + 1, is_finished, text)
+
+
+def _is_model_of(checkpoint: Path, store: CheckpointStore, model: Path) -> bool:
+    """Whether the run's model was written after its newest checkpoint, which is this one.
+
+    A model may be older: a run that ended was given more steps, and killed before it could write the model anew. Where
+    times mislead, the model is written once more.
+    """
+    latest, config = store.folder / LATEST_FILE, model / "config.json"
+    if not latest.is_file() or not config.is_file():
+        return False
+    newest = store.folder / latest.read_text(encoding="utf-8").strip()
+    is_newest = newest.resolve() == checkpoint.resolve()
+    return is_newest and config.stat().st_mtime_ns >= (checkpoint / MANIFEST_FILE).stat().st_mtime_ns
 
 
 def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None:

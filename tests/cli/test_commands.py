@@ -1,6 +1,7 @@
 """The commands a user types, on tiny models: train, check, export, schema; and what is shown while training."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_a_finished_run_that_was_killed_before_its_model_writes_it(run_folder: P
     assert result.exit_code == 0, result.output
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     assert lines_of(out) == lines
+
+
+def test_a_model_older_than_the_last_checkpoint_is_written_anew(run_folder: Path) -> None:
+    """What is left of an earlier end, when a run that was given more steps is killed before it writes its model."""
+    model = run_folder / "out" / "model"
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(b"of an earlier end")
+    os.utime(model / "config.json", (0, 0))
+    arguments = ["train", str(run_folder / "run.yaml"), "checkpoint.resume=auto"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "nothing is left to do" not in result.output
+    assert (model / "model.safetensors").read_bytes() == weights
+    assert "nothing is left to do" in CliRunner().invoke(app, arguments).output
 
 
 def test_what_is_seldom_meant_is_told(run_folder: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_dist import batch as batch_file
 from dpo_dist.batch import RankWork, build_micro_batch
 from dpo_dist.data import Pair
 from dpo_dist.packing import ExampleSize, Packer
@@ -162,3 +163,36 @@ def test_all_ranks_together_score_every_completion_of_the_step_once(world_size: 
         ]
     assert sorted(scored) == sorted(list(ids) for example in dataset.values() for ids in example.completion_ids)
     assert weights == plan.pair_weight
+
+
+# ---- on its way to a device
+
+
+def test_what_is_moved_together_keeps_values_and_types() -> None:
+    tensors = [
+        torch.tensor([1, -2, 2**40]),
+        torch.tensor([0, 3, 7], dtype=torch.int32),
+        torch.zeros(0, dtype=torch.int64),
+        torch.tensor([0.5, -1e-30]),
+    ]
+    moved = batch_file._move_together(tensors, torch.device("cpu"))
+    assert len(moved) == len(tensors)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(moved, tensors, strict=True))
+    (storage,) = {tensor.untyped_storage().data_ptr() for tensor in moved if len(tensor)}
+    assert storage not in {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_every_field_arrives_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device keeps no values: what is moved stays on the CPU here, and only the names are followed."""
+    batch = build_micro_batch([TWO, ONE_TOKEN], [0, 2], share_prompts=True)
+    monkeypatch.setattr(batch_file, "_move_together", lambda tensors, device: [tensor.clone() for tensor in tensors])
+    moved = batch.to(torch.device("meta"))
+    fields = 0
+    for before, after in ((batch, moved), (batch.layout, moved.layout)):
+        for name, value in vars(before).items():
+            if isinstance(value, torch.Tensor):
+                fields += 1
+                assert torch.equal(getattr(after, name), value), name
+                assert getattr(after, name) is not value
+    assert fields == 9 + 6
+    assert (moved.num_tokens, moved.layout.q_lengths) == (batch.num_tokens, batch.layout.q_lengths)

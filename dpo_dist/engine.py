@@ -1,4 +1,4 @@
-"""backward, step, gather: the only file that knows DeepSpeed.
+"""backward, step, gather: the file that knows DeepSpeed.
 
 DeepSpeed runs at every stage from 0 to 3, also for one process and on CPU: one code path. It averages gradients over
 ranks; here that is undone, and nobody else knows. Contract: the backward calls of all ranks between two step calls add

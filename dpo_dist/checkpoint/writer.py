@@ -27,7 +27,7 @@ from dpo_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000  # a file is put together in memory
 
 
 class ModelWriter:

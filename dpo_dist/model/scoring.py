@@ -21,6 +21,7 @@ from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model.architecture import logit_transform
 from dpo_dist.model.folder import first_line
+from dpo_dist.model.slices import can_read_slices, read_slices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,7 @@ def sharded_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 
     transformers keeps the configuration in a process-global weak reference, so it is unset on the way out.
     """
-    if deepspeed_config.get("zero_optimization", {}).get("stage", 0) < 3:
+    if not _is_partitioned(deepspeed_config):
         yield
         return
     keep_alive = HfDeepSpeedConfig(deepspeed_config)
@@ -95,31 +96,50 @@ def load_model(
         ModelError: weights are missing, damaged, or do not belong to the configuration.
     """
     try:
-        with sharded_loading(deepspeed_config):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=deepcopy(config),
-                attn_implementation=attention,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
+        if _is_partitioned(deepspeed_config) and can_read_slices(folder, config, deepspeed_config, trust_remote_code):
+            model = read_slices(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
+        else:
+            model = _by_transformers(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
-        raise ModelError(
-            f"model.model_name_or_path={folder} lacks {len(missing)} weights of its architecture, such as "
-            f"{missing[0]}; they would be random numbers. Give a complete model"
-        )
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return ScoringModel(model)
+
+
+def _by_transformers(
+    folder: Path,
+    config: PretrainedConfig,
+    attention: str,
+    dtype: torch.dtype,
+    deepspeed_config: dict[str, Any],
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    with sharded_loading(deepspeed_config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=deepcopy(config),
+            attn_implementation=attention,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):
+        raise ModelError(
+            f"model.model_name_or_path={folder} lacks {len(missing)} weights of its architecture, such as "
+            f"{missing[0]}; they would be random numbers. Give a complete model"
+        )
+    return model
+
+
+def _is_partitioned(deepspeed_config: dict[str, Any]) -> bool:
+    return deepspeed_config.get("zero_optimization", {}).get("stage", 0) >= 3
 
 
 def _require_reached(layout: AttentionLayout, config: PretrainedConfig) -> None:

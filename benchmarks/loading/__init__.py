@@ -1,0 +1,1 @@
+"""How much memory a rank needs to load a model and to write it, and how long that takes."""

@@ -1,0 +1,142 @@
+"""A model that is partitioned from birth (ZeRO stage 3), and filled by every rank with the slices it owns.
+
+transformers lets the first rank read every file, and moves each parameter through all ranks twice. Here a rank reads
+its part of each tensor and nothing else: the files are read once by all ranks together, and no weight travels.
+"""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+from dpo_dist.distributed import raise_together
+
+
+def can_read_slices(
+    folder: Path, config: PretrainedConfig, deepspeed_config: dict[str, Any], trust_remote_code: bool
+) -> bool:
+    """Whether every tensor of the model stands in the files under its own name, as it is computed with.
+
+    Not so where files keep experts apart that are computed with as one, lack a prefix, or hold a tied weight twice:
+    transformers knows these cases.
+    """
+    if _holds_more_than_a_slice(deepspeed_config["zero_optimization"]):
+        return False
+    if getattr(config, "quantization_config", None) is not None:
+        return False
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=trust_remote_code)
+    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
+        return False
+    tied = getattr(model, "all_tied_weights_keys", {})
+    stored = {name: shape for path in _files(folder) for name, shape in _shapes(path)}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return not stored.keys() & tied.keys() and all(stored.get(name) == shape for name, shape in expected.items())
+
+
+def read_slices(
+    folder: Path,
+    config: PretrainedConfig,
+    attention: str,
+    dtype: torch.dtype,
+    deepspeed_config: dict[str, Any],
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Build the model partitioned, and fill it. Collective.
+
+    Args:
+        folder: what `can_read_slices` was asked about.
+        config, attention, dtype, deepspeed_config, trust_remote_code: as in `load_model`.
+    """
+    # The order matters: DeepSpeed's context must find `torch.arange` as transformers wants it.
+    with no_init_weights(), prevent_arange_dtype_change(), _EmptyPartitions(config_dict_or_path=deepspeed_config):
+        model: Any = AutoModelForCausalLM.from_config(
+            deepcopy(config), attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    error = None
+    try:
+        _fill(model, folder)
+    except Exception as failure:  # raised on every rank below
+        error = failure
+    raise_together(error)
+    return model
+
+
+class _EmptyPartitions(deepspeed.zero.Init):
+    """DeepSpeed's partitioned construction, without sending every parameter's value from the first rank to the others.
+
+    There are no values yet, and what nobody writes to takes no memory. Were the method below renamed, loading would
+    only be slower again; a test counts what is sent.
+    """
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, folder: Path) -> None:
+    wanted = model.state_dict(keep_vars=True)
+    for path in _files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (tensor := wanted.get(name)) is None:
+                    continue
+                if not hasattr(tensor, "ds_tensor"):
+                    tensor.copy_(file.get_tensor(name))
+                    continue
+                own = tensor.ds_tensor
+                begin = own.numel() * tensor.ds_zero_partition_rank
+                values = elements(file, name, begin, min(begin + own.numel(), tensor.ds_numel))
+                own[: values.numel()].copy_(values)
+
+
+def elements(file: Any, name: str, begin: int, end: int) -> Tensor:
+    """Elements [begin, end) of the flattened tensor, from as few rows as hold them."""
+    stored = file.get_slice(name)
+    shape = stored.get_shape()
+    if begin >= end:
+        return torch.empty(0)
+    if not shape:  # a single number
+        return file.get_tensor(name).reshape(1)
+    row = torch.Size(shape[1:]).numel()
+    first = begin // row
+    return stored[first : -(-end // row)].reshape(-1)[begin - first * row : end - first * row]
+
+
+def _holds_more_than_a_slice(zero: dict[str, Any]) -> bool:
+    """Or something else: a second copy in the node, compressed weights, a file."""
+    on_disk = zero.get("offload_param", {}).get("device") == "nvme"
+    return (
+        on_disk or zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_nontrainable_weights", False)
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those transformers would read: some folders hold the same weights once more under other names."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, tuple(file.get_slice(name).get_shape())

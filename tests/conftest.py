@@ -2,8 +2,13 @@
 
 import random
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.machine import Machine
 
 SEED = 1234
 
@@ -17,3 +22,13 @@ def _same_random_numbers() -> None:
         sys.modules["numpy"].random.seed(SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator["Machine"]:
+    """A CUDA device of compute capability 8.0 without any flash-attn package; `has` makes it another one."""
+    from dpo_dist.attention.packages import find_package
+    from tests.machine import Machine
+
+    yield Machine(monkeypatch)
+    find_package.cache_clear()

@@ -1,25 +1,18 @@
 """Which kernel a run takes, and why not a better one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from dpo_dist.attention.activation import find_activation
+from dpo_dist.attention.limits import AttentionNeeds, KernelLimits
 from dpo_dist.attention.packages import find_package
 from dpo_dist.errors import ConfigError
 
 # The fastest first; the last one runs everywhere.
 BACKENDS = ("flash_attn", "torch", "sdpa")
-_TORCH_MAX_HEAD_DIM = 256
-
-
-@dataclass(frozen=True)
-class AttentionNeeds:
-    """What a model asks of its attention kernel."""
-
-    head_dim: int
-    has_softcap: bool = False
-    has_sinks: bool = False
+# aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp; varlen_attn has no argument for softcap and sinks.
+_TORCH = KernelLimits(256, has_softcap=False)
 
 
 def choose_backend(
@@ -32,6 +25,10 @@ def choose_backend(
         device: what the run is on.
         dtype: what it computes in.
         needs: of every model of the run.
+
+    Returns:
+        What `register` takes (one of BACKENDS, or `torch+FA3`: torch with an activated package), and the reason.
+
     Raises:
         ConfigError: the requested kernel cannot run on this device, with this dtype or model, or is not installed.
     """
@@ -43,14 +40,20 @@ def choose_backend(
             raise ConfigError(
                 f"model.attn_implementation={requested} {obstacle}; use auto, which picks the best kernel that works"
             )
-        return requested, f"as configured{_which(requested, device)}"
+        return _as_configured(requested, device, needs)
     chosen = next(name for name, obstacle in obstacles.items() if obstacle is None)
     passed_over = [f"{name} {obstacles[name]}" for name in BACKENDS[: BACKENDS.index(chosen)]]
-    return chosen, "; ".join(passed_over) or f"the fastest one{_which(chosen, device)}"
+    return chosen, "; ".join(passed_over) or f"the fastest one, from {find_package(_capability(device))[1]}"
 
 
-def _which(backend: str, device: torch.device) -> str:
-    return f", from {find_package(_capability(device))[1]}" if backend == "flash_attn" else ""
+def _as_configured(requested: str, device: torch.device, needs: Sequence[AttentionNeeds]) -> tuple[str, str]:
+    if requested == "flash_attn":
+        return requested, f"as configured, from {find_package(_capability(device))[1]}"
+    if requested == "torch":
+        # Here alone: `auto` takes a package itself where it can, and does not give deterministic gradients up unasked.
+        implementation, how = find_activation(_capability(device), needs)
+        return f"torch+{implementation}" if implementation else "torch", f"as configured, {how}"
+    return requested, "as configured"
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, needs: Sequence[AttentionNeeds]) -> str | None:
@@ -64,23 +67,12 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, needs: Sequen
     if capability < (8, 0):
         return f"needs a device of compute capability 8.0 or higher, and this one has {capability[0]}.{capability[1]}"
     if name == "torch":
-        return _missing(needs, _TORCH_MAX_HEAD_DIM, has_softcap=False, has_sinks=False)
+        return _TORCH.obstacle(needs)
     package, why = find_package(capability)
     if package is None:
         return why
-    missing = _missing(needs, package.max_head_dim(capability), has_softcap=True, has_sinks=package.has_sinks)
+    missing = package.limits(capability).obstacle(needs)
     return f"({package.name}) {missing}" if missing else None
-
-
-def _missing(needs: Sequence[AttentionNeeds], max_head_dim: int, has_softcap: bool, has_sinks: bool) -> str | None:
-    for need in needs:
-        if need.head_dim > max_head_dim or need.head_dim % 8:
-            return f"has no kernel for heads of dimension {need.head_dim} (multiples of 8 up to {max_head_dim})"
-    if any(need.has_softcap for need in needs) and not has_softcap:
-        return "has no softcap, which the model's architecture needs"
-    if any(need.has_sinks for need in needs) and not has_sinks:
-        return "has no attention sinks, which the model's architecture needs"
-    return None
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

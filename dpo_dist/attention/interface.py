@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dpo_dist.attention.activation import activate
 from dpo_dist.attention.gather import gather_tokens
 from dpo_dist.attention.segments import sdpa_segments
 from dpo_dist.attention.varlen import flash_attention, torch_attention
@@ -25,9 +26,14 @@ _KERNELS: dict[str, Callable[..., Tensor]] = {
 
 
 def register(backend: str) -> str:
-    """Make a backend known to transformers; returns the name to load a model with."""
-    AttentionInterface.register(_NAMES[backend], _with_layout(_KERNELS[backend]))
-    return _NAMES[backend]
+    """Make a backend that `choose_backend` gave known to transformers; returns the name to load a model with.
+
+    What an earlier run of this process activated in torch is taken back: a run has what it names and nothing else.
+    """
+    kernel, _, implementation = backend.partition("+")
+    activate(implementation or None)
+    AttentionInterface.register(_NAMES[kernel], _with_layout(_KERNELS[kernel]))
+    return _NAMES[kernel]
 
 
 def _with_layout(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

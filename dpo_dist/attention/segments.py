@@ -1,6 +1,7 @@
 """One scaled_dot_product_attention per segment: CPU, and the oracle of the other kernels.
 
-T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension   q, k of one segment
+T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension   W of values
+q, k of one segment
 """
 
 import torch
@@ -14,20 +15,20 @@ from dpo_dist.batch import AttentionLayout
 def sdpa_segments(
     query_1NTH: Float[Tensor, "1 N T H"],
     key_1KUH: Float[Tensor, "1 K U H"],
-    value_1KUH: Float[Tensor, "1 K U H"],
+    value_1KUW: Float[Tensor, "1 K U W"],
     layout: AttentionLayout,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Float[Tensor, " N"] | None,
-) -> Float[Tensor, "1 T N H"]:
+) -> Float[Tensor, "1 T N W"]:
     """Attention of every segment on its own; runs everywhere, in every dtype."""
     outputs = []
     # split, not slices: its backward is one concatenation instead of a zero-filled buffer for every segment.
     segments = zip(
         query_1NTH.split(layout.q_lengths, 2),
         key_1KUH.split(layout.k_lengths, 2),
-        value_1KUH.split(layout.k_lengths, 2),
+        value_1KUW.split(layout.k_lengths, 2),
         strict=True,
     )
     for q, k, v in segments:
@@ -58,7 +59,7 @@ def visible(
 def _explicit_softmax(
     q_1NqH: Tensor,
     k_1KkH: Tensor,
-    v_1KkH: Tensor,
+    v_1KkW: Tensor,
     mask_qk: Tensor,
     scale: float,
     softcap: float | None,
@@ -66,7 +67,7 @@ def _explicit_softmax(
 ) -> Tensor:
     """Attention with what the fused CPU kernel lacks: softcap (Gemma 2) and sinks, a logit more per head (GPT-OSS)."""
     groups = q_1NqH.shape[1] // k_1KkH.shape[1]
-    k_1NkH, v_1NkH = k_1KkH.repeat_interleave(groups, 1), v_1KkH.repeat_interleave(groups, 1)
+    k_1NkH, v_1NkW = k_1KkH.repeat_interleave(groups, 1), v_1KkW.repeat_interleave(groups, 1)
     scores_1Nqk = (q_1NqH @ k_1NkH.mT).to(torch.promote_types(q_1NqH.dtype, torch.float32)) * scale
     if softcap is not None:
         scores_1Nqk = softcap * torch.tanh(scores_1Nqk / softcap)
@@ -76,4 +77,4 @@ def _explicit_softmax(
         probs_1Nqk = torch.cat([scores_1Nqk, sink_1Nq1], -1).softmax(-1)[..., :-1]
     else:
         probs_1Nqk = scores_1Nqk.softmax(-1)
-    return probs_1Nqk.to(q_1NqH.dtype) @ v_1NkH
+    return probs_1Nqk.to(q_1NqH.dtype) @ v_1NkW

@@ -1,6 +1,6 @@
 """One call over all segments: flash-attn 2, 3, 4 and torch's variable-length kernel. Not yet run on a GPU.
 
-T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension
+T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension   W of values
 """
 
 from typing import Any
@@ -19,26 +19,27 @@ from dpo_dist.errors import ConfigError
 def flash_attention(
     query_1NTH: Float[Tensor, "1 N T H"],
     key_1KUH: Float[Tensor, "1 K U H"],
-    value_1KUH: Float[Tensor, "1 K U H"],
+    value_1KUW: Float[Tensor, "1 K U W"],
     layout: AttentionLayout,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Float[Tensor, " N"] | None,
-) -> Float[Tensor, "1 T N H"]:
+) -> Float[Tensor, "1 T N W"]:
     """By whichever flash-attn package is installed.
 
     Raises:
         ConfigError: there is none, or it lacks what the architecture needs; `choose_backend` finds that earlier.
     """
     package = flash_package(query_1NTH.device)
-    if s_aux is not None and not package.has_sinks:
+    limits = package.limits(torch.cuda.get_device_capability(query_1NTH.device))
+    if s_aux is not None and not limits.has_sinks:
         raise ConfigError(f"model.attn_implementation=flash_attn: {package.name} has no attention sinks; use sdpa")
     # By keyword only: the packages disagree on the order of their arguments.
     out: Any = package.function()(
         q=query_1NTH[0].transpose(0, 1),
         k=key_1KUH[0].transpose(0, 1),
-        v=_as_wide(value_1KUH, query_1NTH)[0].transpose(0, 1),
+        v=_filled_up(value_1KUW, limits.value_width(query_1NTH.shape[-1], value_1KUW.shape[-1]))[0].transpose(0, 1),
         cu_seqlens_q=layout.cu_q,
         cu_seqlens_k=layout.cu_k,
         max_seqlen_q=layout.max_q,
@@ -50,8 +51,8 @@ def flash_attention(
         deterministic=True,  # else dq is added up by atomics, in any order
         **({} if s_aux is None else {"learnable_sink": s_aux}),
     )
-    out_TNH = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns the log-sum-exp as well
-    return out_TNH[None, ..., : value_1KUH.shape[-1]]
+    out_TNW = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns the log-sum-exp as well
+    return out_TNW[None, ..., : value_1KUW.shape[-1]]
 
 
 def flash_package(device: torch.device) -> FlashPackage:
@@ -69,13 +70,13 @@ def flash_package(device: torch.device) -> FlashPackage:
 def torch_attention(
     query_1NTH: Float[Tensor, "1 N T H"],
     key_1KUH: Float[Tensor, "1 K U H"],
-    value_1KUH: Float[Tensor, "1 K U H"],
+    value_1KUW: Float[Tensor, "1 K U W"],
     layout: AttentionLayout,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Float[Tensor, " N"] | None,
-) -> Float[Tensor, "1 T N H"]:
+) -> Float[Tensor, "1 T N W"]:
     """By torch.nn.attention.varlen.
 
     Raises:
@@ -86,10 +87,10 @@ def torch_attention(
             "model.attn_implementation=torch has neither softcap nor attention sinks; "
             "use flash_attn (softcap) or sdpa for this architecture"
         )
-    out_TNH: Any = varlen_attn(
+    out_TNW: Any = varlen_attn(
         query=query_1NTH[0].transpose(0, 1),
         key=key_1KUH[0].transpose(0, 1),
-        value=_as_wide(value_1KUH, query_1NTH)[0].transpose(0, 1),
+        value=_filled_up(value_1KUW, query_1NTH.shape[-1])[0].transpose(0, 1),
         cu_seq_q=layout.cu_q,
         cu_seq_k=layout.cu_k,
         max_q=layout.max_q,
@@ -98,10 +99,11 @@ def torch_attention(
         window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
         enable_gqa=True,
     )
-    return out_TNH[None, ..., : value_1KUH.shape[-1]]
+    return out_TNW[None, ..., : value_1KUW.shape[-1]]
 
 
-def _as_wide(value_1KUH: Tensor, query_1NTH: Tensor) -> Tensor:
-    """Values filled up with zeros to the width of queries: DeepSeek's are narrower, and kernels want one width."""
-    missing = query_1NTH.shape[-1] - value_1KUH.shape[-1]
-    return F.pad(value_1KUH, (0, missing)) if missing else value_1KUH
+def _filled_up(value_1KUW: Tensor, width: int) -> Tensor:
+    """Values filled up with zeros: DeepSeek's are narrower than its keys, and most kernels want one width."""
+    missing = width - value_1KUW.shape[-1]
+    assert missing >= 0, "padding by less than nothing would cut values off"
+    return F.pad(value_1KUW, (0, missing)) if missing else value_1KUW

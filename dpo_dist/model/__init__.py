@@ -8,6 +8,7 @@ scoring.py       weights in memory, sharded as they are read, that answer with l
 from dpo_dist.model.architecture import (
     PACKABLE_ROPE,
     SHARES_PROMPTS,
+    WINDOW_IN_MASK,
     attention_needs,
     decide_sharing,
     load_config,
@@ -20,6 +21,7 @@ __all__ = [
     "DTYPES",
     "PACKABLE_ROPE",
     "SHARES_PROMPTS",
+    "WINDOW_IN_MASK",
     "ScoringModel",
     "attention_needs",
     "decide_sharing",

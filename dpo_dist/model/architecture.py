@@ -23,6 +23,9 @@ STATEFUL_MODELS = frozenset(
     "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 llama4 llama4_text mamba mamba2 nemotron_h "
     "recurrent_gemma rwkv xlstm zamba zamba2".split()
 )
+# Their window is in the mask alone, and a packed forward has no mask: it would be lost. The first forward asks every
+# attention layer as well (attention/interface.py), which finds those that are not transformers' own.
+WINDOW_IN_MASK = frozenset({"blt", "doge", "phimoe", "qwen2_moe"})
 # Frequencies of any other rope type depend on the longest position of the batch, hence on the packing.
 PACKABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -74,6 +77,11 @@ def _cannot_be_packed(config: PretrainedConfig) -> str | None:
     if stateful or config.model_type in STATEFUL_MODELS:
         layers = ", ".join(sorted(stateful)) or "its layers"
         return f"{layers} carry state along the sequence, so packed completions would leak into each other"
+    if config.model_type in WINDOW_IN_MASK and _has_window(config) and not _window_is_wide(config):
+        return (
+            f"its sliding window of {config.sliding_window} tokens is not handed to the kernel; "
+            "only models of this architecture without a sliding window can be"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for parameters in nested:
@@ -92,12 +100,29 @@ _HAS_SINKS = frozenset("gpt_oss granite_swa granitemoe_swa mimo_v2_flash".split(
 def attention_needs(config: PretrainedConfig) -> AttentionNeeds:
     """What an architecture asks of its attention kernel."""
     text: Any = config.get_text_config()
-    head_dim = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    latent = getattr(text, "qk_head_dim", None)
+    head_dim = latent or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    value_head_dim = getattr(text, "v_head_dim", None) or head_dim
     return AttentionNeeds(
-        head_dim=head_dim or text.hidden_size // text.num_attention_heads,
+        head_dim=head_dim,
+        value_head_dim=None if value_head_dim == head_dim else value_head_dim,
+        has_window=_has_window(text),
         has_softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         has_sinks=text.model_type in _HAS_SINKS,
     )
+
+
+def _has_window(text: Any) -> bool:
+    """Whether a layer may have a sliding window; rather yes than no, where a configuration is not clear."""
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None:
+        return "sliding_attention" in layer_types
+    return bool(getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True))
+
+
+def _window_is_wide(config: Any) -> bool:
+    """Whether no sequence that the model can read is longer than its window."""
+    return config.sliding_window >= (getattr(config, "max_position_embeddings", None) or float("inf"))
 
 
 def _list(names: frozenset[str]) -> str:

@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from dpo_dist.attention import packages
 from dpo_dist.cli import app
 from dpo_dist.metrics import TRACKER_PACKAGES
 from tests.launching import REPOSITORY, launch
+from tests.machine import Machine
 
 GOLDEN = REPOSITORY / "tests" / "golden"
 PAIR = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]}
@@ -113,6 +116,62 @@ def test_kernel_that_needs_a_gpu(config: Path) -> None:
     message = refuse(config, "model.attn_implementation=torch", "model.dtype=bfloat16")
     assert "model.attn_implementation=torch" in message
     assert "CUDA" in message
+
+
+TINY = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
+}  # fmt: skip
+GEMMA = {**TINY, "model_type": "gemma2", "head_dim": 256, "sliding_window": 4}
+QWEN_MOE = {**TINY, "model_type": "qwen2_moe", "use_sliding_window": True, "sliding_window": 4}
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("kernel", "capability", "installed", "model", "reason"),
+    [
+        ("flash_attn", None, [], {}, "needs a CUDA device, and this run is on cpu"),
+        ("torch", "7.5", [], {}, "needs a device of compute capability 8.0 or higher, and this one has 7.5"),
+        ("flash_attn", "8.0", [], {}, "needs the package flash-attn, flash-attn-3 or flash-attn-4, and none is"),
+        ("flash_attn", "8.0", ["FLASH_4"], {}, "flash-attn 4 is not made for compute capability 8.0"),
+        ("flash_attn", "9.0", ["FLASH_2", "FLASH_4"], {}, "both are installed, and each overwrites files of the other"),
+        ("flash_attn", "8.0", ["FLASH_2"], {**TINY, "head_dim": 12}, "has no kernel for heads of dimension 12"),
+        ("torch", "8.0", [], {**TINY, "head_dim": 264}, "has no kernel for heads of dimension 264 (multiples of 8 up"),
+        ("flash_attn", "9.0", ["FLASH_3"], {**TINY, "head_dim": 256}, "has no deterministic backward kernel for heads"),
+        ("flash_attn", "10.0", ["FLASH_4"], GEMMA, "has no backward kernel with window and softcap for heads of"),
+        ("torch", "9.0", [], GEMMA, "has no softcap, which the model's architecture needs"),
+        ("sdpa", None, [], QWEN_MOE, "its sliding window of 4 tokens is not handed to the kernel"),
+    ],
+)
+def test_kernel_that_cannot_run(
+    config: Path,
+    machine: Machine,
+    kernel: str,
+    capability: str | None,
+    installed,
+    model: dict,
+    reason: str,
+    command: str,
+) -> None:
+    overrides = [f"model.attn_implementation={kernel}"]
+    if capability is not None:
+        machine.has(capability, *(getattr(packages, name) for name in installed))
+        machine.monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        overrides.append("parallel.deepspeed=zero3_bf16")
+    if model:
+        (config / "model").mkdir()
+        (config / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **model}))
+        weights = (GOLDEN / "tiny_policy" / "model.safetensors").read_bytes()
+        (config / "model" / "model.safetensors").write_bytes(weights)
+        overrides.append("model.model_name_or_path=model")
+    message = refuse(config, "model.dtype=bfloat16", *overrides, command=command)
+    assert reason in message
+    if kernel == "sdpa":
+        assert "model.model_name_or_path: architecture qwen2_moe cannot be packed" in message
+        assert "only models of this architecture without a sliding window can be" in message
+    else:
+        assert f"error: model.attn_implementation={kernel} " in message
+        assert message.rstrip().endswith("; use auto, which picks the best kernel that works")
 
 
 def test_output_folder_in_use(config: Path) -> None:

@@ -48,7 +48,7 @@ LATENT_ATTENTION = {
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
+    "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
 ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}

@@ -5,99 +5,22 @@ the meta device, where shapes and dtypes are checked and nothing is computed.
 """
 
 import inspect
-import sys
-import types
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from dpo_dist.attention import AttentionNeeds, choose_backend, interface, packages, register, segments, varlen
+from dpo_dist.attention import AttentionNeeds, choose_backend, interface, register, segments, varlen
 from dpo_dist.attention.gather import gather_tokens
-from dpo_dist.attention.packages import FLASH_2, FLASH_3, FLASH_4, FlashPackage, find_package
+from dpo_dist.attention.packages import FLASH_2, FLASH_3, FLASH_4
 from dpo_dist.batch import AttentionLayout
 from dpo_dist.errors import ConfigError, ModelError
+from tests.machine import Machine, fake_flash_attn_varlen_func
 from tests.parity.oracle import llama_config, our_logps, packed, random_example, stock_and_ours
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 EXAMPLES = [random_example(1, 7, [5, 1, 9]), random_example(2, 1, [4, 6]), random_example(3, 9, [1, 6])]
-
-
-def fake_flash_attn_varlen_func(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    deterministic: bool,
-) -> Tensor:
-    """flash-attn 2.8's contract, one query of one head at a time; tensors are (tokens, heads, head dimension)."""
-    assert causal and deterministic
-    assert q.shape[2] == k.shape[2] == v.shape[2]
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert cu_seqlens_q[-1] == len(q)
-    assert cu_seqlens_k[-1] == len(k) == len(v)
-    q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    assert (max_seqlen_q, max_seqlen_k) == (max(q_lengths), max(k_lengths))
-    rows = []
-    for segment, (num_q, num_k) in enumerate(zip(q_lengths, k_lengths, strict=True)):
-        first_q, first_k = int(cu_seqlens_q[segment]), int(cu_seqlens_k[segment])
-        for i in range(num_q):
-            last = i + num_k - num_q  # bottom right: the last query sees the last key
-            left = 0 if window_size[0] < 0 else max(0, last - window_size[0])
-            seen = slice(first_k + left, first_k + last + 1)
-            heads = []
-            for head in range(q.shape[1]):
-                group = head // (q.shape[1] // k.shape[1])
-                scores = k[seen, group] @ q[first_q + i, head] * softmax_scale
-                if softcap > 0:
-                    scores = softcap * torch.tanh(scores / softcap)
-                heads.append(scores.softmax(0) @ v[seen, group])
-            rows.append(torch.stack(heads))
-    return torch.stack(rows)
-
-
-class Machine:
-    """A CUDA device that is not there, and the flash-attn packages that are installed beside it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-        self.versions: dict[str, str] = {}
-        monkeypatch.setattr(packages, "version", self._version)
-        self.has("8.0")
-
-    def _version(self, distribution: str) -> str:
-        if distribution not in self.versions:
-            raise PackageNotFoundError(distribution)
-        return self.versions[distribution]
-
-    def has(self, capability: str, *installed: FlashPackage, function: object = fake_flash_attn_varlen_func) -> None:
-        """Of a compute capability, with these packages."""
-        major, minor = capability.split(".")
-        self.monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (int(major), int(minor)))
-        self.versions = {package.distribution: "1" for package in installed}
-        for package in installed:
-            module = types.ModuleType(package.module)
-            if function is not None:
-                module.flash_attn_varlen_func = function  # type: ignore[attr-defined]
-            self.monkeypatch.setitem(sys.modules, package.module, module)
-        find_package.cache_clear()
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    yield Machine(monkeypatch)
-    find_package.cache_clear()
 
 
 @pytest.fixture
@@ -280,10 +203,19 @@ def test_a_kernel_must_have_what_the_model_needs(machine, installed, needs, take
     assert (chosen, why in told) == (taken, True), told
 
 
-def test_heads_that_one_device_has_kernels_for_and_another_not(machine: Machine) -> None:
-    for capability, taken in (("9.0", "flash_attn"), ("10.0", "torch")):
+@pytest.mark.parametrize(
+    ("needs", "taken"),
+    [
+        (AttentionNeeds(256), {"9.0": "flash_attn", "10.0": "flash_attn", "11.0": "flash_attn"}),
+        (AttentionNeeds(256, has_window=True), {"9.0": "flash_attn", "10.0": "torch", "11.0": "torch"}),
+        (AttentionNeeds(192, 128), {"9.0": "flash_attn", "10.0": "flash_attn", "11.0": "flash_attn"}),
+        (AttentionNeeds(192), {"9.0": "flash_attn", "10.0": "torch", "11.0": "torch"}),
+    ],
+)
+def test_heads_that_one_device_has_kernels_for_and_another_not(machine: Machine, needs, taken: dict[str, str]) -> None:
+    for capability, backend in taken.items():
         machine.has(capability, FLASH_4)
-        assert choose_backend("auto", CUDA, torch.bfloat16, [AttentionNeeds(256)])[0] == taken
+        assert choose_backend("auto", CUDA, torch.bfloat16, [needs])[0] == backend
 
 
 @pytest.mark.parametrize(
@@ -310,7 +242,11 @@ def test_an_old_device_has_the_per_segment_kernel_only(machine: Machine) -> None
 def test_what_is_configured_is_taken(machine: Machine) -> None:
     machine.has("8.0")
     assert choose_backend("sdpa", CUDA, torch.bfloat16, LLAMA) == ("sdpa", "as configured")
-    assert choose_backend("torch", CUDA, torch.bfloat16, LLAMA) == ("torch", "as configured")
+    assert choose_backend("torch", CUDA, torch.bfloat16, LLAMA) == (
+        "torch",
+        "as configured, with torch's own flash-attn 2: "
+        "needs the package flash-attn, flash-attn-3 or flash-attn-4, and none is installed",
+    )
 
 
 # ---- keys and values of shared prompts

@@ -17,8 +17,10 @@ from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogitTransform, LogProbHead
 from dpo_dist.model import (
     SHARES_PROMPTS,
+    WINDOW_IN_MASK,
     ScoringModel,
     attention_needs,
+    decide_sharing,
     identity,
     load_config,
     load_model,
@@ -249,7 +251,37 @@ def test_every_checked_architecture_tells_what_it_needs(model_type: str) -> None
 
 def test_needs_of_unusual_models() -> None:
     assert attention_needs(CONFIG_MAPPING["llama"](hidden_size=512, num_attention_heads=8)) == AttentionNeeds(64)
-    assert attention_needs(CONFIG_MAPPING["gemma2"]()) == AttentionNeeds(256, has_softcap=True)
-    assert attention_needs(CONFIG_MAPPING["gpt_oss"]()) == AttentionNeeds(64, has_sinks=True)
+    assert attention_needs(CONFIG_MAPPING["gemma2"]()) == AttentionNeeds(256, has_window=True, has_softcap=True)
+    assert attention_needs(CONFIG_MAPPING["gpt_oss"]()) == AttentionNeeds(64, has_window=True, has_sinks=True)
     # Latent attention: 128 without position and 64 with; its values are narrower.
-    assert attention_needs(CONFIG_MAPPING["deepseek_v3"]()) == AttentionNeeds(192)
+    assert attention_needs(CONFIG_MAPPING["deepseek_v3"]()) == AttentionNeeds(192, 128)
+    assert not attention_needs(CONFIG_MAPPING["qwen2"](sliding_window=4)).has_window  # use_sliding_window is off
+    assert attention_needs(
+        CONFIG_MAPPING["qwen2"](sliding_window=4, use_sliding_window=True, max_window_layers=1)
+    ).has_window
+
+
+def test_architectures_whose_window_is_in_the_mask_alone() -> None:
+    """By transformers' own source: it makes the mask of a window, and hands no kernel its width."""
+    models = Path(transformers.__file__).parent / "models"
+    found = set()
+    for modeling in models.glob("*/modeling_*.py"):
+        text = modeling.read_text()
+        if "ForCausalLM" in text and "create_sliding_window_causal_mask" in text and "sliding_window=" not in text:
+            found.add(modeling.parent.name)
+    assert found == WINDOW_IN_MASK
+
+
+def test_a_window_that_would_be_lost_is_refused_before_anything_is_loaded() -> None:
+    phimoe = CONFIG_MAPPING["phimoe"]
+    with pytest.raises(ModelError, match="phimoe cannot be packed: its sliding window of 64 tokens is not handed to"):
+        decide_sharing(phimoe(sliding_window=64), "auto")
+    assert not decide_sharing(phimoe(), "auto")[0]
+    # Phi-3.5-MoE's own: as wide as the longest text that the model can read.
+    assert not decide_sharing(phimoe(sliding_window=131072, max_position_embeddings=131072), "auto")[0]
+    window = {"sliding_window": 64, "use_sliding_window": True}
+    with pytest.raises(
+        ModelError, match="qwen2_moe cannot be packed: its sliding window of 64 tokens is not handed to"
+    ):
+        decide_sharing(CONFIG_MAPPING["qwen2_moe"](**window), "auto")
+    assert decide_sharing(CONFIG_MAPPING["qwen2_moe"](), "auto")[0]

@@ -3,12 +3,15 @@
 One place, because a forgotten process group blocks a port and a core for every test after it.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The launcher's own environment must not reach a launch inside a launch.
@@ -86,11 +89,22 @@ def launch(
 
 def kill_group(process: subprocess.Popen[str]) -> None:
     """Kill whatever is left of a launch."""
-    try:
+    # torchrun gives every rank a session of its own, so its own group holds none of them.
+    ranks = _descendants(process.pid)
+    with contextlib.suppress(ProcessLookupError):  # all have ended by themselves
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # all ended by themselves
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a running one has started, and those that these have started."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def succeeded(process: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

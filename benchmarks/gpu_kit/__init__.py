@@ -7,6 +7,10 @@ golden.py        does training equal what was recorded elsewhere?
 throughput.py    speed with and without prompt sharing, and memory against its closed form
 observed.py      `dpo-dist train` with an observer, for the above
 random_model.py  the model for the above
+against_trl.py   speed beside TRL's, if it is installed
+trl_run.py       what its ranks run
+profiling.py     where the time of one step goes
+traced.py        `dpo-dist train` with one step traced, for the above
 noise.py         the self-checks of all these runs
 bandwidth.py     how fast ranks exchange
 page.py          gpu.json as a page

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_kit.against_trl import trl
 from benchmarks.gpu_kit.bandwidth import bandwidth
 from benchmarks.gpu_kit.golden import golden
-from benchmarks.gpu_kit.kit import TINY, Failed, Kit, Skipped, sizes_for
+from benchmarks.gpu_kit.kit import BUDGETS, TINY, Failed, Kit, Skipped, sizes_for
 from benchmarks.gpu_kit.noise import self_check
 from benchmarks.gpu_kit.page import page
+from benchmarks.gpu_kit.profiling import profile
 from benchmarks.gpu_kit.throughput import memory, throughput
 
 FORMAT = 1  # of gpu.json
@@ -25,8 +27,9 @@ PARTS: dict[str, Callable[[Kit], dict[str, Any]]] = {
     "memory": memory,
     "self_check": self_check,
     "bandwidth": bandwidth,
+    "profile": profile,
+    "trl": trl,
 }
-NOT_YET = ("trl", "profile")
 
 
 def main() -> int:
@@ -45,6 +48,7 @@ def main() -> int:
     kit = Kit(out, 1, TINY, {}, arguments.plant)
     sections: dict[str, Any] = {}
     try:
+        kit.begin("environment")
         sections["environment"] = section("environment", _look_around, kit, arguments.ranks)
         gpus = len(kit.environment.get("gpus", []))
         if gpus and kit.num_ranks > gpus:
@@ -53,11 +57,11 @@ def main() -> int:
         for name, part in PARTS.items():
             if arguments.only and name not in arguments.only:
                 continue
+            kit.begin(name)
             usable = sections["environment"]["status"] == "ok"
             sections[name] = section(name, part, kit) if usable else _skipped("the environment could not be seen")
     finally:
         shutil.rmtree(kit.work, ignore_errors=True)
-    sections |= {name: _skipped("not part of this kit yet") for name in NOT_YET}
     report = {
         "format": FORMAT,
         "arguments": sys.argv[1:],
@@ -101,7 +105,7 @@ def _skipped(reason: str) -> dict[str, Any]:
 def _look_around(kit: Kit, num_ranks: int | None) -> dict[str, Any]:
     """The environment, and what follows from it: sizes and ranks."""
     path = kit.work / "environment.json"
-    kit.run(1, "environment", "benchmarks.gpu_kit.environment", str(path), limit=120)
+    kit.run(1, "environment", "benchmarks.gpu_kit.environment", str(path), limit=BUDGETS["environment"])
     kit.environment = json.loads(path.read_text(encoding="utf-8"))
     gpus = kit.environment["gpus"]
     kit.sizes = sizes_for(gpus)
@@ -116,7 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="gpu_report", help="new folder for gpu.json, gpu.md and logs (%(default)s)")
     parser.add_argument("--ranks", type=_positive, help="processes; default: one for each GPU, 2 without a GPU")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--plant", choices=["beta"], help="a fault that `golden` must find: twice the recorded beta")
+    parser.add_argument("--plant", choices=["beta"], help="a fault that `golden` and `trl` must find: twice the beta")
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ from dpo_dist.attention.packages import PACKAGES, find_package
 from dpo_dist.errors import ConfigError
 from tests.launching import REPOSITORY
 
-PACKAGE_NAMES = ("torch", "deepspeed", "transformers", "triton", "numpy", "safetensors")
+PACKAGE_NAMES = ("torch", "deepspeed", "transformers", "triton", "numpy", "safetensors", "trl")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "NCCL_", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32")
 GOLDEN_HEAD_DIM = 8  # of tests/golden/tiny_policy
 

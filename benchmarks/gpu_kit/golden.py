@@ -7,7 +7,7 @@ against our own float32 run of the same case, and the distance is reported.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_kit.kit import Failed, Kit, Skipped
+from benchmarks.gpu_kit.kit import Failed, Kit, Skipped, largest
 from tests.golden.trajectories import case_config, compare_run, lines_of, load_case
 
 # Largest distance of a bfloat16 run from the float32 one over all steps; each is reported, and each must be inside.
@@ -41,7 +41,7 @@ def _recorded(kit: Kit, name: str) -> dict[str, Any]:
     if kit.plant == "beta":
         config["loss"]["beta"] = 2 * case.beta
     try:
-        folder = kit.train(_run_name(name, "float32", "sdpa"), config, observed=False, limit=LAUNCH_SECONDS)
+        folder = kit.train(_run_name(name, "float32", "sdpa"), config, limit=LAUNCH_SECONDS)
     except Skipped as skipped:
         return {**about, "status": "skipped", "reason": str(skipped)}
     except Failed as failed:
@@ -64,7 +64,7 @@ def _halved(kit: Kit, kernel: str, found: dict[str, Any]) -> dict[str, Any]:
         return {**about, "status": "skipped", "reason": "there is no float32 run to compare with"}
     try:
         config = _config(kit, name, "bfloat16", kernel)
-        folder = kit.train(_run_name(name, "bfloat16", kernel), config, observed=False, limit=LAUNCH_SECONDS)
+        folder = kit.train(_run_name(name, "bfloat16", kernel), config, limit=LAUNCH_SECONDS)
     except Skipped as skipped:
         return {**about, "status": "skipped", "reason": str(skipped)}
     except Failed as failed:
@@ -98,5 +98,5 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def _distance(lines: list[dict[str, Any]], others: Any) -> dict[str, float]:
     """Largest differences over the steps: relative, of margins absolute."""
     pairs = list(zip(lines, others, strict=True))
-    relative = {key: max(abs(a[key] / b[key] - 1) for a, b in pairs) for key in RELATIVE_BOUNDS}
-    return relative | {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ABSOLUTE_BOUNDS}
+    relative = {key: largest(abs(a[key] / b[key] - 1) for a, b in pairs) for key in RELATIVE_BOUNDS}
+    return relative | {key: largest(abs(a[key] - b[key]) for a, b in pairs) for key in ABSOLUTE_BOUNDS}

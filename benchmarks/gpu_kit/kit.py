@@ -1,8 +1,10 @@
 """What the parts share: where they write, how large they are, how long they may take, how they start ranks."""
 
 import json
+import math
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,23 @@ import yaml
 from tests.launching import REPOSITORY, launch
 
 LIMIT_SECONDS = 600.0
+# Of each part; what a part does not need is left to those after it. What is measured of a step comes after what is
+# checked, and what needs another package comes last.
+BUDGETS = {
+    "environment": 60.0,
+    "golden": 200.0,
+    "throughput": 160.0,
+    "memory": 5.0,
+    "self_check": 5.0,
+    "bandwidth": 40.0,
+    "profile": 40.0,
+    "trl": 90.0,
+}
 # Less than this is not worth a start: torch and DeepSpeed are imported on every rank.
 SHORTEST_LAUNCH_SECONDS = 15.0
+TRAIN = ("dpo_dist", "train")
+OBSERVED = ("benchmarks.gpu_kit.observed",)  # the same, saves nothing, and says what it held
+WARM_UP_STEPS = 2  # allocator, kernels and ZeRO-3's trace of the layers
 
 
 class Skipped(Exception):  # noqa: N818
@@ -42,6 +59,7 @@ class Sizes:
     max_tokens: int
     steps: int
     messages: tuple[int, ...]  # bytes on each rank
+    trl_pairs: tuple[int, ...]  # of a micro-batch of TRL, which pads: the fastest counts
 
 
 def _llama(
@@ -69,6 +87,7 @@ TINY = Sizes(
     max_tokens=512,
     steps=5,
     messages=(2**14, 2**18),
+    trl_pairs=(2,),
 )
 SMALL = Sizes(
     name="small",
@@ -81,6 +100,7 @@ SMALL = Sizes(
     max_tokens=8192,
     steps=10,
     messages=tuple(2**k for k in range(16, 29, 2)),
+    trl_pairs=(4, 2),  # 4 are about as many tokens with their padding as `max_tokens`; 2 need less padding
 )
 LARGE = Sizes(
     name="large",
@@ -93,6 +113,7 @@ LARGE = Sizes(
     max_tokens=8192,
     steps=10,
     messages=tuple(2**k for k in range(16, 31, 2)),
+    trl_pairs=SMALL.trl_pairs,
 )
 
 
@@ -113,6 +134,12 @@ class Kit:
     environment: dict[str, Any]
     plant: str | None
     started: float = field(default_factory=time.monotonic)
+    ends_after: float = LIMIT_SECONDS  # seconds since the start: the part that runs is to be done by then
+
+    def begin(self, part: str) -> None:
+        """Give a part its time: its own, and what those before it have left."""
+        names = list(BUDGETS)
+        self.ends_after = sum(BUDGETS[name] for name in names[: names.index(part) + 1])
 
     @property
     def work(self) -> Path:
@@ -128,11 +155,11 @@ class Kit:
 
         Raises:
             Skipped: there is no time left.
-            Failed: it did not end with 0.
+            Failed: it did not end with 0, or not in time.
         """
-        left = LIMIT_SECONDS - (time.monotonic() - self.started)
+        left = self.ends_after - (time.monotonic() - self.started)
         if left < SHORTEST_LAUNCH_SECONDS:
-            raise Skipped(f"no time left of {LIMIT_SECONDS:.0f} s")
+            raise Skipped(f"no time left: this part ends {self.ends_after:.0f} s after the start")
         cache = {"DPO_DIST_CACHE": str(self.work / "cache")}
         try:
             done = launch(num_ranks, module, *arguments, cwd=REPOSITORY, env=cache, timeout=min(limit, left))
@@ -143,21 +170,21 @@ class Kit:
         if done.returncode != 0:
             raise Failed(f"{name} ended with exit code {done.returncode}: {cause_in(done.stderr)}")
 
-    def train(self, name: str, config: dict[str, Any], *, observed: bool, limit: float) -> Path:
+    def train(self, name: str, config: dict[str, Any], *, by: tuple[str, ...] = TRAIN, limit: float) -> Path:
         """`dpo-dist train` on all ranks; returns the run's folder.
 
         Args:
             name: of the run's files.
             config: of the run; its `train.output_dir` is set here.
-            observed: by `observed.py`, which saves nothing; else the plain command.
+            by: the module that trains, and what it gets before the configuration; else the plain command.
             limit: seconds.
         """
         folder = self.work / name
         config["train"]["output_dir"] = str(folder)
         path = self.work / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        module, *command = ("benchmarks.gpu_kit.observed",) if observed else ("dpo_dist", "train")
-        self.run(self.num_ranks, name, module, *command, str(path), limit=limit)
+        module, *before = by
+        self.run(self.num_ranks, name, module, *before, str(path), limit=limit)
         return folder
 
     def observations(self, folder: Path) -> list[dict[str, Any]]:
@@ -165,8 +192,14 @@ class Kit:
         return [json.loads((folder / f"observed-{rank}.json").read_text()) for rank in range(self.num_ranks)]
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of some distances; NaN if there is one, which max() may pass over."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
 def cause_in(printed: str) -> str:
     """The line of a launch's output that says most: the first of an error, else the last one."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith("error") or "Error: " in line or "CUDA error" in line]
+    signs = ("Error: ", "CUDA error", "terminate called")
+    telling = [line for line in lines if line.startswith("error:") or any(sign in line for sign in signs)]
     return (telling or lines[-1:] or ["nothing was printed"])[0]

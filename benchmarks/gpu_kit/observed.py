@@ -36,10 +36,15 @@ def main() -> int:
         path.write_text(json.dumps(_observe(run)), encoding="utf-8")
 
     training.train = train
-    trainer.save = lambda run, progress: None
-    training._export = lambda prepared, run: None
+    save_nothing()
     # The command returns its exit code where it is not left to typer to end the process.
     return app(args=["train", *sys.argv[1:]], standalone_mode=False) or 0
+
+
+def save_nothing() -> None:
+    """Let a run end without a checkpoint and without a model."""
+    trainer.save = lambda run, progress: None
+    training._export = lambda prepared, run: None
 
 
 def _observe(run: Run) -> dict[str, Any]:

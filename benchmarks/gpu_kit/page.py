@@ -98,6 +98,58 @@ def _bandwidth(values: dict[str, Any]) -> Iterator[str]:
         yield f"| {line['bytes']} | {reduced} | {gathered} |"
 
 
+def _profile(values: dict[str, Any]) -> Iterator[str]:
+    yield f"Step {values['step']} of a run with prompts shared, rank {values['rank']}: {values['step_seconds']:.3g} s"
+    yield f"(slower than others, for it is traced). {values['trace']} opens in a browser that shows chrome traces."
+    exchanges = values["collectives"]
+    yield f"Collectives: {exchanges['calls']} calls, {exchanges['share']:.0%} of the step."
+    if values["device"] == "gpu":
+        yield f"Nothing else ran beside them for {exchanges['share_with_nothing_beside']:.0%} of the step."
+        yield f"The GPU was busy for {values['busy_share']:.0%}."
+        for name in ("host_waits", "copies"):
+            counts = [f"{kind} {count}" for kind, count in values[name].items()]
+            yield f"{name.replace('_', ' ').capitalize()}: {', '.join(counts) or 'none'}."
+    yield ""
+    yield f"| {'kernel' if values['device'] == 'gpu' else 'operator'} | calls | s | of the step |"
+    yield "|---|---|---|---|"
+    for one in values["top"]:
+        yield f"| {_cell(one['name'])} | {one['calls']} | {one['seconds']:.3g} | {one['share']:.1%} |"
+
+
+def _trl(values: dict[str, Any]) -> Iterator[str]:
+    yield f"The same in both: {values['the same']}."
+    yield ""
+    yield f"Not the same: {values['not the same']}."
+    yield ""
+    yield "| | pairs in a micro-batch | kernel | pairs/s | peak MiB of rank 0 |"
+    yield "|---|---|---|---|---|"
+    for name, ours in values["ours"].items():
+        yield f"| ours, {name} | by tokens | {ours['kernel']} | {ours['pairs_per_second']:.3g} | {_mib(ours)} |"
+    for run in values["runs"]:
+        about = f"TRL {run['version']} | {run['pairs_at_once']} | {run['kernel']}"
+        yield f"| {about} | {run['pairs_per_second']:.3g} | {_mib(run)} |"
+    yield from (f"| TRL | | | | {_cell(reason)} |" for reason in values.get("left_out", []))
+    for run in values["runs"]:
+        yield ""
+        yield f"Ours / TRL's with {run['pairs_at_once']} pairs at once, in the first steps. Largest distance and bound:"
+        bounds = values["bounds"]
+        yield "; ".join(f"{key} {run['distance'][key]:.1e} <= {bounds[key]:.1e}" for key in bounds) + "."
+        yield ""
+        columns = [*bounds, "num_tokens"]
+        yield f"| step | {' | '.join(columns)} |"
+        yield "|---" * (1 + len(columns)) + "|"
+        for row in run["first_steps"]:
+            yield f"| {row['step']} | {' | '.join('{:.7g} / {:.7g}'.format(*row[key]) for key in columns)} |"
+    if "pairs_per_second_over_trl" in values:
+        yield ""
+        ratios = [f"{name}: {ratio:.2f}" for name, ratio in values["pairs_per_second_over_trl"].items()]
+        yield f"Pairs per second, ours over TRL's fastest, one run each. {'; '.join(ratios)}."
+
+
+def _mib(run: dict[str, Any]) -> str:
+    return f"{run['peak_bytes'] / MIB:.0f}"
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")
 
@@ -109,4 +161,6 @@ _WRITERS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "memory": _memory,
     "self_check": _self_check,
     "bandwidth": _bandwidth,
+    "profile": _profile,
+    "trl": _trl,
 }

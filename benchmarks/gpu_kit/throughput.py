@@ -11,13 +11,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_kit.kit import Failed, Kit, Sizes, Skipped
+from benchmarks.gpu_kit.kit import OBSERVED, WARM_UP_STEPS, Failed, Kit, Sizes, Skipped
 from tests.golden.trajectories import lines_of
 
 PROMPT_SIGMA, COMPLETION_SIGMA = 0.9, 0.7
 SHORTEST = 8  # tokens
 LAUNCH_SECONDS = 180.0
-WARM_UP_STEPS = 2  # allocator, kernels and ZeRO-3's trace of the layers
 # DeepSpeed fills its flat buffers up, by some elements of each parameter.
 MEMORY_TOLERANCE, SMALL_BYTES = 0.02, 4096
 
@@ -33,7 +32,7 @@ def throughput(kit: Kit) -> dict[str, Any]:
         "ranks": kit.num_ranks,
         "examples_per_step": kit.sizes.examples_per_rank * kit.num_ranks,
         "max_tokens": kit.sizes.max_tokens,
-        "lengths": _write_inputs(kit),
+        "lengths": write_inputs(kit),
         "prefix_sharing": {},
     }
     obstacles: list[Failed | Skipped] = []
@@ -53,7 +52,7 @@ def throughput(kit: Kit) -> dict[str, Any]:
 
 def memory(kit: Kit) -> dict[str, Any]:
     """What each rank of the run with shared prompts holds, against ZeRO-3's closed form; the rest is activations."""
-    folder = _folder(kit, "on")
+    folder = run_folder(kit, "on")
     if not (folder / "observed-0.json").is_file():
         raise Skipped("the run of the part `throughput` that it would describe was not made or did not end")
     ranks = []
@@ -92,8 +91,8 @@ def memory_faults(ranks: list[dict[str, Any]]) -> list[str]:
 
 def _measured(kit: Kit, sharing: str) -> dict[str, Any]:
     """Numbers of one run after its first steps."""
-    folder = kit.train(_folder(kit, sharing).name, _config(kit, sharing), observed=True, limit=LAUNCH_SECONDS)
-    lines = lines_of(folder)[WARM_UP_STEPS:]
+    folder = kit.train(run_folder(kit, sharing).name, config_of(kit, sharing), by=OBSERVED, limit=LAUNCH_SECONDS)
+    lines = timed_lines(folder)
     seen = kit.observations(folder)
     seconds = [line["time/step"] for line in lines]
     tokens, unshared = (sum(line[key] for line in lines) for key in ("tokens_processed", "tokens_unshared"))
@@ -112,15 +111,32 @@ def _measured(kit: Kit, sharing: str) -> dict[str, Any]:
     }
 
 
-def _folder(kit: Kit, sharing: str) -> Path:
+def timed_lines(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged after its first steps."""
+    return lines_of(folder)[WARM_UP_STEPS:]
+
+
+def model_of(kit: Kit) -> Path:
+    """The folder of the random model."""
+    return kit.work / "model"
+
+
+def pairs_of(kit: Kit) -> Path:
+    """The file of the random pairs."""
+    return kit.work / "pairs.jsonl"
+
+
+def run_folder(kit: Kit, sharing: str) -> Path:
+    """Of the run with prompts shared (`on`) or not (`off`)."""
     return kit.work / f"throughput-sharing-{sharing}"
 
 
-def _config(kit: Kit, sharing: str) -> dict[str, Any]:
+def config_of(kit: Kit, sharing: str) -> dict[str, Any]:
+    """The run's configuration, with prompts shared (`on`) or not (`off`)."""
     sizes = kit.sizes
     return {
-        "model": {"model_name_or_path": str(kit.work / "model"), "dtype": "bfloat16", "prefix_sharing": sharing},
-        "data": {"train": [{"path": str(kit.work / "pairs.jsonl")}]},
+        "model": {"model_name_or_path": str(model_of(kit)), "dtype": "bfloat16", "prefix_sharing": sharing},
+        "data": {"train": [{"path": str(pairs_of(kit))}]},
         "train": {
             "examples_per_step": sizes.examples_per_rank * kit.num_ranks,
             "max_steps": sizes.steps,
@@ -133,14 +149,14 @@ def _config(kit: Kit, sharing: str) -> dict[str, Any]:
     }
 
 
-def _write_inputs(kit: Kit) -> dict[str, Any]:
+def write_inputs(kit: Kit) -> dict[str, Any]:
     """The model and the pairs; returns quantiles of lengths."""
     longest = kit.sizes.prompt[1] + kit.sizes.completion[1]
     sizes = json.dumps({**kit.sizes.model, "max_position_embeddings": longest})
-    kit.run(1, "random-model", "benchmarks.gpu_kit.random_model", str(kit.work / "model"), sizes, limit=120)
+    kit.run(1, "random-model", "benchmarks.gpu_kit.random_model", str(model_of(kit)), sizes, limit=120)
     rows = random_rows(kit.sizes, kit.sizes.examples_per_rank * kit.num_ranks * kit.sizes.steps)
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (kit.work / "pairs.jsonl").write_text(text, encoding="utf-8")
+    pairs_of(kit).write_text(text, encoding="utf-8")
     prompts = sorted(len(row["prompt_ids"]) for row in rows)
     completions = sorted(len(row[key]) for row in rows for key in ("chosen_ids", "rejected_ids"))
     return {"prompt": _quantiles(prompts), "completion": _quantiles(completions)}

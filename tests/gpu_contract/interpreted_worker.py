@@ -33,20 +33,28 @@ FAULTS: dict[str, Callable[[Arguments], Arguments]] = {
     "keys of another segment": lambda a: a | {"cu_seqlens_k": a["cu_seqlens_k"].clamp(max=a["cu_seqlens_k"][-1] - 1)},
     "as many keys as queries": lambda a: a | {"cu_seqlens_k": a["cu_seqlens_q"], "max_seqlen_k": a["max_seqlen_q"]},
     "values of the keys": lambda a: a | {"v": a["k"]},
+    "an empty segment": lambda a: a | {key: _with_empty_segment(a[key]) for key in ("cu_seqlens_q", "cu_seqlens_k")},
+    "half a gradient": lambda a: a | {"v": (a["v"] + a["v"].detach()) / 2},
 }
+WITH_GRADIENTS = (None, "half a gradient")
+
+
+def _with_empty_segment(ends: Any) -> Any:
+    """The first segment's start a second time."""
+    return torch.cat([ends[:1], ends])
 
 
 @contextmanager
 def planted(fault: str | None) -> Iterator[list[Arguments]]:
-    """Note every call of the package's function; change its arguments first if a fault is to be planted."""
+    """Note every call of the package's function, after a fault is planted in its arguments."""
     stock, calls = packages.FlashPackage.function, []
 
     def function(self: packages.FlashPackage) -> Callable[..., torch.Tensor]:
         real = stock(self)
 
         def call(**arguments: Any) -> torch.Tensor:
-            calls.append(arguments)
-            return real(**(FAULTS[fault](arguments) if fault else arguments))
+            calls.append(FAULTS[fault](arguments) if fault else arguments)
+            return real(**calls[-1])
 
         return call
 
@@ -68,7 +76,7 @@ def compare(fault: str | None, share: bool) -> dict[str, Any]:
     expected_gradients = gradients(stock, objective(expected))
     with planted(fault) as calls:
         actual = our_logps(ours, EXAMPLES, share)
-        actual_gradients = gradients(ours, objective(actual)) if fault is None else {}
+        actual_gradients = gradients(ours, objective(actual)) if fault in WITH_GRADIENTS else {}
     relative = [
         ((actual_gradients[key] - value).norm() / value.norm()).item()
         for key, value in expected_gradients.items()

@@ -1,10 +1,10 @@
 """A micro-batch of an 8B model in bfloat16 through flash-attn's real Python interface, on the meta device.
 
-    python -m tests.gpu_contract.meta_worker OUT.json [FAULT]
+    python -m tests.gpu_contract.meta_worker OUT.json FAULT...
 
 Shapes, dtypes and devices are real and nothing is computed; the CUDA extension is an empty module. OUT gets what the
-forward and backward pass did: calls, copies to the device, tensors of another device, gradients, host time. FAULT
-plants a mistake that this must show.
+forward and backward pass did: calls, copies to the device, tensors of another device, gradients, host time; and
+once more for every FAULT, a mistake that this must show.
 """
 
 import json
@@ -90,7 +90,18 @@ def move(batch: MicroBatch, fault: str | None) -> MicroBatch:
         of_layout = {name: value.to(META) for name, value in vars(batch.layout).items() if isinstance(value, Tensor)}
         return replace(batch, layout=replace(batch.layout, **of_layout), **tensors)
     moved = batch.to(META)
+    if fault == "careless":
+        torch.zeros(1).to(META)
     return replace(moved, position_ids_T=batch.position_ids_T) if fault == "positions on the host" else moved
+
+
+def careless(model: ScoringModel, batch: MicroBatch) -> Tensor:
+    """A forward pass with mistakes that stop nothing, and of which each must show."""
+    model.model.get_decoder().embed_tokens.requires_grad_(False)
+    with torch.no_grad():
+        model(batch)  # kernels are called twice as often
+    weight = torch.ones(()) + torch.ones(1).to(META)[0]  # a number on the host, and a copy in the middle
+    return model(batch) * weight
 
 
 def observe(recompute: bool, fault: str | None) -> dict[str, Any]:
@@ -102,7 +113,7 @@ def observe(recompute: bool, fault: str | None) -> dict[str, Any]:
         batch = move(host_batch, fault)
     with Recorder() as running:
         try:
-            logps_M = model(batch)
+            logps_M = careless(model, batch) if fault == "careless" else model(batch)
             logps_M.sum().backward()
         except (RuntimeError, AssertionError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
@@ -136,10 +147,10 @@ def host_seconds(model: ScoringModel, batch: MicroBatch) -> float:
 
 
 def main() -> None:
-    """With and without recomputation, or with a fault."""
+    """With and without recomputation, and with each fault."""
     torch.cuda.get_device_capability = lambda device=None: (8, 0)  # type: ignore[assignment]
     out, *faults = sys.argv[1:]
-    results = {name: observe(name == "recompute", None) for name in ("keep", "recompute")} if not faults else {}
+    results = {name: observe(name == "recompute", None) for name in ("keep", "recompute")}
     results |= {fault: observe(recompute=False, fault=fault) for fault in faults}
     Path(out).write_text(json.dumps(results, indent=1))
 

@@ -1,9 +1,10 @@
 """Which operations of a real run would make a GPU wait.
 
-    python -m tests.gpu_contract.syncs_worker CONFIG OUT.json [FAULT]
+    python -m tests.gpu_contract.syncs_worker HONEST.yaml FAULTY.yaml OUT.json
 
-A run on CPU, ZeRO-3, with every operation seen that needs a value on the host (item, nonzero, boolean masks, copies to
-the CPU). OUT gets, for every step, how often each line caused one; the line is the innermost one outside of torch.
+Runs on CPU, ZeRO-3, with every operation seen that needs a value on the host (item, nonzero, boolean masks, copies to
+the CPU). OUT gets, for each run and step, how often each line caused one; the line is the innermost one outside of
+torch. The second run has mistakes in its loop that this must show.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist import trainer
+from dpo_dist import metrics, trainer
 from dpo_dist.batch import RankWork
 from dpo_dist.cli import training
 from dpo_dist.config import load_config
@@ -66,32 +67,38 @@ def _place() -> str:
     return "?"
 
 
-def main() -> None:
-    """Train, and write down what was seen."""
-    config, out, *faults = sys.argv[1:]
+def careless_sums(batch: Any, logps: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What a step adds up, with three mistakes: a value read, a boolean mask, a copy to the host."""
+    if logps.sum().item() > 0 or len(logps[logps > 0]) > 0 or logps.to("cpu", torch.float64, copy=True).isnan().any():
+        raise AssertionError("log-probabilities are negative numbers")
+    return metrics.step_sums(batch, logps, *rest)
+
+
+def observed(config: str) -> list[Counter[str]]:
+    """Train, and tell what was seen in each step."""
     syncs = Syncs()
 
     def noting(*arguments: Any) -> RankWork:
         syncs.by_step.append(Counter())
         return RankWork(*arguments)
 
-    stock_train, stock_sums = training.train, trainer.step_sums
-
     def train(*arguments: Any) -> None:
         with syncs:
-            stock_train(*arguments)
-
-    def step_sums(batch: Any, logps: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if logps.sum().item() > 0:
-            raise AssertionError("log-probabilities are negative")
-        return stock_sums(batch, logps, *rest)
+            trainer.train(*arguments)
 
     trainer.RankWork = noting  # type: ignore[misc, assignment]
     training.train = train
-    if "item in the loop" in faults:
-        trainer.step_sums = step_sums
-    training.run_training(load_config(config), Path(out).parent / "cache")
-    Path(out).write_text(json.dumps([dict(step) for step in syncs.by_step], indent=1))
+    training.run_training(load_config(config), Path(config).parent / "cache")
+    return syncs.by_step
+
+
+def main() -> None:
+    """Both runs."""
+    honest, faulty, out = sys.argv[1:]
+    results = {"honest": observed(honest)}
+    trainer.step_sums = careless_sums
+    results["faulty"] = observed(faulty)
+    Path(out).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tests.gpu_contract.interpreted import PACKAGES
 from tests.launching import REPOSITORY, environment
 
 VARLEN = REPOSITORY / "dpo_dist" / "attention" / "varlen.py"
+FUNCTION = "flash_attn_varlen_func"
 # Of flash-attn 2 and 3 from the installed source; of flash-attn 4 from its wheel, which needs CUDA to be imported.
 SOURCES = {
     "flash-attn 2": PACKAGES / "flash_attn" / "flash_attn_interface.py",
@@ -57,6 +58,12 @@ def test_a_planted_fault_shows(interpreted: dict[str, Any], fault: str) -> None:
     assert interpreted[fault]["logps"] > 0.1
 
 
+def test_a_fault_of_the_gradient_or_an_empty_segment_shows(interpreted: dict[str, Any]) -> None:
+    halved = interpreted["half a gradient"]
+    assert halved["logps"] < 2e-5 < 0.01 < halved["gradients"]
+    assert all(0 in lengths for lengths in interpreted["an empty segment"]["segments"])
+
+
 # ---- signatures
 
 
@@ -77,19 +84,23 @@ def _signature(source: Path, name: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _keywords_of_our_call(function: str) -> list[str]:
+def _keywords_of_our_call(function: str, source: str) -> list[str]:
     """The keywords of the one call in a function of varlen.py that has more than six."""
-    tree = ast.parse(VARLEN.read_text(encoding="utf-8"))
-    (ours,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    (ours,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function)
     (call,) = (node for node in ast.walk(ours) if isinstance(node, ast.Call) and len(node.keywords) > 6)
     assert not call.args, "by keyword only: positions differ between the packages"
     return [keyword.arg for keyword in call.keywords if keyword.arg]
 
 
+@pytest.fixture
+def varlen() -> str:
+    return VARLEN.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("package", SOURCES)
-def test_our_call_fits_the_signature_of_each_package(package: str) -> None:
-    signature = _signature(SOURCES[package], "flash_attn_varlen_func")
-    keywords = _keywords_of_our_call("flash_attention")
+def test_our_call_fits_the_signature_of_each_package(package: str, varlen: str) -> None:
+    signature = _signature(SOURCES[package], FUNCTION)
+    keywords = _keywords_of_our_call("flash_attention", varlen)
     assert len(keywords) == 12
     signature.bind(**dict.fromkeys(keywords))
     with pytest.raises(TypeError, match="unexpected keyword argument"):
@@ -99,9 +110,23 @@ def test_our_call_fits_the_signature_of_each_package(package: str) -> None:
 
 
 def test_positions_differ_so_that_keywords_are_needed() -> None:
-    fourth = {name: list(_signature(path, "flash_attn_varlen_func").parameters)[3] for name, path in SOURCES.items()}
+    fourth = {name: list(_signature(path, FUNCTION).parameters)[3] for name, path in SOURCES.items()}
     assert fourth == {"flash-attn 2": "cu_seqlens_q", "flash-attn 3": "cu_seqlens_q", "flash-attn 4": "qv"}
 
 
-def test_our_call_fits_the_signature_of_torch() -> None:
-    inspect.signature(varlen_attn).bind(**dict.fromkeys(_keywords_of_our_call("torch_attention")))
+@pytest.mark.parametrize(
+    ("function", "first", "last"),
+    [("flash_attention", "q", "max_seqlen_k"), ("torch_attention", "query", "max_k")],
+)
+def test_an_argument_by_position_or_by_another_name_shows(function: str, first: str, last: str, varlen: str) -> None:
+    assert varlen.count(f" {first}=query") == varlen.count(f" {last}=layout") == 1
+    with pytest.raises(AssertionError, match="by keyword only"):
+        _keywords_of_our_call(function, varlen.replace(f" {first}=query", " query"))
+    theirs = _signature(SOURCES["flash-attn 2"], FUNCTION) if first == "q" else inspect.signature(varlen_attn)
+    misspelt = _keywords_of_our_call(function, varlen.replace(f" {last}=layout", " longest_k=layout"))
+    with pytest.raises(TypeError, match=f"missing a required argument: '{last}'"):
+        theirs.bind(**dict.fromkeys(misspelt))
+
+
+def test_our_call_fits_the_signature_of_torch(varlen: str) -> None:
+    inspect.signature(varlen_attn).bind(**dict.fromkeys(_keywords_of_our_call("torch_attention", varlen)))

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.golden.trajectories import base_config
@@ -15,14 +15,17 @@ STEPS = 4  # the first one proves the run, the last one saves: the steady ones a
 OF_DEEPSPEED = 3
 
 
-def _observed(folder: Path, *faults: str) -> list[dict[str, int]]:
-    config = base_config(folder / "run")
-    config["train"] |= {"examples_per_step": 8, "max_steps": STEPS}
-    config["packing"]["max_tokens"] = 150  # several micro-batches
-    config["log"] = {"report_to": []}
-    config["parallel"] = {"deepspeed": "zero3_cpu"}
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    worker = [sys.executable, "-m", "tests.gpu_contract.syncs_worker", "run.yaml", "out.json", *faults]
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, int]]]:
+    folder = tmp_path_factory.mktemp("syncs")
+    for name in ("honest", "faulty"):
+        config = base_config(folder / name)
+        config["train"] |= {"examples_per_step": 8, "max_steps": STEPS}
+        config["packing"]["max_tokens"] = 150  # several micro-batches
+        config["log"] = {"report_to": []}
+        config["parallel"] = {"deepspeed": "zero3_cpu"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    worker = [sys.executable, "-m", "tests.gpu_contract.syncs_worker", "honest.yaml", "faulty.yaml", "out.json"]
     variables = environment({"PYTHONPATH": str(REPOSITORY)})
     done = subprocess.run(worker, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -34,16 +37,17 @@ def _split(step: dict[str, int]) -> tuple[dict[str, int], int]:
     return ours, sum(count for place, count in step.items() if place not in ours)
 
 
-def test_a_steady_step_has_one_copy_to_the_host(tmp_path: Path) -> None:
-    steps = _observed(tmp_path)
-    assert len(steps) == STEPS
-    for step in steps[1:-1]:
+def test_a_steady_step_has_one_copy_to_the_host(seen: dict[str, list[dict[str, int]]]) -> None:
+    assert len(seen["honest"]) == STEPS
+    for step in seen["honest"][1:-1]:
         ours, of_others = _split(step)
         assert ours == {"dpo_dist/distributed.py:sum_over_ranks _to_copy": 1}
         assert of_others == OF_DEEPSPEED, step
 
 
-def test_a_value_that_is_read_inside_the_loop_shows(tmp_path: Path) -> None:
-    ours, _ = _split(_observed(tmp_path, "item in the loop")[1])
-    assert ours.pop("dpo_dist/trainer.py:train _local_scalar_dense") > 1  # once for each micro-batch
-    assert ours == {"dpo_dist/distributed.py:sum_over_ranks _to_copy": 1}
+@pytest.mark.parametrize("kind", ["_local_scalar_dense", "index", "_to_copy"])
+def test_a_value_that_is_read_inside_the_loop_shows(seen: dict[str, list[dict[str, int]]], kind: str) -> None:
+    ours, of_others = _split(seen["faulty"][1])
+    assert ours.pop("dpo_dist/distributed.py:sum_over_ranks _to_copy") == 1
+    assert ours[f"dpo_dist/trainer.py:train {kind}"] > 1  # once for each micro-batch
+    assert of_others == OF_DEEPSPEED

@@ -13,8 +13,8 @@ from tests.launching import environment
 
 # Ranks that are played, by world size: the first, the second, and the last, which may have no example.
 PLAYED = {8: (0, 1, 7), 64: (0, 63), 1024: (0, 1, 1023)}
-EXAMPLES_PER_STEP, STEPS, STOPPED_AFTER = 24, 9, 4
-FAULT = "8:1:asks alone"
+EXAMPLES_PER_STEP, STEPS, STOPPED_AFTER = 24, 6, 4
+ALONE, GREEDY = "8:1:asks alone", "8:1:deaf, and scores twice"
 
 # Every parameter is gathered where it is used and released at once: then the counts are those of the closed form.
 DEEPSPEED = {
@@ -44,7 +44,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "one_at_a_time.json").write_text(json.dumps(DEEPSPEED))
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     cases = [f"{world_size}:{rank}" for world_size, ranks in PLAYED.items() for rank in ranks]
-    worker = [sys.executable, "-m", "tests.gpu_contract.world_worker", "run.yaml", "out.json", *cases, FAULT]
+    worker = [sys.executable, "-m", "tests.gpu_contract.world_worker", "run.yaml", "out.json", *cases, ALONE, GREEDY]
     variables = environment({"DS_ACCELERATOR": "cpu"})
     done = subprocess.run(worker, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -93,4 +93,11 @@ def test_several_micro_batches_are_among_them(seen: dict[str, Any]) -> None:
 
 
 def test_a_rank_that_asks_alone_shows(seen: dict[str, Any]) -> None:
-    assert _order(seen[FAULT])["step 1"] != _order(seen["8:0"])["step 1"]
+    assert _order(seen[ALONE])["step 1"] != _order(seen["8:0"])["step 1"]
+
+
+def test_a_rank_that_gathers_more_or_goes_on_alone_shows(seen: dict[str, Any]) -> None:
+    greedy, honest = seen[GREEDY], seen["8:1"]
+    gathered = (play["steps"]["step 0"]["elements"]["_allgather_base_"] for play in (greedy, honest))
+    assert next(gathered) - next(gathered) == honest["micro_batches"] * honest["shard"] * 8
+    assert (greedy["stopped_after"], honest["stopped_after"]) == (STEPS, STOPPED_AFTER)

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_dist import evaluation, trainer
+from dpo_dist import evaluation, metrics, trainer
 from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli import training
@@ -31,6 +31,7 @@ from dpo_dist.config import load_config
 from dpo_dist.distributed import Ranks, StopRequest, sum_over_ranks
 from dpo_dist.engine import adopt_process_group
 
+AT_ONCE = 2  # processes
 STOP_BEFORE_STEP = 3  # counted from 0; every rank would learn of it
 
 
@@ -92,7 +93,7 @@ def play(config_file: str, folder: Path, world_size: int, rank: int, fault: str 
 
     def noting(plan: Any, *arguments: Any) -> RankWork:
         seen.begin(f"step {plan.step}")
-        stop.requested = plan.step >= STOP_BEFORE_STEP
+        stop.requested = plan.step >= STOP_BEFORE_STEP and fault != "deaf, and scores twice"
         if fault == "asks alone":
             dist.all_reduce(torch.zeros(1))
         return RankWork(plan, *arguments)
@@ -103,6 +104,13 @@ def play(config_file: str, folder: Path, world_size: int, rank: int, fault: str 
         seen.begin(f"evaluation after {progress.step}")
         stock_evaluate(run, progress)
 
+    def scoring_twice(batch: Any, *arguments: Any) -> torch.Tensor:
+        with torch.no_grad():
+            run.policy.token_logps(batch)
+        return metrics.step_sums(batch, *arguments)
+
+    if fault == "deaf, and scores twice":
+        trainer.step_sums = scoring_twice
     trainer.RankWork = noting  # type: ignore[misc, assignment]
     trainer.evaluate_all = evaluate_all
     # What is gathered is not real, so neither is a loss; a rank without examples would have nothing to divide by.
@@ -128,27 +136,38 @@ def _shape_of(run: trainer.Run) -> dict[str, int]:
     }
 
 
+def play_in_child(config_file: str, folder: Path, case: str) -> int:
+    """Fork a process that plays one rank and writes what it asked for; returns its id."""
+    world_size, rank, *fault = case.split(":")
+    child = os.fork()
+    if child:
+        return child
+    try:
+        played = play(config_file, folder, int(world_size), int(rank), fault[0] if fault else None)
+        (folder / f"{case}.json").write_text(json.dumps(played))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
 def main() -> None:
     """Play every rank that is named, each in a process that is forked when everything has been imported."""
     config_file, out, *cases = sys.argv[1:]
     folder = Path(out).parent
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29677")  # nothing listens there: a fake group has no peers
-    results = {}
-    for case in cases:
-        world_size, rank, *fault = case.split(":")
-        part = folder / f"{world_size}.{rank}.json"
-        child = os.fork()
-        if not child:
-            try:
-                played = play(config_file, folder, int(world_size), int(rank), fault[0] if fault else None)
-                part.write_text(json.dumps(played))
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            sys.exit(f"rank {rank} of {world_size} failed")
-        results[case] = json.loads(part.read_text())
+    # The first one makes the cache of the data; the others find it, and take turns on the cores.
+    first, waiting, running = cases[0], cases[1:], dict[int, str]()
+    running[play_in_child(config_file, folder, first)] = first
+    while running:
+        child, status = os.wait()
+        case = running.pop(child)
+        if status:
+            sys.exit(f"rank {case} failed")
+        while waiting and len(running) < AT_ONCE:
+            case = waiting.pop(0)
+            running[play_in_child(config_file, folder, case)] = case
+    results = {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
     Path(out).write_text(json.dumps(results, indent=1))
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
 
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLED_BYTES = 4096  # of a tensor, to tell it from another one
 
 
@@ -45,7 +46,34 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
             f"{key}={name} has no weights (*.safetensors); pickled weights (.bin, .pt) are not read, since loading "
             "them can run code: convert them with save_pretrained"
         )
+    try:
+        missing = [path.name for path in weight_files(folder) if not path.is_file()]
+    except ModelError as error:
+        raise ModelError(f"{key}={name}: {error}") from None
+    if missing:
+        raise ModelError(
+            f"{key}={name} lacks {len(missing)} of the files that its {_INDEX} names, such as {missing[0]}; copy the "
+            "folder again"
+        )
     return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files transformers reads the weights from: some folders hold the same weights once more under other names.
+
+    Raises:
+        ModelError: nothing says which files these are.
+    """
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if not (folder / _INDEX).is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+        raise ModelError(f"it holds {found}, and neither {_WHOLE} nor {_INDEX}; give a whole model")
+    try:
+        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"its {_INDEX} is damaged: it has no weight_map of names to files; copy it again") from None
 
 
 def _download(name: str, key: str, revision: str | None) -> Path:
@@ -70,6 +98,10 @@ def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
     header_size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(header_size))
     header.pop("__metadata__", None)
+    end = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    missing = end - file.seek(0, os.SEEK_END)
+    if missing > 0:
+        raise ValueError(f"its last {missing} bytes are missing")
     for name, entry in sorted(header.items()):
         begin, end = entry["data_offsets"]
         file.seek(8 + header_size + begin + max(0, (end - begin - _SAMPLED_BYTES) // 2))

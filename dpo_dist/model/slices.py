@@ -4,7 +4,6 @@ transformers lets the first rank read every file, and moves each parameter throu
 its part of each tensor and nothing else: the files are read once by all ranks together, and no weight travels.
 """
 
-import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from dpo_dist.distributed import raise_together
+from dpo_dist.model.folder import weight_files
 
 
 def can_read_slices(
@@ -40,7 +40,7 @@ def can_read_slices(
     if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
         return False
     tied = getattr(model, "all_tied_weights_keys", {})
-    stored = {name: shape for path in _files(folder) for name, shape in _shapes(path)}
+    stored = {name: shape for path in weight_files(folder) for name, shape in _shapes(path)}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     return not stored.keys() & tied.keys() and all(stored.get(name) == shape for name, shape in expected.items())
 
@@ -91,7 +91,7 @@ class _EmptyPartitions(deepspeed.zero.Init):
 @torch.no_grad()
 def _fill(model: PreTrainedModel, folder: Path) -> None:
     wanted = model.state_dict(keep_vars=True)
-    for path in _files(folder):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if (tensor := wanted.get(name)) is None:
@@ -124,16 +124,6 @@ def _holds_more_than_a_slice(zero: dict[str, Any]) -> bool:
     return (
         on_disk or zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_nontrainable_weights", False)
     )
-
-
-def _files(folder: Path) -> list[Path]:
-    """Those transformers would read: some folders hold the same weights once more under other names."""
-    if (whole := folder / "model.safetensors").is_file():
-        return [whole]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -29,6 +29,7 @@ from dpo_dist.model import (
     sharded_loading,
 )
 from dpo_dist.model import folder as model_file
+from dpo_dist.model.folder import weight_files
 from tests.parity.oracle import llama_config, our_logps, random_example
 
 KEY = "model.model_name_or_path"
@@ -117,6 +118,53 @@ def test_a_folder_without_configuration_or_weights_is_refused(folder: Path, tmp_
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=rf"{KEY}=.*tiny has no config.json; give the folder"):
         resolve_folder(str(folder), KEY, None, tmp_path)
+
+
+@pytest.fixture
+def in_parts(folder: Path) -> Path:
+    """The same in several files, with their index, and once more under a name that nobody asks for."""
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    AutoModelForCausalLM.from_config(llama_config()).save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+def test_the_files_of_a_model_are_those_its_index_names(in_parts: Path, tmp_path: Path) -> None:
+    assert resolve_folder(str(in_parts), KEY, None, tmp_path) == in_parts
+    named = {path.name for path in in_parts.glob("model-*.safetensors")}
+    assert len(named) > 5
+    assert {path.name for path in weight_files(in_parts)} == named
+
+
+def test_a_missing_part_is_found_before_anything_is_loaded(in_parts: Path, tmp_path: Path) -> None:
+    part = sorted(in_parts.glob("model-*.safetensors"))[1]
+    part.unlink()
+    message = rf"{KEY}=.*tiny lacks 1 of the files that its model.safetensors.index.json names, such as {part.name}"
+    with pytest.raises(ModelError, match=message):
+        resolve_folder(str(in_parts), KEY, None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_named(in_parts: Path, tmp_path: Path, text: str) -> None:
+    (in_parts / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ModelError, match=rf"{KEY}=.*tiny: its model.safetensors.index.json is damaged: it has no weight"
+    ):
+        resolve_folder(str(in_parts), KEY, None, tmp_path)
+
+
+def test_files_that_nothing_names_are_no_model(in_parts: Path, tmp_path: Path) -> None:
+    (in_parts / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"tiny: it holds consolidated.safetensors, .*, and neither model.safetensors"):
+        resolve_folder(str(in_parts), KEY, None, tmp_path)
+
+
+def test_a_file_without_its_end_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged .*\(its last 3 bytes are missing\)"):
+        identity(folder)
 
 
 def test_identity_follows_the_weights_and_nothing_else(folder: Path) -> None:

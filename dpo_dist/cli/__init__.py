@@ -10,9 +10,11 @@ Imports of torch and transformers stand inside the commands, so that a mistake i
 seconds. Together with `distributed.py` the only place that reads environment variables.
 """
 
+import atexit
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +44,27 @@ def main() -> None:
     """Entry point of `dpo-dist`, `python -m dpo_dist`, torchrun and the deepspeed launcher."""
     # The deepspeed launcher hands every process its local rank as an argument; we read it from the environment.
     arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
-    app(args=arguments, prog_name="dpo-dist")
+    try:
+        app(args=arguments, prog_name="dpo-dist")
+    except SystemExit as end:
+        if "RANK" in os.environ:
+            _leave(end.code if isinstance(end.code, int) else 0)
+        raise
+
+
+def _leave(exit_code: int) -> None:
+    """End a rank as Python does, and do not take the interpreter apart.
+
+    DeepSpeed's hooks refer to themselves in circles and keep process groups with their threads alive; now and then one
+    of these aborts a process whose work is done and saved, and its launcher reports a failed run.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()  # trackers and others have something to say
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def cache_dir() -> Path:

@@ -198,5 +198,5 @@ def require_agreement(what: str, value: str) -> None:
         listed = ", ".join(f"rank {rank}: {theirs}" for rank, theirs in list(others.items())[:4])
         raise RankMismatchError(
             f"{what} differs between ranks: rank 0: {values[0]}, {listed}; "
-            "start every rank with the same configuration, data files and package versions"
+            "start every rank with the same configuration, data files, model folders and package versions"
         )

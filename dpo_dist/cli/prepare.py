@@ -16,7 +16,7 @@ from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.metrics import TRACKER_PACKAGES
-from dpo_dist.model import DTYPES, attention_needs, decide_sharing, identity, load_config, resolve_folder
+from dpo_dist.model import DTYPES, attention_needs, decide_sharing, find_fit, identity, load_config, resolve_folder
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, repeated_data
@@ -35,6 +35,7 @@ class Prepared:
     tokenizer: TokenizerSpec
     dataset: TokenizedDataset
     evaluation_sets: dict[str, TokenizedDataset]
+    unused_weights: tuple[str, ...]  # remarks on what the models' files hold besides
     attention: tuple[str, str]  # kernel, why
     sharing: tuple[bool, str]  # prompts computed once, why
     sampler: Sampler
@@ -99,6 +100,9 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
             f"{reference_config.vocab_size} tokens, the policy one of {model_config.vocab_size}; "
             "both must score the same token ids"
         )
+    unused = [_unused_weights(model_folder, model_config, "model.model_name_or_path", model.trust_remote_code)]
+    if reference_folder != model_folder:
+        unused.append(_unused_weights(reference_folder, reference_config, key, model.trust_remote_code))
     tokenizer = _tokenizer(config, model_folder, cache_dir)
     dataset = _dataset(config, config.data.train, tokenizer, model_config, cache_dir, "data.train", 0)
     names = config.data.evaluation_names
@@ -110,7 +114,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
         config, deepspeed, model_folder, reference_folder, model_config, reference_config, tokenizer, dataset,
-        evaluation_sets, attention, sharing, sampler,
+        evaluation_sets, tuple(filter(None, unused)), attention, sharing, sampler,
     )  # fmt: skip
     for checked in (dataset, *evaluation_sets.values()):
         row = longest_example(checked, prepared.sharing[0])
@@ -168,7 +172,8 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
         plan: Its first step.
     """
     config = prepared.config
-    found = repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
+    found = [*prepared.unused_weights]
+    found += repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
     wanted, available = config.train.examples_per_step, len(prepared.dataset)
     if wanted > available:
         found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")
@@ -189,6 +194,12 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
 def counted(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _unused_weights(folder: Path, config: PretrainedConfig, key: str, trust_remote_code: bool) -> str | None:
+    fit = find_fit(folder, config, trust_remote_code)
+    fit.require(key, folder)
+    return fit.remark(key, folder)
 
 
 def _is_virtual(folder: Path) -> bool:

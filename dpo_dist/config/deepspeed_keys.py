@@ -63,7 +63,6 @@ ZERO: dict[str, Allowed | str] = {
     "stage3_module_granularity_threshold": Allowed("count", STAGE_3),
     "stage3_use_all_reduce_for_fetch_params": Allowed("flag", STAGE_3),
     "stage3_allgather_sequential": Allowed("flag", STAGE_3),
-    "zero_hpz_partition_size": Allowed("count", STAGE_3),
     "zero_quantized_weights": Allowed("flag", STAGE_3),
     "zero_quantized_nontrainable_weights": Allowed("flag", STAGE_3),
     "zero_quantized_gradients": Allowed("flag", STAGE_3),
@@ -99,6 +98,9 @@ ZERO: dict[str, Allowed | str] = {
             "super_offload": _ALGORITHM,
             "cpuadam_cores_perc": _ALGORITHM,
         },
+    ),
+    "zero_hpz_partition_size": (
+        "DeepSpeed 0.19.8 makes its groups for one sharded model in a process, and here are two; leave it out"
     ),
     "allgather_partitions": _UNREAD,
     "compute_grad_norm": "the gradient's norm is needed for train.max_grad_norm; leave it out",

@@ -2,6 +2,8 @@
 
 folder.py        a name becomes a folder on disk, and tells which weights it holds
 architecture.py  which architectures can be packed, which can share prompts
+fit.py           whether a folder's files fit its configuration
+slices.py        under ZeRO-3 every rank reads the slices it owns
 scoring.py       weights in memory, sharded as they are read, that answer with log-probabilities
 """
 
@@ -14,6 +16,7 @@ from dpo_dist.model.architecture import (
     load_config,
     logit_transform,
 )
+from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.folder import identity, resolve_folder
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
 
@@ -22,9 +25,11 @@ __all__ = [
     "PACKABLE_ROPE",
     "SHARES_PROMPTS",
     "WINDOW_IN_MASK",
+    "Fit",
     "ScoringModel",
     "attention_needs",
     "decide_sharing",
+    "find_fit",
     "identity",
     "load_config",
     "load_model",

@@ -4,7 +4,6 @@ transformers lets the first rank read every file, and moves each parameter throu
 its part of each tensor and nothing else: the files are read once by all ranks together, and no weight travels.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from dpo_dist.distributed import raise_together
+from dpo_dist.model.fit import find_fit
 from dpo_dist.model.folder import weight_files
 
 
@@ -35,14 +33,7 @@ def can_read_slices(
         return False
     if getattr(config, "quantization_config", None) is not None:
         return False
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=trust_remote_code)
-    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
-        return False
-    tied = getattr(model, "all_tied_weights_keys", {})
-    stored = {name: shape for path in weight_files(folder) for name, shape in _shapes(path)}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    return not stored.keys() & tied.keys() and all(stored.get(name) == shape for name, shape in expected.items())
+    return find_fit(folder, config, trust_remote_code).is_exact
 
 
 def read_slices(
@@ -119,14 +110,6 @@ def elements(file: Any, name: str, begin: int, end: int) -> Tensor:
 
 
 def _holds_more_than_a_slice(zero: dict[str, Any]) -> bool:
-    """Or something else: a second copy in the node, compressed weights, a file."""
+    """Or something else: compressed weights, a file."""
     on_disk = zero.get("offload_param", {}).get("device") == "nvme"
-    return (
-        on_disk or zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_nontrainable_weights", False)
-    )
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            yield name, tuple(file.get_slice(name).get_shape())
+    return on_disk or zero.get("zero_quantized_nontrainable_weights", False)

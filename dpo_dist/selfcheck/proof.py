@@ -88,7 +88,8 @@ def prove(
     reference_logps_M = reference.engine.token_logps(batch)
     logps_C, again_C, reference_logps_C = (_sums(batch, values) for values in (logps_M, again_M, reference_logps_M))
     bitwise = all(all_gather_json(torch.equal(logps_M, reference_logps_M)))
-    faults = _blame_dropout(compare(batch, again_C, batch, logps_C, scale).excess())
+    faults = _blame_weights({"policy": logps_C, "reference": reference_logps_C})
+    faults += _blame_dropout(compare(batch, again_C, batch, logps_C, scale).excess())
     if same_weights and not bitwise:
         engines = compare(batch, reference_logps_C, batch, logps_C, scale)
         faults += _blame_reference(policy, reference, engines.excess())
@@ -209,6 +210,16 @@ def _honest_margins(work: RankWork, logps_C: Float[Tensor, " C"], scale: float) 
 
 def _sums(batch: MicroBatch, values_M: Float[Tensor, " M"]) -> Float[Tensor, " C"]:
     return batch.to(values_M.device).completion_sums(values_M)
+
+
+def _blame_weights(logps: Mapping[str, Float[Tensor, " C"]]) -> list[str]:
+    """Before all others: what is not a number differs from everything."""
+    return [
+        f"weights: log-probabilities of the {name} are not finite; a weight in its folder is NaN or infinite, or "
+        "model.dtype=float16 is too narrow for it (bfloat16 and float32 are not)"
+        for name, logps_C in logps.items()
+        if not torch.isfinite(logps_C).all()
+    ]
 
 
 def _blame_dropout(again: Sequence[float]) -> list[str]:

@@ -4,6 +4,7 @@ Most cases run the real command in this process; those that are about processes 
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -273,6 +274,35 @@ def test_over_long_row(config: Path) -> None:
     message = refuse(config, "data.max_length=4")
     assert "pairs.jsonl:1" in message
     assert "data.max_length" in message
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("fault", "fragments"),
+    [
+        ("cut", ["model.safetensors", "copy it again"]),
+        ("sizes", ["model.model_name_or_path=", "vocab", "other shapes", "expected"]),
+        ("layers", ["model.model_name_or_path=", "lacks", "such as model.layers."]),
+    ],
+)
+def test_model_that_does_not_fit_its_configuration(
+    config: Path, command: str, fault: str, fragments: list[str]
+) -> None:
+    folder = shutil.copytree(GOLDEN / "tiny_policy", config / "vocab")
+    settings, weights = folder / "config.json", folder / "model.safetensors"
+    values = json.loads(settings.read_text())
+    if fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif fault == "sizes":
+        settings.write_text(json.dumps({**values, "intermediate_size": values["intermediate_size"] + 8}))
+    else:
+        settings.write_text(json.dumps({**values, "num_hidden_layers": values["num_hidden_layers"] + 1}))
+    message = refuse(config, f"model.model_name_or_path={folder}", command=command)
+    for fragment in fragments:
+        assert fragment in message
 
 
 # ---- checkpoints, and two ranks

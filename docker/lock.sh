@@ -15,7 +15,7 @@ lock() { # lock NAME ARGUMENT...
   local name=$1
   shift
   printf 'docker/locks/%s.txt\n' "$name"
-  uv pip compile --quiet --generate-hashes --constraint constraints.txt --custom-compile-command docker/lock.sh \
+  uv pip compile --quiet --system-certs --generate-hashes --constraint constraints.txt --custom-compile-command docker/lock.sh \
     --python-platform x86_64-manylinux_2_28 --output-file "docker/locks/$name.txt" "$@"
 }
 

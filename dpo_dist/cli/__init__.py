@@ -47,8 +47,9 @@ def main() -> None:
     try:
         app(args=arguments, prog_name="dpo-dist")
     except SystemExit as end:
-        if "RANK" in os.environ:
-            _leave(end.code if isinstance(end.code, int) else 0)
+        exit_code = end.code or 0
+        if "RANK" in os.environ and isinstance(exit_code, int):
+            _leave(exit_code)
         raise
 
 

@@ -100,6 +100,8 @@ def load_model(
             model = read_slices(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
         else:
             model = _by_transformers(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
+    except ModelError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error

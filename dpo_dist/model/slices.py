@@ -1,7 +1,7 @@
 """A model that is partitioned from birth (ZeRO stage 3), and filled by every rank with the slices it owns.
 
-transformers lets the first rank read every file, and moves each parameter through all ranks twice. Here a rank reads
-its part of each tensor and nothing else: the files are read once by all ranks together, and no weight travels.
+transformers lets the first rank read every file, and sends each parameter three times. Here a rank
+reads its part of each tensor and nothing else: the files are read once by all ranks together, and no weight travels.
 """
 
 from copy import deepcopy

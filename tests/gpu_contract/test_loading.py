@@ -8,7 +8,7 @@ from benchmarks.loading.__main__ import BYTES_PER_FILE, LAYER_BYTES, RANKS, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CONSTANT = 100_000_000
-KEPT_BY_C = 250_000_000  # what the C library keeps of tensors that were freed: up to 180 MB seen while exporting
+KEPT_BY_C = 250_000_000  # what the C library keeps of freed tensors: runs differ by up to 180 MB while exporting
 EMBEDDING_BYTES = 2 * 32000 * 2048
 
 

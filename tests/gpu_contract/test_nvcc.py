@@ -5,9 +5,9 @@ in bfloat16 (Llama 3) becomes machine code of compute capability 8.0, among it t
 sequences of any length. The file that Python calls is accepted by the C++ compiler. Not proved: that a kernel runs, or
 what it computes; the other sources; newer compute capabilities; a link, for torch's CPU build has no CUDA library.
 
-Measured with nvcc 13.0, in seconds of CPU time: sources 12, kernel 100, interface 23, each fault 4. On two cores that
-others used as well that was nine and a half minutes. flash-attn's own switches leave out what a Llama does not use;
-the file for a head dimension of 64 takes 150 s without them.
+Measured with nvcc 13.0, in seconds of CPU time: sources 12, kernel 100, interface 23, each fault 4. That is two and a
+half minutes on two cores, and nine and a half where others use them as well. flash-attn's own switches leave out what a
+Llama does not use; the file for a head dimension of 64 takes 150 s without them.
 """
 
 import ast

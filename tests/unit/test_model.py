@@ -333,3 +333,11 @@ def test_a_window_that_would_be_lost_is_refused_before_anything_is_loaded() -> N
     ):
         decide_sharing(CONFIG_MAPPING["qwen2_moe"](**window), "auto")
     assert decide_sharing(CONFIG_MAPPING["qwen2_moe"](), "auto")[0]
+
+
+def test_a_model_that_lacks_weights_is_named_once(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != "model.norm.weight"}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"^{KEY}=\S*tiny lacks 1 weights .* such as model\.norm\.weight") as caught:
+        load(folder)
+    assert str(caught.value).count(KEY) == 1

@@ -56,8 +56,8 @@ class ModelConfig(_Section):
     """Number format of the forward and backward pass. Master weights, optimizer state and log-softmax are float32
     always; float16 scales the loss and needs a GPU."""
     attn_implementation: Literal["auto", "sdpa", "torch", "flash_attn"] = "auto"
-    """Attention kernel. `flash_attn`: the flash-attn package; `torch`: PyTorch's variable-length kernel, with flash-attn
-    3 or 4 activated in it where one is installed and fits; `sdpa`: one call for each completion, runs everywhere;
+    """Attention kernel. `flash_attn`: the flash-attn package; `torch`: PyTorch's variable-length kernel, with
+    flash-attn 3 or 4 activated in it where one is installed and fits; `sdpa`: one call for each completion, runs everywhere;
     `auto`: the fastest of these that this machine and dtype have."""
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
     """Compute every prompt once for all its completions. `auto`: where the architecture is known to allow it; `on`: an

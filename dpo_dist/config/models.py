@@ -57,8 +57,8 @@ class ModelConfig(_Section):
     always; float16 scales the loss and needs a GPU."""
     attn_implementation: Literal["auto", "sdpa", "torch", "flash_attn"] = "auto"
     """Attention kernel. `flash_attn`: the flash-attn package; `torch`: PyTorch's variable-length kernel, with
-    flash-attn 3 or 4 activated in it where one is installed and fits; `sdpa`: one call for each completion, runs everywhere;
-    `auto`: the fastest of these that this machine and dtype have."""
+    flash-attn 3 or 4 activated in it where one is installed and fits; `sdpa`: one call for each completion, runs
+    everywhere; `auto`: the fastest of these that this machine and dtype have."""
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
     """Compute every prompt once for all its completions. `auto`: where the architecture is known to allow it; `on`: an
     error where it is not; `off`: each completion carries its own copy of the prompt (same result, more tokens)."""

@@ -38,9 +38,8 @@ def evaluate(
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=policy.ranks.device)
     for plan in _plans(dataset, packer):
         work = RankWork(plan, rank, dataset, packer.share_prompts)
-        bins = work.reference_bins()  # no activations are kept, so the policy takes the large bins too
-        reference_logps = reference.completion_logps(bins, work.num_completions)
-        for batch in bins:
+        reference_logps = reference.completion_logps(work)
+        for batch in work.reference_bins():  # no activations are kept, so the policy takes the large bins too
             on_device = batch.to(policy.ranks.device)
             logps = policy.completion_logps(on_device)
             logratios = logps - reference_logps[on_device.completion_index_C]

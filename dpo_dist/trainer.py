@@ -82,7 +82,7 @@ def train(run: Run, progress: Progress) -> None:
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
 
         # 1. How likely is every completion under the frozen reference?  (no gradient, large bins)
-        reference_logps = run.reference.completion_logps(work.reference_bins(), work.num_completions)
+        reference_logps = run.reference.completion_logps(work)
 
         for batch in run.policy.accumulate(work.micro_batches()):
             # 2. How likely is it under the policy?

@@ -1,6 +1,7 @@
 """The whole run as frozen pydantic models, and the strict loader.
 
-    models.py      every option: meaning, unit, default, bounds
+    section.py     what all sections have in common
+    models.py      every option: meaning, unit, default, bounds (adapter.py, reference.py: of these sections)
     rules.py       which combinations are impossible, and which keys have no effect in a combination
     foreign.py     names that other systems use for our options
     yaml_lines.py  YAML with the line of every key
@@ -14,6 +15,7 @@
 Imports neither torch nor transformers: a mistake in a configuration is reported before anything slow happens.
 """
 
+from dpo_dist.config.adapter import AdapterConfig
 from dpo_dist.config.deepspeed import load_deepspeed
 from dpo_dist.config.files import package_file
 from dpo_dist.config.loader import dump_resolved, json_schema, load_config
@@ -28,14 +30,15 @@ from dpo_dist.config.models import (
     ModelConfig,
     PackingConfig,
     ParallelConfig,
-    ReferenceConfig,
     RunConfig,
     TrainConfig,
 )
+from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.table import options_table
 
 __all__ = [
     "LOSS_TYPES",
+    "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
     "DataSource",

@@ -1,44 +1,24 @@
 """The sections of a run's configuration: every option with its meaning, unit and effect.
 
-A docstring under a field is its help text, its description in `configs/schema.json`, and its line in the documentation.
-TRL's names where TRL has a name. The models are frozen: a run never changes its configuration after loading it.
+What they have in common stands in `section.py`; adapters and reference have files of their own.
 """
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
+
+from dpo_dist.config.adapter import AdapterConfig
+from dpo_dist.config.reference import ReferenceConfig
+from dpo_dist.config.section import Flag, Number, Section, Text
 
 LOSS_TYPES = ("sigmoid",)
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow)(\.gz)?$", re.IGNORECASE)
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(pattern=r"\S")]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), hide_input_in_errors=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _bool_is_no_number(cls, value: Any, info: Any) -> Any:
-        """A bool is an int in Python, and becomes a number in pydantic; `beta: true` is a mistake, not 1.0.
-
-        `info` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
-        """
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        kinds = {getattr(part, "__origin__", part) for part in (annotation, *get_args(annotation))}  # without Annotated
-        if isinstance(value, bool) and kinds & {int, float}:
-            raise ValueError("a truth value is not a number")
-        return value
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which weights are trained, which ones they are compared with, and how the forward pass is computed."""
 
     model_name_or_path: Text
@@ -66,7 +46,7 @@ class ModelConfig(_Section):
     """Recompute activations in the backward pass: much less memory, about a third more compute."""
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """One data set."""
 
     path: Text
@@ -78,7 +58,7 @@ class DataSource(_Section):
     """Use only the first so many rows. null: all."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is trained on, and what happens to rows that do not fit or are faulty."""
 
     train: Annotated[list[DataSource], Field(min_length=1)]
@@ -106,7 +86,7 @@ class DataConfig(_Section):
         return tuple(source.path + split for source, split in zip(self.evaluation, splits, strict=True))
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """The objective."""
 
     loss_type: Literal["sigmoid"] = "sigmoid"
@@ -117,14 +97,7 @@ class LossConfig(_Section):
     """Probability that a preference label is wrong (conservative DPO)."""
 
 
-class ReferenceConfig(_Section):
-    """Where the reference's log-probabilities come from."""
-
-    source: Literal["live"] = "live"
-    """`live`: a second, sharded engine computes them in the same step."""
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How far, how fast, and where to."""
 
     output_dir: Text
@@ -161,7 +134,7 @@ class TrainConfig(_Section):
     """Before the first update, prove that policy and reference agree where they must, and measure rounding noise."""
 
 
-class PackingConfig(_Section):
+class PackingConfig(Section):
     """How many tokens are computed at once. Changes speed and memory, never the result beyond rounding."""
 
     max_tokens: Annotated[int, Field(ge=1)] = 8192
@@ -171,14 +144,14 @@ class PackingConfig(_Section):
     """Tokens in a micro-batch of the reference, which keeps no activations. null: twice max_tokens."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How the model is spread over processes."""
 
     deepspeed: Text = "zero3_bf16"
     """A file in `deepspeed_configs/` by its name without .json, or the path of a .json file."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When the run's state is saved, and what it starts from."""
 
     save_steps: Annotated[int, Field(ge=0)] = 500
@@ -190,7 +163,7 @@ class CheckpointConfig(_Section):
     of a checkpoint to go on from."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """When the held-out data sets are evaluated."""
 
     eval_steps: Annotated[int, Field(ge=0)] = 0
@@ -199,7 +172,7 @@ class EvaluationConfig(_Section):
     """Evaluate before the first update, too."""
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """Where the run's numbers go; `metrics.jsonl` is always written."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 1
@@ -208,11 +181,13 @@ class LogConfig(_Section):
     """Trackers that get the same numbers. []: none."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One training run of dpo_dist."""
 
     model: ModelConfig
     """Which weights are trained, which ones they are compared with, and how the forward pass is computed."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Train a small addition to frozen weights (PEFT) instead of all weights."""
     data: DataConfig
     """What is trained on, and what happens to rows that do not fit or are faulty."""
     loss: LossConfig = LossConfig()

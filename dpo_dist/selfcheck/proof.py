@@ -101,7 +101,7 @@ def prove(
     alone = [(one, _sums(one, policy.token_logps(one))) for one in _two_alone(work, batch, positions)]
     lonely = [compare(one, logps, batch, logps_C, scale) for one, logps in alone]
     packed = [compare(one, logps, own_prompts, unshared_C, scale) for one, logps in alone]
-    in_bins_C = reference.completion_logps(work.reference_bins(), work.num_completions)
+    in_bins_C = reference.completion_logps(work)
     bins = compare(batch, in_bins_C[batch.completion_index_C.to(in_bins_C.device)], batch, reference_logps_C, scale)
     faults += _blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), bins.excess())
     _raise_first(faults)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.batch import MicroBatch
+from dpo_dist.batch import MicroBatch, RankWork
 from dpo_dist.engine import InferenceEngine, TrainingEngine
 from dpo_dist.reference import LiveReference
 from dpo_dist.trainer import Progress, Run
@@ -47,10 +47,10 @@ class ObservedReference:
     reference: LiveReference
     seen: Observation
 
-    def completion_logps(self, bins: Sequence[MicroBatch], num_completions: int) -> Tensor:
+    def completion_logps(self, work: RankWork) -> Tensor:
         """Pass on."""
-        self.seen.reference_bins.append([batch.num_tokens for batch in bins])
-        return self.reference.completion_logps(bins, num_completions)
+        self.seen.reference_bins.append([batch.num_tokens for batch in work.reference_bins()])
+        return self.reference.completion_logps(work)
 
 
 def observe(run: Run) -> tuple[Run, Observation]:

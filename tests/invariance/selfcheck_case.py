@@ -150,8 +150,8 @@ def sequences_not_separated(batch: MicroBatch) -> MicroBatch:
 class ShuffledReference(LiveReference):
     """Gives every completion the log-probability of another one."""
 
-    def completion_logps(self, bins: Any, num_completions: int) -> Tensor:
-        return super().completion_logps(bins, num_completions).roll(1)
+    def completion_logps(self, work: RankWork) -> Tensor:
+        return super().completion_logps(work).roll(1)
 
 
 def builds_wrongly(fault: Any, only_shared: bool = False) -> type[RankWork]:

@@ -71,9 +71,9 @@ class ShuffledInTheLoop(LiveReference):
 
     calls = 0
 
-    def completion_logps(self, bins, num_completions):
+    def completion_logps(self, work):
         type(self).calls += 1
-        logps_C = super().completion_logps(bins, num_completions)
+        logps_C = super().completion_logps(work)
         return logps_C if self.calls == 1 else logps_C.roll(1)
 
 

@@ -189,7 +189,7 @@ def test_shuffled_reference_moves_the_first_loss(case, beta):
     proof = case.prove()
     plan = faults.plan_of(faults.EXAMPLES, 1, True, 400)
     work = RankWork(plan, 0, faults.EXAMPLES, True)
-    logps_C = case.reference.completion_logps(work.reference_bins(), work.num_completions).double()
+    logps_C = case.reference.completion_logps(work).double()
     losses = []
     for batch in work.micro_batches():
         logratios_C = (logps_C - logps_C.roll(1))[batch.completion_index_C]

@@ -236,7 +236,7 @@ def test_values_that_may_be_secrets_are_not_shown(minimal, key, value, is_secret
         ("deepspeed=x.json", "deepspeed=x.json is not a key at top level; write parallel.deepspeed"),
         ("log.learnin_rate=1", "did you mean train.learning_rate?"),
         ("loss.zzz=1", "there are loss_type, beta, label_smoothing"),
-        ("zzz=1", "there are model, data, loss,"),
+        ("zzz=1", "there are model, adapter, data, loss,"),
         ("data.train.0.splt=x", "data.train.0.splt=x is not a key of a data set; did you mean split?"),
         ("data.train.0.columns=x", "columns are recognised by their names"),
         ("data.train.0.zzz=x", "there are path, split, limit"),

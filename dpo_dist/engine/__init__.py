@@ -1,0 +1,24 @@
+"""backward, step, gather: the folder that knows DeepSpeed.
+
+    settings.py   DeepSpeed's configuration of policy and reference
+    whole.py      parameters whole, wherever their parts lie
+    inference.py  a model that is only asked
+    training.py   the policy: forward, backward, update
+
+DeepSpeed runs at every stage from 0 to 3, also for one process and on CPU: one code path. It averages gradients over
+ranks; here that is undone, and nobody else knows. Contract: the backward calls of all ranks between two step calls add
+up to the gradient of the objective.
+"""
+
+from dpo_dist.engine.inference import InferenceEngine
+from dpo_dist.engine.settings import adopt_process_group, engine_config, inference_config, release_process_group
+from dpo_dist.engine.training import TrainingEngine
+
+__all__ = [
+    "InferenceEngine",
+    "TrainingEngine",
+    "adopt_process_group",
+    "engine_config",
+    "inference_config",
+    "release_process_group",
+]

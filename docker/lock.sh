@@ -19,7 +19,7 @@ lock() { # lock NAME ARGUMENT...
     --python-platform x86_64-manylinux_2_28 --output-file "docker/locks/$name.txt" "$@"
 }
 
-extras=(--extra wandb --extra mlflow --extra peft)
+extras=(--extra wandb --extra mlflow)
 
 # What builds the packages that are on PyPI as source only (DeepSpeed, flash-attn) and dpo-dist itself.
 printf '%s\n' pip setuptools wheel packaging ninja psutil hatchling | lock build - --python-version 3.11 "$@"

@@ -3,6 +3,7 @@
     section.py     what all sections have in common
     models.py      every option: meaning, unit, default, bounds (adapter.py, reference.py: of these sections)
     rules.py       which combinations are impossible, and which keys have no effect in a combination
+    source_rules.py the same of the sections adapter and reference
     foreign.py     names that other systems use for our options
     yaml_lines.py  YAML with the line of every key
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)

@@ -14,11 +14,14 @@ _DATA = "the name here is data.train: a list of {path, split, limit}"
 _LENGTH = "the name here is data.max_length (prompt plus completion)"
 _PROMPT = "only data.max_length (prompt plus completion) limits a length; there is no separate limit of one part"
 _PACKING = "examples are always packed without padding, up to packing.max_tokens"
-_ADAPTER = "adapters are not supported"
+_ADAPTER = "the name here is adapter.peft_type (lora, adalora, prefix_tuning, prompt_tuning, p_tuning)"
+_ADAPTER_FOLDER = "the name here is adapter.adapter_name_or_path; a frozen copy of it is the reference"
 _REFERENCE = "the name here is model.reference_name_or_path (null = the policy's starting weights)"
 _MODEL = "the name here is model.model_name_or_path"
 _TOKENIZER = "the name here is model.tokenizer_name_or_path"
-_CACHE = "reference.source says where reference log-probabilities come from; only `live` exists"
+_CACHE = (
+    "the name here is reference.source (auto, live, cache, adapter_off, none); `dpo-dist precompute` fills the cache"
+)
 _WEIGHT = "no loss here has this term; loss has loss_type, beta and label_smoothing"
 _HEAD = "log-probabilities are always computed in chunks without keeping the logits"
 _OPTIMIZER = "AdamW is the only optimizer; see train.adam_beta1, adam_beta2, adam_epsilon, weight_decay"
@@ -26,11 +29,19 @@ _PARALLEL = "the model is sharded by ZeRO alone; see parallel.deepspeed"
 _WORKERS = "data sets are tokenised once, before training; there is no loader to tune"
 _NONE = "there is no such option"
 
-_ADAPTER_KEYS = (
-    *("use_peft", "peft_config", "adapter", "lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_target"),
-    *("lora_target_modules", "lora_target_parameters", "lora_target_linear", "lora_modules_to_save", "lora_task_type"),
-    *("use_rslora", "use_dora", "finetuning_type", "lora_model_dir", "model_adapter_name", "ref_adapter_name"),
-)
+_ADAPTER_KEYS = {
+    **dict.fromkeys(("use_peft", "peft_config", "lora_task_type", "finetuning_type"), _ADAPTER),
+    **dict.fromkeys(
+        ("lora_model_dir", "model_adapter_name", "ref_adapter_name", "ref_model_adapters"), _ADAPTER_FOLDER
+    ),
+    "lora_rank": "the name here is adapter.lora_r",
+    "lora_dropout": "dropout is always off, in adapters too: policy and reference must compute alike",
+    "lora_target": "the name here is adapter.lora_target_modules",
+    "lora_target_linear": "the name here is adapter.lora_target_modules (all-linear)",
+    "lora_target_parameters": "adapters go into linear layers only; see adapter.lora_target_modules",
+    "load_in_8bit": "weights are quantised to 4 bits or not at all; see adapter.load_in_4bit",
+    "quantization_bit": "the name here is adapter.load_in_4bit",
+}
 
 FOREIGN_KEYS: dict[str, str] = {
     # ---- batch
@@ -102,12 +113,9 @@ FOREIGN_KEYS: dict[str, str] = {
     "ref_pretrain": _REFERENCE,
     "ref_model_init_kwargs": _REFERENCE,
     "force_use_ref_model": _REFERENCE,
-    "reference_free": "every loss here compares with a reference",
+    "reference_free": "the name here is reference.source: none",
     "precompute_ref_log_probs": _CACHE,
     "precompute_ref_batch_size": _CACHE,
-    "sync_ref_model": "the reference is frozen for the whole run",
-    "ref_model_mixup_alpha": "the reference is frozen for the whole run",
-    "ref_model_sync_steps": "the reference is frozen for the whole run",
     # ---- model
     **dict.fromkeys(("base_model", "pretrain", "model", "model_name", "model_path", "model_id"), _MODEL),
     **dict.fromkeys(("tokenizer", "tokenizer_config", "tokenizer_name", "tokenizer_path"), _TOKENIZER),
@@ -131,11 +139,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "chat_template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
     "template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
     # ---- adapters and quantisation
-    **dict.fromkeys(_ADAPTER_KEYS, _ADAPTER),
-    **dict.fromkeys(
-        ("load_in_8bit", "load_in_4bit", "quantization_bit", "bnb_4bit_quant_type"),
-        "quantised weights are not supported",
-    ),
+    **_ADAPTER_KEYS,
     # ---- data
     **dict.fromkeys(("dataset_name", "datasets", "dataset", "dataset_mixture", "dataset_dir", "train_file"), _DATA),
     "dataset_config": _DATA,
@@ -215,6 +219,16 @@ FOREIGN_WITHIN: dict[str, dict[str, str]] = {
         **dict.fromkeys(("name", "path", "name_or_path", "policy"), _MODEL),
         **dict.fromkeys(("reference", "ref", "reference_name", "reference_path"), _REFERENCE),
     },
+    "adapter": {
+        **dict.fromkeys(("type", "name", "kind", "adapter_type"), _ADAPTER),
+        **dict.fromkeys(("path", "folder", "adapter_path"), _ADAPTER_FOLDER),
+        "r": "the name here is adapter.lora_r",
+        "rank": "the name here is adapter.lora_r",
+        "alpha": "the name here is adapter.lora_alpha",
+        "target_modules": "the name here is adapter.lora_target_modules",
+        "modules_to_save": "the name here is adapter.lora_modules_to_save",
+        "dropout": "dropout is always off",
+    },
     "reference": dict.fromkeys(("model", "name", "path", "name_or_path", "model_name_or_path"), _REFERENCE),
     "data": dict.fromkeys(("path", "name", "split", "limit", "files"), _DATA),
 }
@@ -233,6 +247,19 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     },
     "model.prefix_sharing": {"true": "on", "false": "off"},
     "loss.loss_type": {"dpo": "sigmoid"},
+    "adapter.peft_type": {
+        **dict.fromkeys(("qlora", "dora", "rslora"), "lora"),
+        "prefix": "prefix_tuning",
+        "prompt": "prompt_tuning",
+        "ptuning": "p_tuning",
+    },
+    "reference.source": {
+        **dict.fromkeys(("precompute", "precomputed", "cached"), "cache"),
+        "online": "live",
+        "in_step": "live",
+        "adapters_off": "adapter_off",
+        "off": "none",
+    },
     "train.lr_scheduler_type": {
         "linear_with_warmup": "linear",
         **dict.fromkeys(("cosine_with_warmup", "cosine_with_restarts", "cosine_with_min_lr"), "cosine"),

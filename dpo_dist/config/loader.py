@@ -135,7 +135,12 @@ def _with_found_paths(config: RunConfig, folder: Path) -> RunConfig:
     model, parallel = config.model, config.parallel
     keys = ("model_name_or_path", "reference_name_or_path", "tokenizer_name_or_path")
     deepspeed = found(parallel.deepspeed) if parallel.deepspeed.endswith(".json") else parallel.deepspeed
+    adapter, reference = config.adapter, config.reference
     changed = {
+        "adapter": adapter.model_copy(update={"adapter_name_or_path": found(adapter.adapter_name_or_path)}),
+        "reference": reference.model_copy(
+            update={"cache_dir": reference.cache_dir and os.path.expanduser(reference.cache_dir)}
+        ),
         "model": model.model_copy(update={key: found(getattr(model, key), ("demo",)) for key in keys}),
         "data": config.data.model_copy(
             update={"train": sources(config.data.train), "evaluation": sources(config.data.evaluation)}

@@ -34,7 +34,8 @@ def _section_fields(section: str) -> Mapping[str, FieldInfo]:
 
 SECTIONS = tuple(RunConfig.model_fields)
 KEYS = {section: tuple(_section_fields(section)) for section in SECTIONS}
-SECTION_OF = {key: section for section, keys in KEYS.items() for key in keys}
+# Of a name that two sections have, the first one is meant.
+SECTION_OF = {key: section for section, keys in reversed(KEYS.items()) for key in keys}
 
 
 def dotted(path: KeyPath) -> str:

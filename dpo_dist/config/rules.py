@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.models import RunConfig
+from dpo_dist.config.source_rules import Broken, KeyPath, source_keys_without_effect, source_rules
 
-KeyPath = tuple[str | int, ...]
-Broken = tuple[KeyPath, tuple[KeyPath, ...], str]
-"""The offending key, the other keys its verdict depends on, and `what is wrong; what would be right`."""
+__all__ = ["Broken", "KeyPath", "broken_rules", "is_set", "keys_without_effect", "value_at"]
 
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
     """Keys that this combination never reads -> the key that makes it so, and the reason."""
-    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+    found = source_keys_without_effect(config)
     if config.train.max_steps is not None:
         found["train", "num_train_epochs"] = (
             ("train", "max_steps"),
@@ -66,6 +65,7 @@ def broken_rules(config: RunConfig) -> Iterator[Broken]:
     yield from _model_rules(config)
     yield from _data_rules(config)
     yield from _run_rules(config)
+    yield from source_rules(config)
 
 
 def is_set(config: RunConfig, path: KeyPath) -> bool:

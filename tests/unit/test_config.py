@@ -179,13 +179,18 @@ def test_wrong_values(minimal, override, wrong, right):
     assert right in line.split("; ", 1)[1]
 
 
+# What else has to be set where a word is used.
+WORDS_NEED = {"prefix_tuning": ["model.gradient_checkpointing=false"], "adapter_off": ["adapter.peft_type=lora"]}
+
+
 @pytest.mark.parametrize(
     ("option", "word", "meant"),
     [(key, word, meant) for key, words in FOREIGN_VALUES.items() for word, meant in words.items()],
 )
 def test_words_of_other_systems_are_refused_with_ours(minimal, option, word, meant):
     assert f"(did you mean {meant}?)" in only_error(minimal, f"{option}={word}")
-    load_config(minimal, [f"{option}={meant}"])
+    needs = WORDS_NEED.get(meant, ())
+    load_config(minimal, [f"{option}={meant}", *needs])
 
 
 @pytest.mark.parametrize(
@@ -275,8 +280,12 @@ def test_unknown_keys(minimal, override, fragment):
         ("base_model", "model.model_name_or_path"),
         ("resume_from_checkpoint", "checkpoint.resume"),
         ("eval_strategy", "evaluation.eval_steps"),
-        ("load_in_4bit", "not supported"),
-        ("use_peft", "not supported"),
+        ("load_in_8bit", "adapter.load_in_4bit"),
+        ("use_peft", "adapter.peft_type"),
+        ("lora_rank", "adapter.lora_r"),
+        ("lora_dropout", "dropout is always off"),
+        ("ref_adapter_name", "adapter.adapter_name_or_path"),
+        ("reference_free", "reference.source"),
     ],
 )
 def test_names_of_other_systems_are_refused_with_ours(minimal, section, key, name_here):
@@ -410,7 +419,7 @@ def test_keys_are_text(write):
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ("", ["run.yaml is empty", "model, data"]),
+        ("", ["run.yaml is empty", "model, adapter, data"]),
         ("# nothing\n", ["run.yaml is empty"]),
         ("- a\n", ["run.yaml holds no mapping"]),
         ("just text\n", ["run.yaml holds no mapping"]),
@@ -868,7 +877,7 @@ def models_below(model: type[BaseModel]) -> set[type[BaseModel]]:
 
 def test_every_option_says_what_it_means():
     models = models_below(RunConfig)
-    assert len(models) == 12
+    assert len(models) == 13
     for model in models:
         for name, field in model.model_fields.items():
             text = field.description or ""

@@ -17,7 +17,7 @@ DOCKER = ROOT / "docker"
 LOCKS = ("build", "cpu", "cuda", "flash-attn")
 DOCKERFILES = {"Dockerfile": {"build", "cuda", "flash-attn"}, "Dockerfile.cpu": {"build", "cpu"}}
 ATTENTION = {"flash-attn", "flash-attn-3", "flash-attn-4"}
-EXTRAS = ("wandb", "mlflow", "peft")
+EXTRAS = ("wandb", "mlflow")
 
 PINNED_IMAGE = re.compile(r"\S+:(?!latest\b)[\w.-]+@(\$\{(\w+_DIGEST)\}|sha256:[0-9a-f]{64})")
 SECRET = re.compile(r"token|secret|passw|credential|api_?key|netrc", re.IGNORECASE)

@@ -46,6 +46,8 @@ def sharded_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 class ScoringModel(nn.Module):
     """A causal language model that is asked for log-probabilities of a packed micro-batch, never for logits."""
 
+    has_adapter = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model

@@ -4,12 +4,14 @@ It answers for the rank's whole share of a step at once, before the policy's mic
 gathers, and its activations never stand beside the policy's.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_dist.batch import RankWork
+from dpo_dist.batch import MicroBatch, RankWork
 from dpo_dist.engine import InferenceEngine
 from dpo_dist.reference.source import score_bins
 
@@ -20,6 +22,19 @@ class LiveReference:
 
     engine: InferenceEngine
     per_microbatch: bool = False  # in the policy's own micro-batches, not in larger bins
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.engine.dtype
+
+    def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """See `ModelReference`."""
+        return self.engine.token_logps(batch)
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]] | None:
+        """See `ModelReference`."""
+        return self.engine.named_full_parameters()
 
     def completion_logps(self, work: RankWork) -> Float[Tensor, " C"]:
         """See `Reference`."""

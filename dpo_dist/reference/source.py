@@ -1,6 +1,6 @@
 """What every source of reference log-probabilities answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,24 @@ class Reference(Protocol):
 
         Every rank must call it, with its share of the same plan. In the order of `MicroBatch.completion_index_C`.
         """
+        ...
+
+
+@runtime_checkable
+class ModelReference(Reference, Protocol):
+    """A reference that is a model in memory, so that a single micro-batch can be compared with the policy."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        ...
+
+    def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """log pi_ref(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
+        ...
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]] | None:
+        """As `TrainingEngine.named_full_parameters`; None where they are the policy's own memory."""
         ...
 
 

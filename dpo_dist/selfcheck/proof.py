@@ -17,21 +17,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_dist.batch import AttentionLayout, MicroBatch, RankWork, build_micro_batch
-from dpo_dist.distributed import all_gather_json, broadcast_json, require_agreement
+from dpo_dist.distributed import all_gather_json, require_agreement
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError
 from dpo_dist.losses import PairLoss, at_equality
 from dpo_dist.packing import StepPlan
-from dpo_dist.reference import LiveReference
+from dpo_dist.reference import ModelReference, Reference
+from dpo_dist.selfcheck.blame import (
+    blame_cache,
+    blame_dropout,
+    blame_layout,
+    blame_reference,
+    blame_weights,
+    raise_first,
+)
 from dpo_dist.selfcheck.noise import (
     NOISE_PER_SQRT_TOKEN,
     RMS_LIMIT,
     compare,
-    describe,
     excess_of,
     gather,
     honest,
-    is_rounding,
     rms,
 )
 from dpo_dist.tokenization import TokenizedExample
@@ -41,17 +47,18 @@ from dpo_dist.tokenization import TokenizedExample
 class Proof:
     """What was measured; equal on every rank."""
 
-    same_weights: bool  # policy and reference started from the same folder
+    same_weights: bool  # policy and reference are the same function at the start
     bitwise: bool  # and gave the same log-probabilities to the last bit, not only up to a kernel's order of sums
+    skipped: str  # why policy and reference could not be compared; "" where they were
     layout_noise: float  # rms over completions, nats per sqrt(token): unshared, and alone, against the micro-batch
-    margin_noise: float  # rms over pairs of chosen - rejected difference, nats: reference bins against micro-batches
+    margin_noise: float  # rms over pairs of chosen - rejected difference, nats: the reference against micro-batches
     margin_bound: float  # the same for honest arithmetic of this dtype and these lengths, an upper bound
 
     def lines(self) -> list[str]:
         """What to tell the user."""
-        agreement = "agree bitwise" if self.bitwise else "equal weights, agree up to a kernel's order of sums"
-        if not self.same_weights:
-            agreement = "skipped: reference differs"
+        agreement = "agree bitwise" if self.bitwise else "equal weights, agree up to rounding"
+        if self.skipped:
+            agreement = f"skipped: {self.skipped}"
         return [
             f"self-check: policy and reference on the same micro-batch: {agreement}",
             f"self-check: other layouts of the same examples differ by {self.layout_noise:.1e} nats per sqrt(token)",
@@ -62,21 +69,23 @@ class Proof:
 @torch.no_grad()
 def prove(
     policy: TrainingEngine,
-    reference: LiveReference,
+    reference: Reference,
     work: RankWork,
     plan: StepPlan,
     same_weights: bool,
     max_tokens: int,
+    skipped: str = "reference differs",
 ) -> Proof:
     """Compare engines and layouts on the first micro-batch of every rank. Collective: every rank must call it.
 
     Args:
         policy: before its first update.
-        reference: live.
+        reference: any; where it is no model in memory, what it has stored is compared with the policy.
         work: this rank's share of the first step.
         plan: the first step.
-        same_weights: whether both engines were loaded from the same folder in the same dtype.
+        same_weights: whether policy and reference are the same function in the same dtype.
         max_tokens: budget of a forward without gradient.
+        skipped: why they are not, for people.
 
     Raises:
         NumericsError: on every rank, naming the part at fault.
@@ -85,14 +94,11 @@ def prove(
     positions = plan.micro_batches[policy.ranks.rank][0]
     batch = work.build(positions, work.share_prompts)
     logps_M, again_M = policy.token_logps(batch), policy.token_logps(batch)
-    reference_logps_M = reference.engine.token_logps(batch)
-    logps_C, again_C, reference_logps_C = (_sums(batch, values) for values in (logps_M, again_M, reference_logps_M))
-    bitwise = all(all_gather_json(torch.equal(logps_M, reference_logps_M)))
-    faults = _blame_weights({"policy": logps_C, "reference": reference_logps_C})
-    faults += _blame_dropout(compare(batch, again_C, batch, logps_C, scale).excess())
-    if same_weights and not bitwise:
-        engines = compare(batch, reference_logps_C, batch, logps_C, scale)
-        faults += _blame_reference(policy, reference, engines.excess())
+    logps_C, again_C = _sums(batch, logps_M), _sums(batch, again_M)
+    faults = blame_weights({"policy": logps_C})
+    faults += blame_dropout(compare(batch, again_C, batch, logps_C, scale).excess())
+    bitwise, answered_C, answer_faults = _hear(policy, reference, batch, logps_M, same_weights)
+    faults += answer_faults
 
     # Other layouts of the same examples. Every rank runs equally many forwards, with fillers where it has nothing.
     own_prompts = work.build(_within(work, positions, max_tokens), share_prompts=False)
@@ -101,19 +107,45 @@ def prove(
     alone = [(one, _sums(one, policy.token_logps(one))) for one in _two_alone(work, batch, positions)]
     lonely = [compare(one, logps, batch, logps_C, scale) for one, logps in alone]
     packed = [compare(one, logps, own_prompts, unshared_C, scale) for one, logps in alone]
-    in_bins_C = reference.completion_logps(work)
-    bins = compare(batch, in_bins_C[batch.completion_index_C.to(in_bins_C.device)], batch, reference_logps_C, scale)
-    faults += _blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), bins.excess())
-    _raise_first(faults)
+
+    # What the steps will be given, against its answer for this micro-batch; a cache's against the policy's.
+    given_C = reference.completion_logps(work)
+    mine_C = given_C[batch.completion_index_C.to(given_C.device)]
+    stored = answered_C is None and same_weights
+    its_scale = NOISE_PER_SQRT_TOKEN[reference.dtype] if isinstance(reference, ModelReference) else scale
+    expected_C = logps_C if stored else mine_C if answered_C is None else answered_C
+    bins = compare(batch, mine_C, batch, expected_C, its_scale)
+    faults += blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), [] if stored else bins.excess())
+    faults += blame_cache(bins.excess()) if stored else []
+    raise_first(faults)
 
     margins_B = bins.difference_C[batch.pair_chosen_B] - bins.difference_C[batch.pair_rejected_B]
     return Proof(
         same_weights,
         bitwise,
+        "" if same_weights else skipped,
         layout_noise=rms([x for one in (unshared, *lonely) for x in one.per_root_token()]),
         margin_noise=rms(gather(margins_B)),
-        margin_bound=RMS_LIMIT * rms(gather(_honest_margins(work, in_bins_C, scale))),
+        margin_bound=RMS_LIMIT * rms(gather(_honest_margins(work, given_C, max(scale, its_scale)))),
     )
+
+
+def _hear(
+    policy: TrainingEngine, reference: Reference, batch: MicroBatch, logps_M: Float[Tensor, " M"], same_weights: bool
+) -> tuple[bool, Float[Tensor, " C"] | None, list[str]]:
+    """The reference's own answer for a micro-batch: whether equal to the last bit, its sums, faults. Collective."""
+    if not isinstance(reference, ModelReference):
+        return False, None, []
+    answer_M = reference.token_logps(batch)
+    answer_C = _sums(batch, answer_M)
+    faults = blame_weights({"reference": answer_C})
+    bitwise = all(all_gather_json(torch.equal(logps_M, answer_M)))
+    if same_weights and not bitwise:
+        scale = NOISE_PER_SQRT_TOKEN[policy.dtype]
+        faults += blame_reference(
+            policy, reference, compare(batch, answer_C, batch, _sums(batch, logps_M), scale).excess()
+        )
+    return bitwise, answer_C, faults
 
 
 def check_first_loss(measured: float, loss: PairLoss, proof: Proof) -> str:
@@ -124,7 +156,7 @@ def check_first_loss(measured: float, loss: PairLoss, proof: Proof) -> str:
     """
     expected = at_equality(loss)
     if not proof.same_weights:
-        return "self-check: first loss: skipped: reference differs"
+        return f"self-check: first loss: skipped: {proof.skipped}"
     ends = torch.tensor([proof.margin_bound, -proof.margin_bound], dtype=torch.float64)
     tolerance = float((loss(ends, torch.zeros_like(ends)) - expected).abs().max()) + 1e-6
     if abs(measured - expected) > tolerance:
@@ -210,74 +242,3 @@ def _honest_margins(work: RankWork, logps_C: Float[Tensor, " C"], scale: float) 
 
 def _sums(batch: MicroBatch, values_M: Float[Tensor, " M"]) -> Float[Tensor, " C"]:
     return batch.to(values_M.device).completion_sums(values_M)
-
-
-def _blame_weights(logps: Mapping[str, Float[Tensor, " C"]]) -> list[str]:
-    """Before all others: what is not a number differs from everything."""
-    return [
-        f"weights: log-probabilities of the {name} are not finite; a weight in its folder is NaN or infinite, or "
-        "model.dtype=float16 is too narrow for it (bfloat16 and float32 are not)"
-        for name, logps_C in logps.items()
-        if not torch.isfinite(logps_C).all()
-    ]
-
-
-def _blame_dropout(again: Sequence[float]) -> list[str]:
-    if is_rounding(again):
-        return []
-    return [f"dropout: the policy gives two answers for one micro-batch, a random layer is active ({describe(again)})"]
-
-
-def _blame_reference(policy: TrainingEngine, reference: LiveReference, engines: Sequence[float]) -> list[str]:
-    """The fault of an engine that does not agree to the last bit; collective, equal on every rank."""
-    if policy.dtype != reference.engine.dtype:
-        return [f"dtype: the policy computes in {policy.dtype}, the reference in {reference.engine.dtype}"]
-    differing = None  # the first rank holds the whole weights
-    for (name, mine), (_, theirs) in zip(
-        policy.named_full_parameters(), reference.engine.named_full_parameters(), strict=True
-    ):
-        if mine is not None and theirs is not None and differing is None and not torch.equal(mine, theirs):
-            differing = name
-    if name := broadcast_json(differing):
-        return [f"reference: its weights are not the policy's, first {name}, although both were loaded from one folder"]
-    if is_rounding(engines):
-        return []  # a kernel whose order of sums depends on where its operands lie in memory
-    return [f"reference: with equal weights it gives other log-probabilities than the policy ({describe(engines)})"]
-
-
-def _blame_layout(
-    unshared: Sequence[float], lonely: Sequence[float], packed: Sequence[float], bins: Sequence[float]
-) -> list[str]:
-    """The fault of the layouts, from differences in units of honest noise; equal on every rank.
-
-    Args:
-        unshared: completions with a prompt each, against the micro-batch.
-        lonely: completions alone, against the micro-batch.
-        packed: completions alone, against those with a prompt each.
-        bins: the reference's bins, against its answer for the micro-batch.
-    """
-    if not is_rounding(packed) or (not packed and not is_rounding(lonely)):
-        return [
-            f"packing: a completion in a micro-batch scores differently than alone ({describe(packed or lonely)}): "
-            "scored positions, targets, or the border between sequences. model.attn_implementation=sdpa rules out the "
-            "kernel"
-        ]
-    if not is_rounding(unshared) or not is_rounding(lonely):
-        return [
-            f"attention: with a shared prompt completions score differently than without "
-            f"({describe([*unshared, *lonely])}): the kernel is wrong, or the keys or positions given to it. "
-            "model.prefix_sharing=off or "
-            "model.attn_implementation=sdpa avoid it"
-        ]
-    if not is_rounding(bins):
-        return [
-            f"packing: the reference's bins score differently than the policy's micro-batches ({describe(bins)}): "
-            "values are assigned to the wrong completions, or depend on what is packed with them"
-        ]
-    return []
-
-
-def _raise_first(faults: list[str]) -> None:
-    for rank, theirs in enumerate(all_gather_json(faults)):
-        if theirs:
-            raise NumericsError(f"self-check failed on rank {rank}: {theirs[0]}")

@@ -34,6 +34,7 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    ranks_per_node: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -85,7 +86,8 @@ def _initialise(timeout: timedelta) -> None:
 def _ranks() -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
 
 
 def launched_rank() -> int:

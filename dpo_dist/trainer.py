@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, load_shards, save_shards
+from dpo_dist.checkpoint import CheckpointStore, RunState, Weights, changed_settings
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
@@ -50,8 +50,10 @@ class Run:
     num_steps: int
     metrics_file: MetricsFile
     store: CheckpointStore
+    weights: Weights
     write_assets: Callable[[Path], None]  # what a checkpoint holds besides shards and state, to be exported alone
     report: Callable[[Mapping[str, Any]], None]  # shows a written line to the user
+    after_update: Callable[[int], object]  # what follows the policy: a reference that is synchronised with it
     stop: StopRequest
     proof: Proof | None  # None where train.self_check is off
 
@@ -112,6 +114,7 @@ def _finish_step(
 ) -> None:
     """Count the step, and do what is due after it. Every rank must get here."""
     progress.step += 1
+    run.after_update(progress.step)
     step, is_last = progress.step, progress.step == run.num_steps
     step_loss = totals["loss"] / totals["pair_weight"]
     require_finite(step, {"loss": step_loss, "grad_norm": grad_norm})
@@ -190,7 +193,7 @@ def save(run: Run, progress: Progress) -> None:
         world_size=run.ranks.world_size,
         config=run.config.model_dump(mode="json"),
     )
-    folder = run.store.save(state, lambda folder: save_shards(run.policy.engine, folder), run.write_assets)
+    folder = run.store.save(state, run.weights.write, run.write_assets)
     progress.window_started += time.perf_counter() - started
     if run.ranks.is_first:
         logger.info("saved %s", folder)
@@ -199,7 +202,7 @@ def save(run: Run, progress: Progress) -> None:
 def restore(run: Run, folder: Path) -> Progress:
     """Put weights, optimizer and random generators back to where a verified checkpoint of this run left them."""
     state = run.store.load_state(folder)
-    load_shards(run.policy.engine, folder)
+    run.weights.read(folder)
     run.store.restore_rng(folder)
     if run.ranks.is_first:
         run.metrics_file.keep_until(state.step)

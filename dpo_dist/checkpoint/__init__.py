@@ -7,6 +7,7 @@
 | `pickles.py` | Which pickled classes a shard may name, checked before anything is unpickled |
 | `manifest.py` | Which files a checkpoint consists of, with sizes and hashes; verification |
 | `shards.py` | DeepSpeed's shard files: write, load, and read the full parameters from them offline |
+| `weights.py` | Everything that an update changes: the policy, and a reference that follows it |
 | `store.py` | The `checkpoints/` folder of a run: save, find, retention |
 | `writer.py` | Parameters, one at a time, into a folder of safetensors that transformers loads |
 | `export.py` | The trained model as a Hugging Face folder, from a live engine or from a checkpoint |
@@ -17,12 +18,14 @@ from dpo_dist.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.checkpoint.state import RunState, changed_settings, require_same
 from dpo_dist.checkpoint.store import CheckpointStore
+from dpo_dist.checkpoint.weights import Weights
 
 __all__ = [
     "LATEST_FILE",
     "MANIFEST_FILE",
     "CheckpointStore",
     "RunState",
+    "Weights",
     "changed_settings",
     "export_checkpoint",
     "export_model",

@@ -1,8 +1,11 @@
 """`dpo-dist <command>`: builds the objects and calls the layer below.
 
     prepare.py   all that can be known before a process group exists
+    requirements.py  folder and trackers of a run
+    sources.py   where its reference log-probabilities come from
     resuming.py  what a run goes on from
     training.py  `train`
+    precomputing.py  `precompute`
     checking.py  `check`
     progress.py  what a user sees while training
 
@@ -154,6 +157,22 @@ def check(
 
         set_up_logging()
         print_check(run_config, cache_dir(), ranks)
+
+
+@app.command()
+def precompute(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Store the reference's log-probabilities of all data for later runs. Alone, or once per rank, as `train`.
+
+    Runs with reference.source=cache or auto find them, whatever their loss, learning rate, folder and number of ranks.
+    """
+    with _user_errors():
+        run_config = load_config(config, overrides or ())
+        _quiet_imports()
+        from dpo_dist.cli.precomputing import run_precompute
+        from dpo_dist.cli.training import set_up_logging
+
+        set_up_logging()
+        run_precompute(run_config, cache_dir())
 
 
 @app.command()

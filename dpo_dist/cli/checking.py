@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.checkpoint import CheckpointStore
-from dpo_dist.cli.prepare import Prepared, counted, prepare, remarks, require_trackers, require_usable_output
+from dpo_dist.cli.prepare import Prepared, counted, prepare, remarks
+from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import find_start
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks

@@ -1,9 +1,9 @@
 """All that can be known before a process group exists: files, model, data, packing. Shared by `check` and `train`."""
 
-import os
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
-from dpo_dist.config import DataSource, RunConfig, load_deepspeed
+from dpo_dist.config import PROMPT_LEARNING, DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
-from dpo_dist.engine import engine_config
+from dpo_dist.engine import engine_config, inference_config
 from dpo_dist.errors import ConfigError, ModelError
-from dpo_dist.metrics import TRACKER_PACKAGES
 from dpo_dist.model import DTYPES, attention_needs, decide_sharing, find_fit, identity, load_config, resolve_folder
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
@@ -28,6 +27,7 @@ class Prepared:
 
     config: RunConfig
     deepspeed: dict[str, Any]  # the policy's complete DeepSpeed configuration
+    reference_deepspeed: dict[str, Any]  # that of a reference with an engine of its own
     model_folder: Path
     reference_folder: Path
     model_config: PretrainedConfig
@@ -37,23 +37,51 @@ class Prepared:
     evaluation_sets: dict[str, TokenizedDataset]
     unused_weights: tuple[str, ...]  # remarks on what the models' files hold besides
     attention: tuple[str, str]  # kernel, why
+    reference_attention: tuple[str, str]  # the same of a reference in memory
     sharing: tuple[bool, str]  # prompts computed once, why
     sampler: Sampler
 
     @property
     def dtype(self) -> torch.dtype:
-        """What policy and reference compute in."""
+        """What the policy computes in."""
         return DTYPES[self.config.model.dtype]
 
     @property
-    def same_weights(self) -> bool:
-        """Whether policy and reference start from the same folder."""
+    def reference_dtype(self) -> torch.dtype:
+        """What a reference in memory computes in."""
+        return DTYPES[self.config.reference.dtype or self.config.model.dtype]
+
+    @property
+    def same_base(self) -> bool:
+        """Whether policy and reference are made of the same weights, adapters apart."""
         return self.model_folder == self.reference_folder
+
+    @property
+    def unlike(self) -> str:
+        """Why policy and reference are not the same function at the start; "" where they are."""
+        if self.config.reference.source == "none":
+            return "there is no reference"
+        if not self.same_base:
+            return "reference differs"
+        if self.reference_dtype != self.dtype:
+            return "the reference computes in another dtype"
+        if self.config.adapter.peft_type in PROMPT_LEARNING:
+            return "new virtual tokens change the policy"
+        return ""
 
     @cached_property
     def reference_identity(self) -> str:
-        """Hash of the reference's weights."""
-        return identity(self.reference_folder)
+        """Hash of the reference's weights, and of what else decides what it computes."""
+        if self.config.reference.source == "none":
+            return "none"
+        adapter = self.config.adapter
+        parts = [identity(self.reference_folder)]
+        if adapter.adapter_name_or_path is not None and self.same_base:
+            parts.append(identity(Path(adapter.adapter_name_or_path)))
+        if adapter.load_in_4bit and self.same_base:
+            nested = "-nested" if adapter.use_bnb_nested_quant else ""
+            parts.append(f"{adapter.bnb_4bit_quant_type}{nested}")
+        return "+".join(parts)
 
     @property
     def num_steps(self) -> int:
@@ -79,7 +107,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     Raises:
         DpoDistError: the first mistake.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     dtype = DTYPES[config.model.dtype]
     deepspeed = engine_config(load_deepspeed(config.parallel.deepspeed), dtype, device, config.train.max_grad_norm)
     model, key = config.model, "model.model_name_or_path"
@@ -90,9 +118,14 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         reference_folder = resolve_folder(model.reference_name_or_path, key, None, cache_dir)
     model_config = load_config(model_folder, model.trust_remote_code)
     reference_config = load_config(reference_folder, model.trust_remote_code)
-    needs = [attention_needs(one) for one in (model_config, reference_config)]
-    attention = choose_backend(model.attn_implementation, device, dtype, needs)
+    reference_dtype = DTYPES[config.reference.dtype or model.dtype]
+    kernels = [
+        choose_backend(model.attn_implementation, device, its_dtype, [attention_needs(one)])
+        for one, its_dtype in ((model_config, dtype), (reference_config, reference_dtype))
+    ]
     sharing = decide_sharing(model_config, model.prefix_sharing)
+    if config.adapter.peft_type in PROMPT_LEARNING:
+        sharing = False, f"{config.adapter.peft_type} runs one completion per row, its virtual tokens before each"
     decide_sharing(reference_config, "auto")
     if model_config.vocab_size != reference_config.vocab_size:
         raise ModelError(
@@ -113,8 +146,8 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
-        config, deepspeed, model_folder, reference_folder, model_config, reference_config, tokenizer, dataset,
-        evaluation_sets, tuple(filter(None, unused)), attention, sharing, sampler,
+        config, deepspeed, _of_reference(config, device), model_folder, reference_folder, model_config,
+        reference_config, tokenizer, dataset, evaluation_sets, tuple(filter(None, unused)), *kernels, sharing, sampler,
     )  # fmt: skip
     for checked in (dataset, *evaluation_sets.values()):
         row = longest_example(checked, prepared.sharing[0])
@@ -122,46 +155,28 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     return prepared
 
 
-def require_usable_output(config: RunConfig) -> None:
-    """A folder that holds something is not written into, unless the run is to be resumed in it.
+def this_device() -> torch.device:
+    """Where a run on this machine computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _of_reference(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration of a reference with an engine of its own.
 
     Raises:
-        ConfigError: naming the folder and the ways out.
+        ConfigError: an option of it needs ZeRO stage 3, or a GPU.
     """
-    folder = Path(config.train.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"train.output_dir={folder} is a file; give a folder that is new or empty")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _is_virtual(parent):
-        raise ConfigError(
-            f"train.output_dir={folder} cannot be made: {parent} is no folder that can be written to; choose another"
-        )
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            f"train.output_dir={folder} is not empty; choose another folder, "
-            "or continue the run in it with checkpoint.resume=auto"
-        )
-    if config.checkpoint.resume == "auto" and not (folder / "config.yaml").is_file():
-        raise ConfigError(
-            f"train.output_dir={folder} is not empty and holds no run (no config.yaml); checkpoint.resume=auto "
-            "continues a run in its own folder: choose that one, or a new one"
-        )
-
-
-def require_trackers(config: RunConfig) -> None:
-    """Refuse a tracker whose package is not installed.
-
-    Raises:
-        ConfigError: naming the package.
-    """
-    for name in config.log.report_to:
-        if find_spec(TRACKER_PACKAGES[name]) is None:
-            package = TRACKER_PACKAGES[name]
-            raise ConfigError(
-                f"log.report_to={name} needs the package {package}; pip install {package}, or leave it out"
-            )
+    reference, file = config.reference, load_deepspeed(config.parallel.deepspeed)
+    if file["zero_optimization"]["stage"] < 3:
+        for key in ("offload_param", "zero_hpz_partition_size"):
+            if getattr(reference, key):
+                raise ConfigError(
+                    f"reference.{key}={getattr(reference, key)} needs ZeRO stage 3, and parallel.deepspeed="
+                    f"{config.parallel.deepspeed} is stage {file['zero_optimization']['stage']}; leave one of them out"
+                )
+    dtype = DTYPES[reference.dtype or config.model.dtype]
+    own = engine_config(file, dtype, device, config.train.max_grad_norm, key="reference.dtype")
+    return inference_config(own, reference.offload_param, reference.zero_hpz_partition_size)
 
 
 def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
@@ -191,6 +206,28 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
     return found
 
 
+def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
+    """What every rank must have alike. Where a node keeps data and models is its own affair: what they hold counts."""
+    values = prepared.config.model_dump(mode="json")
+    for source in (*values["data"]["train"], *values["data"]["evaluation"]):
+        del source["path"]
+    del values["model"]["model_name_or_path"], values["model"]["reference_name_or_path"]
+    del values["model"]["tokenizer_name_or_path"], values["adapter"]["adapter_name_or_path"]
+    del values["reference"]["cache_dir"]  # the first rank's alone is used
+    held_out = {
+        f"the data of data.evaluation.{index}": dataset.fingerprint
+        for index, dataset in enumerate(prepared.evaluation_sets.values())
+    }
+    return {
+        "the configuration": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
+        "the training data": prepared.dataset.fingerprint,
+        **held_out,
+        "the policy's weights": identity(prepared.model_folder),
+        "the reference's weights": prepared.reference_identity,
+        "the first step's plan": plan.fingerprint,
+    }
+
+
 def counted(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -200,12 +237,6 @@ def _unused_weights(folder: Path, config: PretrainedConfig, key: str, trust_remo
     fit = find_fit(folder, config, trust_remote_code)
     fit.require(key, folder)
     return fit.remark(key, folder)
-
-
-def _is_virtual(folder: Path) -> bool:
-    # The super-user may write there by the permissions, and yet nothing can be made. By name, not by the size of the
-    # file system: network file systems may report none.
-    return any(folder.resolve().is_relative_to(root) for root in ("/proc", "/sys"))
 
 
 def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:

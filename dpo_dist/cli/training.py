@@ -1,7 +1,5 @@
 """`dpo-dist train`: build a run, prove it, train it, export it."""
 
-import hashlib
-import json
 import logging
 import sys
 import warnings
@@ -14,23 +12,19 @@ import transformers
 
 from dpo_dist import attention, losses
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import CheckpointStore, export_model, write_assets
-from dpo_dist.cli.prepare import Prepared, counted, prepare, remarks, require_trackers, require_usable_output
+from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
+from dpo_dist.cli.prepare import Prepared, counted, facts, prepare, remarks
 from dpo_dist.cli.progress import reporting
+from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import Start, find_start
+from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
 from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
-from dpo_dist.engine import (
-    InferenceEngine,
-    TrainingEngine,
-    adopt_process_group,
-    inference_config,
-    release_process_group,
-)
+from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import TRACKERS, MetricsFile
-from dpo_dist.model import identity, load_model
+from dpo_dist.model import attach_adapter, load_model
 from dpo_dist.packing import StepPlan
-from dpo_dist.reference import LiveReference
+from dpo_dist.reference import ReferenceSync
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
 from dpo_dist.trainer import Progress, Run, evaluate_all, restore, train
@@ -59,7 +53,7 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
         adopt_process_group()
         plan = prepared.first_plan(ranks.world_size)
         # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
-        check_agreement(_facts(prepared, plan))
+        check_agreement(facts(prepared, plan))
         _announce(prepared, plan, ranks)
         store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
         start = find_start(prepared, store)
@@ -67,7 +61,10 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
             logger.info(start.text)
         if start.is_finished:
             return
-        run = _build(prepared, ranks, stop, store, start)
+        choice = find_source(prepared, ranks, cache_dir)
+        if ranks.is_first:
+            logger.info("reference: %s", choice.text)
+        run = _build(prepared, ranks, stop, store, start, choice)
         _open_folder(prepared, ranks)
         progress = Progress() if start.checkpoint is None else restore(run, start.checkpoint)
         with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
@@ -83,10 +80,15 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
             run.metrics_file.close()
 
 
-def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest, store: CheckpointStore, start: Start) -> Run:
-    """Load both models and prove the run."""
+def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest, store: CheckpointStore, start: Start, choice: Choice) -> Run:
+    """Load what is needed and prove the run."""
     config = prepared.config
-    policy, reference = _engines(prepared, ranks)
+    torch.manual_seed(config.train.seed)
+    if choice.cache is not None:
+        fill_cache(prepared, ranks, choice.cache)
+    engine = reference_engine(prepared) if choice.source == "live" else None
+    policy = _policy(prepared, ranks)
+    sync = _synchronisation(config, policy, engine)
     run = Run(
         config=config,
         ranks=ranks,
@@ -95,52 +97,61 @@ def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest, store: Checkpoin
         sampler=prepared.sampler,
         packer=prepared.packer(ranks.world_size),
         policy=policy,
-        reference=reference,
+        reference=reference_of(prepared, choice, engine, policy),
         reference_identity=prepared.reference_identity,
         loss=losses.bind(config.loss),
         num_steps=prepared.num_steps,
         metrics_file=_metrics_file(config, ranks, start.first_step),
         store=store,
+        weights=Weights(policy, engine if sync else None),
         write_assets=_asset_writer(prepared, policy),
         report=lambda line: None,
+        after_update=sync or (lambda step: None),
         stop=stop,
         proof=None,
     )
-    return replace(run, proof=_prove(prepared, run, reference))
+    return replace(run, proof=_prove(prepared, run))
 
 
-def _engines(prepared: Prepared, ranks: Ranks) -> tuple[TrainingEngine, LiveReference]:
+def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
     config = prepared.config
-    name = attention.register(prepared.attention[0])
-    torch.manual_seed(config.train.seed)
-    reference_model = load_model(
-        prepared.reference_folder,
-        prepared.reference_config,
-        name,
-        prepared.dtype,
-        inference_config(prepared.deepspeed),
-        gradient_checkpointing=False,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    reference = LiveReference(InferenceEngine(reference_model, inference_config(prepared.deepspeed)))
-    policy_model = load_model(
+    model = load_model(
         prepared.model_folder,
         prepared.model_config,
-        name,
+        attention.register(prepared.attention[0]),
         prepared.dtype,
         prepared.deepspeed,
         config.model.gradient_checkpointing,
         config.model.trust_remote_code,
     )
-    return TrainingEngine(policy_model, prepared.deepspeed, config.train, ranks), reference
+    adapted = attach_adapter(
+        model,
+        config.adapter,
+        config.model.model_name_or_path,
+        config.train.seed,
+        prepared.allocation_steps,
+        prepared.deepspeed,
+        prepared.tokenizer.path,
+    )
+    return TrainingEngine(adapted, prepared.deepspeed, config.train, ranks)
 
 
-def _prove(prepared: Prepared, run: Run, reference: LiveReference) -> Proof | None:
+def _synchronisation(
+    config: RunConfig, policy: TrainingEngine, engine: InferenceEngine | None
+) -> Callable[[int], object] | None:
+    reference = config.reference
+    if engine is None or not reference.sync_ref_model:
+        return None
+    return ReferenceSync(policy, engine, reference.ref_model_mixup_alpha, reference.ref_model_sync_steps)
+
+
+def _prove(prepared: Prepared, run: Run) -> Proof | None:
     if not prepared.config.train.self_check:
         return None
     plan = run.plan(0)
     work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts)
-    proof = prove(run.policy, reference, work, plan, prepared.same_weights, run.packer.reference_max_tokens)
+    unlike = prepared.unlike
+    proof = prove(run.policy, run.reference, work, plan, not unlike, run.packer.reference_max_tokens, unlike)
     if run.ranks.is_first:
         for line in proof.lines():
             logger.info(line)
@@ -224,24 +235,3 @@ def _announce(prepared: Prepared, plan: StepPlan, ranks: Ranks) -> None:
         logger.info("rows left out: %s", prepared.dataset.bad_rows)
     if prepared.dataset.ignored_columns:
         logger.info("columns ignored: %s", ", ".join(prepared.dataset.ignored_columns))
-
-
-def _facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
-    """What every rank must have alike. Where a node keeps data and models is its own affair: what they hold counts."""
-    values = prepared.config.model_dump(mode="json")
-    for source in (*values["data"]["train"], *values["data"]["evaluation"]):
-        del source["path"]
-    del values["model"]["model_name_or_path"], values["model"]["reference_name_or_path"]
-    del values["model"]["tokenizer_name_or_path"]
-    held_out = {
-        f"the data of data.evaluation.{index}": dataset.fingerprint
-        for index, dataset in enumerate(prepared.evaluation_sets.values())
-    }
-    return {
-        "the configuration": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
-        "the training data": prepared.dataset.fingerprint,
-        **held_out,
-        "the policy's weights": identity(prepared.model_folder),
-        "the reference's weights": prepared.reference_identity,
-        "the first step's plan": plan.fingerprint,
-    }

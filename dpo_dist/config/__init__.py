@@ -35,10 +35,12 @@ from dpo_dist.config.models import (
     TrainConfig,
 )
 from dpo_dist.config.reference import ReferenceConfig
+from dpo_dist.config.source_rules import PROMPT_LEARNING
 from dpo_dist.config.table import options_table
 
 __all__ = [
     "LOSS_TYPES",
+    "PROMPT_LEARNING",
     "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",

@@ -26,7 +26,7 @@ def release_process_group() -> None:
 
 
 def engine_config(
-    file: dict[str, Any], dtype: torch.dtype, device: torch.device, max_grad_norm: float
+    file: dict[str, Any], dtype: torch.dtype, device: torch.device, max_grad_norm: float, key: str = "model.dtype"
 ) -> dict[str, Any]:
     """DeepSpeed's configuration of the policy: the user's file, and what the run's own configuration decides.
 
@@ -35,7 +35,7 @@ def engine_config(
     """
     if dtype == torch.float16 and device.type == "cpu":
         raise ConfigError(
-            "model.dtype=float16 needs a GPU: DeepSpeed has no float16 loss scaling on CPU; use float32 or bfloat16"
+            f"{key}=float16 needs a GPU: DeepSpeed has no float16 loss scaling on CPU; use float32 or bfloat16"
         )
     config = dict(file)
     config["train_micro_batch_size_per_gpu"] = 1  # only feeds DeepSpeed's own counters

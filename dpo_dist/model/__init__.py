@@ -17,7 +17,7 @@ from dpo_dist.model.architecture import (
     logit_transform,
 )
 from dpo_dist.model.fit import Fit, find_fit
-from dpo_dist.model.folder import identity, resolve_folder
+from dpo_dist.model.folder import identity, num_parameters, resolve_folder
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "load_config",
     "load_model",
     "logit_transform",
+    "num_parameters",
     "resolve_folder",
     "sharded_loading",
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -107,6 +108,17 @@ def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
         file.seek(8 + header_size + begin + max(0, (end - begin - _SAMPLED_BYTES) // 2))
         digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
         digest.update(file.read(min(_SAMPLED_BYTES, end - begin)))
+
+
+def num_parameters(folder: Path) -> int:
+    """Elements of all tensors in a folder's weight files, from their headers."""
+    total = 0
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        total += sum(math.prod(entry["shape"]) for entry in header.values())
+    return total
 
 
 def first_line(error: Exception) -> str:

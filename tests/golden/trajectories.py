@@ -88,6 +88,7 @@ def base_config(output_dir: Path) -> dict[str, Any]:
         "packing": {"max_tokens": 4096},
         "parallel": {"deepspeed": "zero0_cpu"},
         "checkpoint": {"save_steps": 0},
+        "reference": {"source": "live"},
         "log": {"report_to": []},
     }
 

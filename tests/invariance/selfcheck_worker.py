@@ -94,7 +94,7 @@ def main() -> None:
         prove_engines(raised, own / "model", ranks)
 
         attempt(raised, "honest run", lambda: run(folder, "honest"))
-        with patch("dpo_dist.cli.training.LiveReference", ShuffledInTheLoop):
+        with patch("dpo_dist.cli.sources.LiveReference", ShuffledInTheLoop):
             attempt(raised, "shuffled", lambda: run(folder, "shuffled"))
         attempt(raised, "other configuration", lambda: run(folder, "configuration", f"loss.beta=0.{ranks.rank + 1}"))
         with patch.object(sampler, "_epoch_order", lambda n, *_: (torch.arange(n) + ranks.rank).numpy() % n):

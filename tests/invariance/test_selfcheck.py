@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dpo_dist.batch import RankWork
 from dpo_dist.errors import NumericsError
 from dpo_dist.selfcheck import check_first_loss
+from dpo_dist.selfcheck.blame import blame_layout
 from dpo_dist.selfcheck.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
-from dpo_dist.selfcheck.proof import _blame_layout
 from tests.invariance import selfcheck_case as faults
 from tests.invariance.selfcheck_case import Case, builds_wrongly, nudge_one_matrix, save_model
 from tests.launching import launch, succeeded
@@ -179,7 +179,7 @@ def test_first_loss(case):
 
 
 def test_first_loss_with_another_reference_is_not_judged(case):
-    proof = faults.replace(case.prove(), same_weights=False)
+    proof = faults.replace(case.prove(), same_weights=False, skipped="reference differs")
     assert check_first_loss(5.0, bound_loss(0.1), proof).endswith("skipped: reference differs")
 
 
@@ -231,12 +231,12 @@ def test_rounding_of_a_float32_sum_is_explained(num_tokens, nats_per_token, seed
 
 
 def test_layout_blame_needs_no_comparison_to_be_present():
-    assert _blame_layout([], [], [], []) == []
-    assert _blame_layout([], [100.0], [], [])[0].startswith("packing: a completion")
-    assert _blame_layout([], [100.0], [0.5], [])[0].startswith("attention: with a shared prompt")
-    assert _blame_layout([100.0], [], [], [])[0].startswith("attention: with a shared prompt")
-    assert _blame_layout([100.0], [100.0], [100.0], [100.0])[0].startswith("packing: a completion")
-    assert _blame_layout([], [], [], [100.0])[0].startswith("packing: the reference's bins")
+    assert blame_layout([], [], [], []) == []
+    assert blame_layout([], [100.0], [], [])[0].startswith("packing: a completion")
+    assert blame_layout([], [100.0], [0.5], [])[0].startswith("attention: with a shared prompt")
+    assert blame_layout([100.0], [], [], [])[0].startswith("attention: with a shared prompt")
+    assert blame_layout([100.0], [100.0], [100.0], [100.0])[0].startswith("packing: a completion")
+    assert blame_layout([], [], [], [100.0])[0].startswith("packing: the reference's bins")
 
 
 # ---- two ranks: one launch

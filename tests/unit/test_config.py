@@ -913,3 +913,123 @@ assert not heavy, heavy
 assert seconds < 1.5, seconds
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+# ---- adapter and reference
+
+
+LORA = "adapter.peft_type=lora"
+ADALORA = "adapter.peft_type=adalora"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "reason", "way_out"),
+    [
+        (["adapter.lora_r=8"], "adapter.lora_r=8", "has no effect without adapter.peft_type", "set peft_type"),
+        ([ADALORA, "train.max_steps=9", "adapter.lora_r=8"], "adapter.lora_r=8", "belongs to lora", "leave this out"),
+        ([LORA, "adapter.init_r=8"], "adapter.init_r=8", "belongs to adalora", "leave this out"),
+        ([LORA, "adapter.num_virtual_tokens=8"], "adapter.num_virtual_tokens=8", "prompt_tuning", "leave this out"),
+        (
+            [LORA, "adapter.bnb_4bit_quant_type=fp4"],
+            "adapter.bnb_4bit_quant_type=fp4",
+            "load_in_4bit",
+            "set it to true",
+        ),
+        (
+            ["adapter.adapter_name_or_path=x", LORA],
+            "adapter.peft_type=lora",
+            "brings its own settings",
+            "leave this out",
+        ),
+        ([ADALORA], "adapter.peft_type=adalora", "number of updates that must be known", "set train.max_steps"),
+        ([ADALORA, "train.max_steps=9", "adapter.tfinal=9"], "adapter.tfinal=9", "take all of 9", "lower them"),
+        (
+            [ADALORA, "train.max_steps=9", "adapter.target_r=12"],
+            "adapter.target_r=12",
+            "not below adapter.init_r=12",
+            "lora",
+        ),
+        (["adapter.peft_type=prefix_tuning"], "model.gradient_checkpointing=true", "prefix_tuning", "set it to false"),
+        (
+            ["adapter.peft_type=p_tuning", "model.prefix_sharing=on"],
+            "model.prefix_sharing=on",
+            "one completion per row",
+            "use auto",
+        ),
+        (
+            ["reference.source=adapter_off"],
+            "reference.source=adapter_off",
+            "no adapters to switch off",
+            "set adapter.peft",
+        ),
+        (
+            [LORA, "reference.source=adapter_off", "model.reference_name_or_path=x"],
+            "model.reference_name_or_path=x",
+            "without its adapters is the reference",
+            "use live or cache",
+        ),
+        (
+            ["reference.source=none", "model.reference_name_or_path=x"],
+            "model.reference_name_or_path=x",
+            "there is no reference",
+            "use live or cache",
+        ),
+        ([LORA, "reference.sync_ref_model=true"], "reference.sync_ref_model=true", "only an adapter", "leave one"),
+        (
+            ["reference.source=cache", "reference.sync_ref_model=true"],
+            "reference.sync_ref_model=true",
+            "belongs to live",
+            "leave this out",
+        ),
+        (
+            ["reference.source=live", "reference.cache_dir=x"],
+            "reference.cache_dir=x",
+            "belongs to cache",
+            "leave this out",
+        ),
+        (
+            ["reference.source=cache", "reference.per_microbatch=true"],
+            "reference.per_microbatch=true",
+            "to live",
+            "leave",
+        ),
+        (["reference.source=none", "reference.dtype=float32"], "reference.dtype=float32", "live and cache", "leave"),
+        (
+            ["reference.ref_model_mixup_alpha=0.5"],
+            "reference.ref_model_mixup_alpha=0.5",
+            "sync_ref_model",
+            "set it to true",
+        ),
+        (["reference.ref_model_mixup_alpha=1.5"], "reference.ref_model_mixup_alpha=1.5", "", ""),
+        (
+            ["reference.sync_ref_model=true", "reference.dtype=float32"],
+            "reference.dtype=float32",
+            "differs from model.dtype=bfloat16",
+            "leave one out",
+        ),
+    ],
+)
+def test_rules_of_adapter_and_reference(minimal, overrides, path, reason, way_out):
+    line = only_error(minimal, *overrides)
+    assert line.split(": ", 1)[1].startswith(path)
+    assert reason in line
+    assert way_out in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [LORA, "adapter.use_dora=true", "adapter.lora_r=4", "adapter.lora_modules_to_save=[lm_head]"],
+        [LORA, "adapter.load_in_4bit=true", "adapter.bnb_4bit_quant_type=fp4", "adapter.use_bnb_nested_quant=true"],
+        [ADALORA, "adapter.total_step=20", "adapter.tinit=2", "adapter.tfinal=3"],
+        [ADALORA, "train.max_steps=20"],
+        ["adapter.peft_type=prefix_tuning", "model.gradient_checkpointing=false"],
+        [LORA, "reference.source=adapter_off"],
+        [LORA, "reference.source=live", "reference.dtype=float32", "reference.per_microbatch=true"],
+        ["reference.sync_ref_model=true", "reference.ref_model_sync_steps=2", "reference.ref_model_mixup_alpha=1"],
+        ["reference.source=cache", "reference.store_token_logps=true", "reference.verify_rows=0"],
+        ["reference.source=none"],
+    ],
+)
+def test_combinations_of_adapter_and_reference_that_work(minimal, overrides):
+    load_config(minimal, overrides)

@@ -1,0 +1,57 @@
+"""What must be right about a run's surroundings before anything is read: its folder, its trackers' packages."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from dpo_dist.config import RunConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.metrics import TRACKER_PACKAGES
+
+
+def require_usable_output(config: RunConfig) -> None:
+    """A folder that holds something is not written into, unless the run is to be resumed in it.
+
+    Raises:
+        ConfigError: naming the folder and the ways out.
+    """
+    folder = Path(config.train.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"train.output_dir={folder} is a file; give a folder that is new or empty")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _is_virtual(parent):
+        raise ConfigError(
+            f"train.output_dir={folder} cannot be made: {parent} is no folder that can be written to; choose another"
+        )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"train.output_dir={folder} is not empty; choose another folder, "
+            "or continue the run in it with checkpoint.resume=auto"
+        )
+    if config.checkpoint.resume == "auto" and not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"train.output_dir={folder} is not empty and holds no run (no config.yaml); checkpoint.resume=auto "
+            "continues a run in its own folder: choose that one, or a new one"
+        )
+
+
+def require_trackers(config: RunConfig) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        ConfigError: naming the package.
+    """
+    for name in config.log.report_to:
+        if find_spec(TRACKER_PACKAGES[name]) is None:
+            package = TRACKER_PACKAGES[name]
+            raise ConfigError(
+                f"log.report_to={name} needs the package {package}; pip install {package}, or leave it out"
+            )
+
+
+def _is_virtual(folder: Path) -> bool:
+    # The super-user may write there by the permissions, and yet nothing can be made. By name, not by the size of the
+    # file system: network file systems may report none.
+    return any(folder.resolve().is_relative_to(root) for root in ("/proc", "/sys"))

@@ -1,0 +1,231 @@
+"""Where a run's reference log-probabilities come from: decided, built, and told. Shared by all commands."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo_dist import attention
+from dpo_dist.cli.prepare import Prepared, counted
+from dpo_dist.config import RunConfig
+from dpo_dist.distributed import Ranks
+from dpo_dist.engine import InferenceEngine, TrainingEngine
+from dpo_dist.errors import ConfigError
+from dpo_dist.model import attach_adapter, load_model, num_parameters
+from dpo_dist.reference import (
+    AdapterOffReference,
+    CacheIdentity,
+    LiveReference,
+    NoReference,
+    Reference,
+    ReferenceCache,
+    Situation,
+    Source,
+    choose_source,
+    open_cache,
+)
+from dpo_dist.selfcheck import NOISE_PER_SQRT_TOKEN
+
+logger = logging.getLogger(__name__)
+
+# Counts whenever a change makes this program compute other log-probabilities than before, beyond rounding.
+NUMERICS = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A run's source of reference log-probabilities."""
+
+    source: Source
+    reason: str
+    cache: ReferenceCache | None  # looked into; None where nobody needs to
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        if self.source != "cache" or self.cache is None:
+            return f"{self.source}: {self.reason}"
+        found, missing = self.cache.num_found, self.cache.num_missing
+        return f"cache: {self.reason}; {found} values found in {self.cache.folder}, {missing} to be computed"
+
+
+def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
+    """Decide on a source. Collective.
+
+    Args:
+        prepared: The run.
+        ranks: Where this process stands; `world_size` ranks will share the models.
+        cache_dir: Where dpo-dist keeps what it computes.
+    Raises:
+        ConfigError: the cache that was named is of another reference, or no cache.
+    """
+    config = prepared.config.reference
+    folder = cache_folder(prepared, cache_dir)
+    cache = None
+    if config.source == "cache" or (config.source == "auto" and folder.exists()):
+        cache = open_reference_cache(prepared, ranks, cache_dir)
+    source, reason = choose_source(config, _situation(prepared, ranks, cache))
+    if source == "cache" and cache is None:
+        cache = open_reference_cache(prepared, ranks, cache_dir)
+    return Choice(source, reason, cache if source == "cache" else None)
+
+
+def open_reference_cache(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> ReferenceCache:
+    """Look what is stored of this run's completions. Collective.
+
+    Raises:
+        ConfigError: as `find_source`.
+    """
+    dtype, kernel = _kind(prepared)
+    identity = CacheIdentity(prepared.reference_identity, dtype, kernel)
+    datasets = [prepared.dataset, *prepared.evaluation_sets.values()]
+    folder = cache_folder(prepared, cache_dir)
+    return open_cache(folder, identity, datasets, ranks, prepared.config.reference.store_token_logps)
+
+
+def cache_folder(prepared: Prepared, cache_dir: Path) -> Path:
+    """Where the stored log-probabilities of this run's reference are."""
+    if prepared.config.reference.cache_dir is not None:
+        return Path(prepared.config.reference.cache_dir)
+    return cache_dir / "reference" / "-".join((prepared.reference_identity, *_kind(prepared)))
+
+
+def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
+    """Compute what a cache lacks, and compute some of what it has again. Collective.
+
+    The model that does it has left memory afterwards, before the policy takes its place.
+    """
+    rows = prepared.config.reference.verify_rows
+    if not cache.num_missing and not rows:
+        return
+    engine = reference_engine(prepared)
+    packer = prepared.packer(ranks.world_size)
+    if cache.num_missing:
+        cache.fill(engine, packer, _progress(cache.num_missing, ranks))
+    if rows:
+        cache.verify(engine, packer, rows, NOISE_PER_SQRT_TOKEN[engine.dtype])
+        if ranks.is_first:
+            logger.info("reference cache: %s computed again, equal up to rounding", counted(rows, "value"))
+    engine.release()
+
+
+def reference_engine(prepared: Prepared) -> InferenceEngine:
+    """The reference in memory, for as long as nobody releases it. Collective."""
+    config = prepared.config
+    model = load_model(
+        prepared.reference_folder,
+        prepared.reference_config,
+        attention.register(prepared.reference_attention[0]),
+        prepared.reference_dtype,
+        prepared.reference_deepspeed,
+        gradient_checkpointing=False,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if config.adapter.adapter_name_or_path is not None and prepared.same_base:
+        model = attach_adapter(
+            model, config.adapter, config.model.model_name_or_path, 0, None, prepared.reference_deepspeed
+        )
+    return InferenceEngine(model, prepared.reference_deepspeed)
+
+
+def reference_of(
+    prepared: Prepared, choice: Choice, engine: InferenceEngine | None, policy: TrainingEngine
+) -> Reference:
+    """The source as the training loop asks it.
+
+    Args:
+        prepared: The run.
+        choice: What `find_source` gave; a cache is full by now.
+        engine: Of a live reference.
+        policy: Without its adapters it may be the reference.
+    """
+    if choice.cache is not None:
+        return choice.cache.reference()
+    if engine is not None:
+        return LiveReference(engine, prepared.config.reference.per_microbatch)
+    if choice.source == "adapter_off":
+        return AdapterOffReference(policy)
+    return NoReference(policy.device)
+
+
+def require_reference(config: RunConfig) -> None:
+    """Refuse to compute what is not asked for.
+
+    Raises:
+        ConfigError: the run has no reference.
+    """
+    if config.reference.source == "none":
+        raise ConfigError("reference.source=none: there is nothing to compute; use auto, live, cache or adapter_off")
+
+
+def _kind(prepared: Prepared) -> tuple[str, str]:
+    """What besides the weights decides a stored value: number format; version of the arithmetic and kernel."""
+    dtype = prepared.config.reference.dtype or prepared.config.model.dtype
+    return dtype, f"{NUMERICS}-{prepared.reference_attention[0]}"
+
+
+def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -> Situation:
+    config = prepared.config
+    stage = prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    share = {name: 1 / ranks.world_size if stage >= least else 1.0 for name, least in _SHARDED_FROM.items()}
+    policy, reference = (
+        num_parameters(folder) * dtype.itemsize / 2**30
+        for folder, dtype in (
+            (prepared.model_folder, prepared.dtype),
+            (prepared.reference_folder, prepared.reference_dtype),
+        )
+    )
+    masters = 2 * 4 + (4 if prepared.dtype != torch.float32 else 0)  # bytes: two moments, and float32 weights
+    state = share["weights"] + share["gradients"] + share["optimizer"] * masters / prepared.dtype.itemsize
+    if config.adapter.is_used:
+        state = share["weights"]  # what is trained is small
+    return Situation(
+        has_adapters=config.adapter.is_used,
+        base_is_reference=prepared.same_base,
+        passes=_passes(prepared),
+        num_rows=cache.num_found + cache.num_missing if cache else 0,
+        num_cached=cache.num_found if cache else 0,
+        cache_folder=str(cache.folder) if cache else "",
+        policy_gib=policy * state,
+        reference_gib=reference * share["weights"],
+        device_gib=_device_gib(ranks),
+    )
+
+
+# ZeRO stage from which on each part is spread over the ranks.
+_SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}
+
+
+def _passes(prepared: Prepared) -> float:
+    """How often the run asks for the average example, held-out ones included."""
+    config, steps = prepared.config, prepared.num_steps
+    asked = prepared.sampler.examples_seen(steps)
+    every = config.evaluation.eval_steps
+    evaluations = config.evaluation.eval_on_start + (-(-steps // every) if every else 0)
+    held_out = sum(len(dataset) for dataset in prepared.evaluation_sets.values())
+    return max(asked / len(prepared.dataset), (asked + evaluations * held_out) / (len(prepared.dataset) + held_out))
+
+
+def _device_gib(ranks: Ranks) -> float | None:
+    """Memory of this rank's device, or of this machine shared among its ranks."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_properties(ranks.device).total_memory / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / ranks.ranks_per_node
+
+
+def _progress(total: int, ranks: Ranks) -> Callable[[int], None] | None:
+    if not ranks.is_first:
+        return None
+    steps = {round(total * tenth / 10) for tenth in range(1, 11)}
+    shown: set[int] = set()
+
+    def show(done: int) -> None:
+        passed = {step for step in steps if step <= done} - shown
+        if passed:
+            shown.update(passed)
+            logger.info("reference cache: %d of %d values computed", done, total)
+
+    return show

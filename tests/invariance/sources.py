@@ -1,0 +1,80 @@
+"""The same run with its reference live, from a cache, and from the policy without its adapters."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.golden.trajectories import FOLDER, base_config, case_config, load_case
+
+STAGES = (0, 3)
+WORLD_SIZES = (1, 2)
+GOLDEN = "sigmoid"
+# All weights are trained against another model: TRL's recorded run.
+WHOLE = {
+    "live": {"source": "live"},
+    "live-per-microbatch": {"source": "live", "per_microbatch": True},
+    "cache": {"source": "cache"},
+    "cache-tokens": {"source": "cache", "store_token_logps": True},
+}
+ADAPTED = ("live", "cache", "adapter_off")
+# Kinds of adapters whose policy moves away from its starting weights; `continued` starts from one that has moved.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"peft_type": "lora", "lora_r": 4, "lora_alpha": 16},
+    "whole-modules": {"peft_type": "lora", "lora_r": 4, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    "prompt": {"peft_type": "prompt_tuning", "num_virtual_tokens": 4},
+}
+ADAPTER_STEPS = 4
+
+
+def whole_config(folder: Path, name: str, stage: int) -> dict[str, Any]:
+    """Training of all weights."""
+    config = case_config(load_case(GOLDEN), folder / whole_name(name, stage))
+    config["parallel"]["deepspeed"] = f"zero{stage}_cpu"
+    config["packing"] = {"max_tokens": 150, "reference_max_tokens": 300}
+    config["reference"] = dict(WHOLE[name])
+    return config
+
+
+def adapted_config(folder: Path, adapter: str, source: str, stage: int) -> dict[str, Any]:
+    """Training of an adapter at a rate at which the policy leaves the reference far behind."""
+    config = base_config(folder / adapted_name(adapter, source, stage))
+    del config["model"]["reference_name_or_path"]
+    config["parallel"]["deepspeed"] = f"zero{stage}_cpu"
+    config["adapter"] = dict(ADAPTERS[adapter]) if adapter != "continued" else {}
+    config["reference"] = {"source": source}
+    config["train"] |= {"examples_per_step": 8, "max_steps": ADAPTER_STEPS, "learning_rate": 2e-2}
+    return config
+
+
+def continued_config(folder: Path, source: str, stage: int) -> dict[str, Any]:
+    """Training on of the adapter that the run `lora` has exported, in the same folder."""
+    config = adapted_config(folder, "continued", source, stage)
+    config["adapter"] = {"adapter_name_or_path": str(folder / adapted_name("lora", "live", 0) / "model")}
+    return config
+
+
+def whole_name(name: str, stage: int) -> str:
+    """Of a run's folder."""
+    return f"whole-{name}-stage{stage}"
+
+
+def adapted_name(adapter: str, source: str, stage: int) -> str:
+    """Of a run's folder."""
+    return f"{adapter}-{source}-stage{stage}"
+
+
+def configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every run; the order matters to `continued`."""
+    runs = {whole_name(name, stage): whole_config(folder, name, stage) for stage in STAGES for name in WHOLE}
+    for adapter in ADAPTERS:
+        for stage in STAGES:
+            for source in ADAPTED:
+                runs[adapted_name(adapter, source, stage)] = adapted_config(folder, adapter, source, stage)
+    for stage in STAGES:
+        for source in ADAPTED:
+            runs[adapted_name("continued", source, stage)] = continued_config(folder, source, stage)
+    runs["none"] = base_config(folder / "none")
+    del runs["none"]["model"]["reference_name_or_path"]
+    runs["none"]["reference"] = {"source": "none"}
+    runs["none"]["train"] |= {"examples_per_step": 8, "max_steps": 2, "learning_rate": 1e-3}
+    assert FOLDER.is_dir()
+    return runs

@@ -1,0 +1,97 @@
+"""Where the reference's log-probabilities come from changes nothing: live, cache and adapters off, at any ZeRO stage and
+world size, with a policy that differs from the reference."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.golden.trajectories import compare_trajectory, lines_of, load_case
+from tests.invariance.sources import (
+    ADAPTED,
+    ADAPTER_STEPS,
+    ADAPTERS,
+    GOLDEN,
+    STAGES,
+    WHOLE,
+    WORLD_SIZES,
+    adapted_name,
+    configs,
+    whole_name,
+)
+from tests.launching import launch, succeeded
+
+pytestmark = pytest.mark.timeout(0)
+Finished = Callable[[int, str], Path]
+TYPES = {"live": "LiveReference", "cache": "CachedReference", "adapter_off": "AdapterOffReference"}
+ALL_ADAPTERS = (*ADAPTERS, "continued")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """`finished(world_size, name)`: the folder of a run; the first call launches all runs of that world size."""
+
+    @cache
+    def launched(world_size: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"sources{world_size}")
+        timeout = 300 + 20 * len(configs(folder))
+        succeeded(launch(world_size, "tests.invariance.sources_worker", str(folder), cwd=folder, timeout=timeout))
+        return folder
+
+    def folder_of(world_size: int, name: str) -> Path:
+        folder = launched(world_size)
+        for rank in range(world_size):
+            seen = _seen(folder / name, rank)
+            assert "error" not in seen, f"{name}, rank {rank}: {seen['error']}"
+        return folder / name
+
+    return folder_of
+
+
+def _seen(run: Path, rank: int = 0) -> dict:
+    return json.loads((run.parent / f"{run.name}.rank{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", WHOLE)
+def test_all_weights_equal_the_recorded_run(finished: Finished, name: str, stage: int, world_size: int) -> None:
+    run = finished(world_size, whole_name(name, stage))
+    assert compare_trajectory(lines_of(run), load_case(GOLDEN).logs) == []
+    seen = _seen(run)
+    assert seen["reference"] == TYPES[name.split("-")[0]]
+    assert seen["asked_without_gradient"] == 0  # the policy's engine is never run for the reference's sake
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("source", ADAPTED)
+@pytest.mark.parametrize("adapter", ALL_ADAPTERS)
+def test_an_adapter_learns_the_same(finished: Finished, adapter: str, source: str, stage: int, world_size: int) -> None:
+    first = lines_of(finished(1, adapted_name(adapter, "live", 0)))
+    run = finished(world_size, adapted_name(adapter, source, stage))
+    lines = lines_of(run)
+    assert compare_trajectory(lines, first) == []
+    assert _seen(run)["reference"] == TYPES[source]
+    # The policy has left the reference: equal runs are not equal because nothing happens.
+    assert len(lines) == ADAPTER_STEPS
+    assert abs(lines[-1]["rewards/chosen"]) + abs(lines[-1]["rewards/rejected"]) > 0.05
+
+
+@pytest.mark.parametrize("adapter", ALL_ADAPTERS)
+def test_an_adapter_starts_at_its_reference(finished: Finished, adapter: str) -> None:
+    first = lines_of(finished(1, adapted_name(adapter, "adapter_off", 0)))[0]
+    starts_equal = math.isclose(first["loss"], math.log(2), abs_tol=1e-6)
+    assert starts_equal is (adapter != "prompt")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_without_a_reference_rewards_are_the_policys_own(finished: Finished, world_size: int) -> None:
+    run = finished(world_size, "none")
+    assert _seen(run)["reference"] == "NoReference"
+    for line in lines_of(run):
+        for kind in ("chosen", "rejected"):
+            assert line[f"rewards/{kind}"] == pytest.approx(0.1 * line[f"logps/{kind}"], rel=1e-5)

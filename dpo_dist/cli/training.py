@@ -80,7 +80,9 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
             run.metrics_file.close()
 
 
-def _build(prepared: Prepared, ranks: Ranks, stop: StopRequest, store: CheckpointStore, start: Start, choice: Choice) -> Run:
+def _build(
+    prepared: Prepared, ranks: Ranks, stop: StopRequest, store: CheckpointStore, start: Start, choice: Choice
+) -> Run:
     """Load what is needed and prove the run."""
     config = prepared.config
     torch.manual_seed(config.train.seed)

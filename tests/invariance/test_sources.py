@@ -1,5 +1,5 @@
-"""Where the reference's log-probabilities come from changes nothing: live, cache and adapters off, at any ZeRO stage and
-world size, with a policy that differs from the reference."""
+"""Where the reference's log-probabilities come from changes nothing: live, cache and adapters off, at any ZeRO stage
+and world size, with a policy that differs from the reference."""
 
 import json
 import math

@@ -37,7 +37,7 @@ class InferenceEngine:
 
     def named_shares(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank keeps of every parameter, flat, to read or to overwrite; then call `shares_have_changed`."""
-        return shares.named_shares(self.model)
+        return shares.named_shares(self.model.model)
 
     @property
     def is_partitioned(self) -> bool:
@@ -51,7 +51,7 @@ class InferenceEngine:
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter."""
-        return shares.whole_shapes(self.model)
+        return shares.whole_shapes(self.model.model)
 
     def shares_have_changed(self) -> None:
         """Make the next forward use what was written to the shares. Every rank must call it."""

@@ -94,7 +94,7 @@ class TrainingEngine:
 
     def named_shares(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank keeps of every parameter, flat, as the model computes with it; to read only."""
-        return shares.named_shares(self.model)
+        return shares.named_shares(self.model.model)
 
     @property
     def is_on_disk(self) -> bool:
@@ -103,7 +103,7 @@ class TrainingEngine:
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter."""
-        return shares.whole_shapes(self.model)
+        return shares.whole_shapes(self.model.model)
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter and persistent buffer whole, one at a time, on the first rank's CPU (None elsewhere).

@@ -138,6 +138,6 @@ class Sent(TorchDispatchMode):
             self.calls.append((operator._opname, largest, torch.distributed.ProcessGroup.unbox(group).size()))
         return operator(*arguments, **(settings or {}))
 
-    def elements(self, group_size: int) -> int:
-        """All together, in groups of that size."""
-        return sum(count for _, count, size in self.calls if size == group_size)
+    def gathered(self, group_size: int) -> int:
+        """Elements that groups of that size have gathered, as each of their ranks got them."""
+        return sum(count for name, count, size in self.calls if "allgather" in name and size == group_size)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from dpo_dist.attention import choose_backend
 from dpo_dist.config import PROMPT_LEARNING, DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
-from dpo_dist.engine import engine_config, inference_config
+from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.model import DTYPES, attention_needs, decide_sharing, find_fit, identity, load_config, resolve_folder
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
@@ -27,7 +27,6 @@ class Prepared:
 
     config: RunConfig
     deepspeed: dict[str, Any]  # the policy's complete DeepSpeed configuration
-    reference_deepspeed: dict[str, Any]  # that of a reference with an engine of its own
     model_folder: Path
     reference_folder: Path
     model_config: PretrainedConfig
@@ -146,7 +145,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
-        config, deepspeed, _of_reference(config, device), model_folder, reference_folder, model_config,
+        config, deepspeed, model_folder, reference_folder, model_config,
         reference_config, tokenizer, dataset, evaluation_sets, tuple(filter(None, unused)), *kernels, sharing, sampler,
     )  # fmt: skip
     for checked in (dataset, *evaluation_sets.values()):
@@ -158,25 +157,6 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
 def this_device() -> torch.device:
     """Where a run on this machine computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _of_reference(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration of a reference with an engine of its own.
-
-    Raises:
-        ConfigError: an option of it needs ZeRO stage 3, or a GPU.
-    """
-    reference, file = config.reference, load_deepspeed(config.parallel.deepspeed)
-    if file["zero_optimization"]["stage"] < 3:
-        for key in ("offload_param", "zero_hpz_partition_size"):
-            if getattr(reference, key):
-                raise ConfigError(
-                    f"reference.{key}={getattr(reference, key)} needs ZeRO stage 3, and parallel.deepspeed="
-                    f"{config.parallel.deepspeed} is stage {file['zero_optimization']['stage']}; leave one of them out"
-                )
-    dtype = DTYPES[reference.dtype or config.model.dtype]
-    own = engine_config(file, dtype, device, config.train.max_grad_norm, key="reference.dtype")
-    return inference_config(own, reference.offload_param, reference.zero_hpz_partition_size)
 
 
 def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:

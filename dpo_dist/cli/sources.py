@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from dpo_dist import attention
 from dpo_dist.cli.prepare import Prepared, counted
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks
-from dpo_dist.engine import InferenceEngine, TrainingEngine
+from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import attach_adapter, load_model, num_parameters
 from dpo_dist.reference import (
@@ -63,6 +64,7 @@ def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
         ConfigError: the cache that was named is of another reference, or no cache.
     """
     config = prepared.config.reference
+    reference_deepspeed(prepared, ranks)  # its mistakes are found before anything is loaded
     folder = cache_folder(prepared, cache_dir)
     cache = None
     if config.source == "cache" or (config.source == "auto" and folder.exists()):
@@ -101,7 +103,7 @@ def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
     rows = prepared.config.reference.verify_rows
     if not cache.num_missing and not rows:
         return
-    engine = reference_engine(prepared)
+    engine = reference_engine(prepared, ranks)
     packer = prepared.packer(ranks.world_size)
     if cache.num_missing:
         cache.fill(engine, packer, _progress(cache.num_missing, ranks))
@@ -112,23 +114,33 @@ def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
     engine.release()
 
 
-def reference_engine(prepared: Prepared) -> InferenceEngine:
+def reference_deepspeed(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's configuration of a reference with an engine of its own.
+
+    Raises:
+        ConfigError: an option has no effect at this ZeRO stage, or does not fit ranks or device.
+    """
+    reference = prepared.config.reference
+    return inference_config(
+        prepared.deepspeed, prepared.reference_dtype, reference.offload_param, reference.zero_hpz_partition_size, ranks
+    )
+
+
+def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
     """The reference in memory, for as long as nobody releases it. Collective."""
-    config = prepared.config
+    config, deepspeed = prepared.config, reference_deepspeed(prepared, ranks)
     model = load_model(
         prepared.reference_folder,
         prepared.reference_config,
         attention.register(prepared.reference_attention[0]),
         prepared.reference_dtype,
-        prepared.reference_deepspeed,
+        deepspeed,
         gradient_checkpointing=False,
         trust_remote_code=config.model.trust_remote_code,
     )
     if config.adapter.adapter_name_or_path is not None and prepared.same_base:
-        model = attach_adapter(
-            model, config.adapter, config.model.model_name_or_path, 0, None, prepared.reference_deepspeed
-        )
-    return InferenceEngine(model, prepared.reference_deepspeed)
+        model = attach_adapter(model, config.adapter, config.model.model_name_or_path, 0, None, deepspeed)
+    return InferenceEngine(model, deepspeed)
 
 
 def reference_of(

@@ -88,7 +88,7 @@ def _build(
     torch.manual_seed(config.train.seed)
     if choice.cache is not None:
         fill_cache(prepared, ranks, choice.cache)
-    engine = reference_engine(prepared) if choice.source == "live" else None
+    engine = reference_engine(prepared, ranks) if choice.source == "live" else None
     policy = _policy(prepared, ranks)
     sync = _synchronisation(config, policy, engine)
     run = Run(

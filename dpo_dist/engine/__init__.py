@@ -2,6 +2,7 @@
 
     settings.py   DeepSpeed's configuration of policy and reference
     whole.py      parameters whole, wherever their parts lie
+    shares.py     what a rank keeps of them between two forwards
     inference.py  a model that is only asked
     training.py   the policy: forward, backward, update
 

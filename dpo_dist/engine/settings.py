@@ -8,9 +8,12 @@ from typing import Any
 import deepspeed
 import torch
 
+from dpo_dist.distributed import Ranks
 from dpo_dist.errors import ConfigError
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+_WITHOUT_EFFECT = "has no effect below ZeRO stage 3, where every process holds the whole reference; leave it out"
 
 
 def adopt_process_group() -> None:
@@ -26,7 +29,7 @@ def release_process_group() -> None:
 
 
 def engine_config(
-    file: dict[str, Any], dtype: torch.dtype, device: torch.device, max_grad_norm: float, key: str = "model.dtype"
+    file: dict[str, Any], dtype: torch.dtype, device: torch.device, max_grad_norm: float
 ) -> dict[str, Any]:
     """DeepSpeed's configuration of the policy: the user's file, and what the run's own configuration decides.
 
@@ -35,29 +38,80 @@ def engine_config(
     """
     if dtype == torch.float16 and device.type == "cpu":
         raise ConfigError(
-            f"{key}=float16 needs a GPU: DeepSpeed has no float16 loss scaling on CPU; use float32 or bfloat16"
+            "model.dtype=float16 needs a GPU: DeepSpeed has no float16 loss scaling on CPU; use float32 or bfloat16"
         )
     config = dict(file)
     config["train_micro_batch_size_per_gpu"] = 1  # only feeds DeepSpeed's own counters
     config["gradient_accumulation_steps"] = 1  # the boundary is set by hand: micro-batches differ from step to step
     config["gradient_clipping"] = max_grad_norm
     config["steps_per_print"] = None
+    _set_dtype(config, dtype, file)
+    return config
+
+
+def inference_config(
+    policy_config: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    offload_param: bool = False,
+    hpz_partition_size: int | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """The same for an engine without optimizer: stage 3 as the policy has it, or whole replicas below.
+
+    Args:
+        policy_config: what `engine_config` gave.
+        dtype: `reference.dtype`; None: the policy's.
+        offload_param: `reference.offload_param`. A policy that keeps its shards in host memory by the DeepSpeed file
+            has a reference that does so as well.
+        hpz_partition_size: `reference.zero_hpz_partition_size`.
+        ranks: needed for the last two.
+
+    Raises:
+        ConfigError: an option has no effect at this ZeRO stage, or does not fit the ranks.
+    """
+    zero = dict(policy_config.get("zero_optimization", {}))
+    config = {key: value for key, value in policy_config.items() if key not in ("gradient_clipping", "data_types")}
+    if dtype is not None:
+        _set_dtype(config, dtype, policy_config)
+        if ranks is not None and dtype == torch.float16 and ranks.device.type == "cpu":
+            raise ConfigError("reference.dtype=float16 needs a GPU; use float32 or bfloat16")
+    if zero.get("stage", 0) < 3:
+        if offload_param:
+            raise ConfigError(f"reference.offload_param=true {_WITHOUT_EFFECT}")
+        if hpz_partition_size is not None:
+            raise ConfigError(f"reference.zero_hpz_partition_size={hpz_partition_size} {_WITHOUT_EFFECT}")
+        # DeepSpeed refuses stages 1 and 2 where there is no optimizer to shard.
+        return {**config, "zero_optimization": {"stage": 0}}
+    zero.pop("offload_optimizer", None)
+    if offload_param:
+        # Host memory that is not pinned is copied to a GPU half as fast, and never beside the computation.
+        zero["offload_param"] = {"device": "cpu", "pin_memory": ranks is not None and ranks.device.type == "cuda"}
+    if hpz_partition_size is not None:
+        _require_groups(hpz_partition_size, 1 if ranks is None else ranks.world_size)
+        zero["zero_hpz_partition_size"] = hpz_partition_size
+    return {**config, "zero_optimization": zero}
+
+
+def _require_groups(size: int, world_size: int) -> None:
+    key = f"reference.zero_hpz_partition_size={size}"
+    if world_size % size:
+        raise ConfigError(
+            f"{key} does not divide the {world_size} processes of this run into groups; write the number of processes "
+            "of a node, or leave it out"
+        )
+    if world_size == size:
+        raise ConfigError(
+            f"{key} makes all processes of this run one group, which would hold every shard twice and gather as "
+            "before; leave it out"
+        )
+
+
+def _set_dtype(config: dict[str, Any], dtype: torch.dtype, file: dict[str, Any]) -> None:
+    """Give the section of a dtype, and no other; float32 has none."""
     for key, its_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         config.pop(key, None)
         if dtype == its_dtype:
             config[key] = {**file.get(key, {}), "enabled": True}
-    return config
-
-
-def inference_config(policy_config: dict[str, Any]) -> dict[str, Any]:
-    """The same for an engine without optimizer: stage 3 as the policy has it, or whole replicas below."""
-    zero = dict(policy_config.get("zero_optimization", {}))
-    config = {key: value for key, value in policy_config.items() if key not in ("gradient_clipping", "data_types")}
-    if zero.get("stage", 0) < 3:
-        # DeepSpeed refuses stages 1 and 2 where there is no optimizer to shard.
-        return {**config, "zero_optimization": {"stage": 0}}
-    zero.pop("offload_optimizer", None)
-    return {**config, "zero_optimization": zero}
 
 
 def initialize(**arguments: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dpo_dist.batch import MicroBatch
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
+from dpo_dist.engine import shares
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import named_full_parameters
 from dpo_dist.model import ScoringModel
@@ -90,6 +91,19 @@ class TrainingEngine:
     def _full_precision_norm(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    def named_shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank keeps of every parameter, flat, as the model computes with it; to read only."""
+        return shares.named_shares(self.model.model)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether shares are kept on NVMe, out of reach."""
+        return shares.is_on_disk(self.model)
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter."""
+        return shares.whole_shapes(self.model.model)
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter and persistent buffer whole, one at a time, on the first rank's CPU (None elsewhere).

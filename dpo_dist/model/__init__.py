@@ -19,6 +19,7 @@ from dpo_dist.model.architecture import (
 from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.folder import identity, num_parameters, resolve_folder
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
+from dpo_dist.model.slices import node_groups
 
 __all__ = [
     "DTYPES",
@@ -34,6 +35,7 @@ __all__ = [
     "load_config",
     "load_model",
     "logit_transform",
+    "node_groups",
     "num_parameters",
     "resolve_folder",
     "sharded_loading",

@@ -21,7 +21,7 @@ from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model.architecture import logit_transform
 from dpo_dist.model.folder import first_line
-from dpo_dist.model.slices import can_read_slices, read_slices
+from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,10 +98,12 @@ def load_model(
         ModelError: weights are missing, damaged, or do not belong to the configuration.
     """
     try:
-        if _is_partitioned(deepspeed_config) and can_read_slices(folder, config, deepspeed_config, trust_remote_code):
-            model = read_slices(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
-        else:
-            model = _by_transformers(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
+        by_slices = _is_partitioned(deepspeed_config) and can_read_slices(
+            folder, config, deepspeed_config, trust_remote_code
+        )
+        load = read_slices if by_slices else _by_transformers
+        with node_groups(deepspeed_config):
+            model = load(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
     except ModelError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -4,12 +4,16 @@ transformers lets the first rank read every file, and sends each parameter three
 reads its part of each tensor and nothing else: the files are read once by all ranks together, and no weight travels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -19,6 +23,34 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from dpo_dist.distributed import raise_together
 from dpo_dist.model.fit import find_fit
 from dpo_dist.model.folder import weight_files
+
+# By the run's process group and the size: what was made once. It is forgotten with the process group itself.
+_NODE_GROUPS: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()
+
+
+@contextmanager
+def node_groups(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Inside, a model is loaded, or an engine made, whose configuration asks for hpZ; collective the first time.
+
+    DeepSpeed keeps these groups in a global variable: it refuses to make them a second time, and uses them for every
+    model that is not partitioned yet, whether its configuration asks for them or not. Here they are made once for each
+    size, and DeepSpeed knows of them only while it builds what is to have them.
+    """
+    size = deepspeed_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size <= 1:
+        yield
+        return
+    made = _NODE_GROUPS.setdefault(torch.distributed.group.WORLD, {})
+    make, before = groups._create_zero_param_parallel_group, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = made.get(size)
+    try:
+        if size not in made:
+            make(size)
+            made[size] = groups._get_zero_param_intra_parallel_group()
+        groups._create_zero_param_parallel_group = lambda group_size: None
+        yield
+    finally:
+        groups._create_zero_param_parallel_group, groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = make, before
 
 
 def can_read_slices(
@@ -77,6 +109,8 @@ class _EmptyPartitions(deepspeed.zero.Init):
     def _zero_init_param(self, param: Any) -> None:
         self._convert_to_deepspeed_param(param)
         param.partition()
+        # What hpZ keeps beside the slice has no values either. DeepSpeed makes it again when it has gathered them.
+        param.ds_secondary_tensor = None
 
 
 @torch.no_grad()

@@ -1,0 +1,163 @@
+"""Ranks with a policy and a live reference: `torchrun -m tests.processes.live_worker FOLDER KIND`.
+
+KIND is a function of this file. `FOLDER/models` holds the two models. What was seen is written to FOLDER by the first
+rank (`<kind>.json`: a list of what each rank saw) for pytest to judge; nothing is asserted about it here.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("dpo_dist", "beartype.beartype"):
+    import torch
+    from safetensors.torch import save_file
+
+    from dpo_dist.distributed import Ranks, all_gather_json, process_group
+    from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
+    from dpo_dist.reference import ReferenceSync, load_reference, save_reference
+    from tests.processes.live_engines import Sent, Setting, batch_of, train_step, whole
+
+BIG = 1_000_000
+SYNC = {
+    "stage0": Setting(0),
+    "stage2": Setting(2),
+    "stage3": Setting(3, zero={"stage3_param_persistence_threshold": 0}),
+    "persistent": Setting(3, zero={"stage3_param_persistence_threshold": BIG}),
+    "some_persistent": Setting(3, zero={"stage3_param_persistence_threshold": 40}),
+    "kept_live": Setting(3, zero={"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": BIG}),
+    "bfloat16": Setting(3, "bfloat16", zero={"stage3_param_persistence_threshold": 40}),
+    "to_bfloat16": Setting(3, "float32", "bfloat16", zero={"stage3_param_persistence_threshold": 40}),
+    "to_float32": Setting(2, "bfloat16", "float32"),
+    "offload": Setting(3, offload_param=True, zero={"stage3_param_persistence_threshold": 40}),
+}
+SYNC_ON_NODES = {
+    "hpz": Setting(3, hpz=2, zero={"stage3_param_persistence_threshold": 0}),
+    "hpz_persistent": Setting(3, hpz=2, zero={"stage3_param_persistence_threshold": 40}),
+}
+ALPHA = 0.3
+FORWARDS = 4  # DeepSpeed follows its trace from the third on
+
+
+def sync(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Synchronise at every stage; the first rank also keeps all weights, and what the reference says afterwards."""
+    return {name: _synchronised(setting, name, folder, ranks) for name, setting in SYNC.items()}
+
+
+def sync_on_nodes(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """The same with hpZ."""
+    return {name: _synchronised(setting, name, folder, ranks) for name, setting in SYNC_ON_NODES.items()}
+
+
+def _synchronised(setting: Setting, name: str, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    policy, reference = setting.policy(folder / "models", ranks), setting.reference(folder / "models", ranks)
+    batch, seen, kept = batch_of(ranks.rank), dict[str, Any](), dict[str, Any]()
+    follow = ReferenceSync(policy, reference, ALPHA, every=2)
+    train_step(policy, batch)
+    kept["before"] = whole(reference)
+    logps = [_forwards(reference, batch)]
+    seen["due"] = [follow(1)]
+    logps.append(_forwards(reference, batch))
+    train_step(policy, batch)
+    with Sent() as sent:
+        seen["due"].append(follow(2))
+    seen["sent"] = sent.calls
+    logps.append(_forwards(reference, batch))  # before weights are looked at: that would gather them anew
+    kept["policy"], kept["after"] = whole(policy), whole(reference)
+
+    (folder / name).mkdir(exist_ok=True)
+    save_reference(reference, folder / name)
+    ReferenceSync(policy, reference, 1.0, every=1)(3)
+    logps.append(_forwards(reference, batch))
+    kept["copied"] = whole(reference)
+    again = setting.reference(folder / "models", ranks)
+    _forwards(again, batch)
+    for engine in (reference, again):  # one that holds other weights, and a new one that has been asked
+        load_reference(engine, folder / name)
+        logps.append(_forwards(engine, batch))
+    kept["resumed"] = whole(again)
+    seen["all_alike"] = [bool((four == four[0]).all()) for four in logps]
+    if ranks.is_first:
+        flat = {f"{when}/{key}": tensor for when, tensors in kept.items() for key, tensor in tensors.items()}
+        flat |= {f"logps/{index}": four[0] for index, four in enumerate(logps)}
+        save_file({key: tensor.contiguous() for key, tensor in flat.items()}, folder / f"{name}.safetensors")
+    return seen
+
+
+def _forwards(reference: InferenceEngine, batch: Any) -> torch.Tensor:
+    return torch.stack([reference.token_logps(batch).clone() for _ in range(FORWARDS)])
+
+
+def nodes(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A reference that is kept by groups of two, among others that are not."""
+    batch, found = batch_of(ranks.rank), dict[str, Any]()
+    whole_run = Setting(3).reference(folder / "models", ranks)
+    expected = whole_run.token_logps(batch)
+    settings = {
+        "slices": Setting(3, hpz=2),
+        "again": Setting(3, hpz=2),
+        "persistent": Setting(3, hpz=2, zero={"stage3_param_persistence_threshold": 40}),
+        "transformers": Setting(3, hpz=2, by_transformers=True),
+        "offload": Setting(3, hpz=2, offload_param=True),
+        "without": Setting(3),
+    }
+    for name, setting in settings.items():
+        reference = setting.reference(folder / "models", ranks)
+        gathered, equal = [], []
+        for _ in range(FORWARDS):
+            with Sent() as sent:
+                equal.append(torch.equal(reference.token_logps(batch), expected))
+            gathered.append([sent.gathered(ranks.world_size), sent.gathered(2)])
+        found[name] = {"gathered": gathered, "equal": equal}
+        reference.release()
+    policy = Setting(3).policy(folder / "models", ranks)
+    with Sent() as sent:
+        train_step(policy, batch)
+    found["policy"] = {size: sent.gathered(size) for size in (ranks.world_size, 2)}
+    found["groups"] = len(torch.distributed.distributed_c10d._world.pg_map)
+    found["parameters"] = sum(getattr(p, "ds_numel", 0) for p in policy.model.parameters())
+    return found
+
+
+def no_grad_forwards(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A whole run with a live reference: forwards of both models while it trains, without graph and with one."""
+    from dpo_dist.cli import training
+    from dpo_dist.config import load_config
+    from dpo_dist.trainer import Progress, Run
+
+    counts: dict[str, list[int]] = {}
+    train = training.train
+
+    def counted(run: Run, progress: Progress) -> None:
+        reference: Any = run.reference
+        for name, engine in (("policy", run.policy), ("reference", reference.engine)):
+            _count(engine, counts.setdefault(name, [0, 0]))
+        train(run, progress)
+
+    with mock.patch.object(training, "train", counted):
+        training.run_training(load_config(folder / "run.yaml"), folder / "cache")
+    return counts
+
+
+def _count(engine: TrainingEngine | InferenceEngine, counts: list[int]) -> None:
+    def note(*_: Any) -> None:
+        counts[torch.is_grad_enabled()] += 1
+
+    engine.model.register_forward_pre_hook(note)
+
+
+def main() -> None:
+    """Do one kind."""
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    with process_group(release=release_process_group) as ranks:
+        adopt_process_group()
+        seen = all_gather_json(globals()[kind](folder, ranks))
+        if ranks.is_first:
+            (folder / f"{kind}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

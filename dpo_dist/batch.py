@@ -118,6 +118,25 @@ def build_micro_batch(
     return parts.finish(is_filler=not examples)
 
 
+def build_layout(
+    q_lengths: Sequence[int], k_lengths: Sequence[int], kv_index: Sequence[int], num_tokens: int
+) -> AttentionLayout:
+    """The layout of segments that follow one another.
+
+    Args:
+        q_lengths, k_lengths: queries and keys of each segment.
+        kv_index: which token each key is, segment after segment; every token is at least one key.
+        num_tokens: that have keys.
+    """
+    return AttentionLayout(
+        cu_q=_cumulative(q_lengths),
+        cu_k=_cumulative(k_lengths),
+        q_lengths=tuple(q_lengths),
+        k_lengths=tuple(k_lengths),
+        **_gathering(kv_index, num_tokens),
+    )
+
+
 class RankWork:
     """One rank's share of a planned step, as micro-batches for the policy and bins for the reference.
 
@@ -207,13 +226,7 @@ class _Parts:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
 
     def finish(self, is_filler: bool) -> MicroBatch:
-        layout = AttentionLayout(
-            cu_q=_cumulative(self.q_lengths),
-            cu_k=_cumulative(self.k_lengths),
-            q_lengths=tuple(self.q_lengths),
-            k_lengths=tuple(self.k_lengths),
-            **_gathering(self.kv_index, len(self.ids)),
-        )
+        layout = build_layout(self.q_lengths, self.k_lengths, self.kv_index, len(self.ids))
         return MicroBatch(
             input_ids_T=_indices(self.ids),
             position_ids_T=_indices(self.positions),

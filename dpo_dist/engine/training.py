@@ -14,7 +14,7 @@ from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import shares
 from dpo_dist.engine.settings import initialize
-from dpo_dist.engine.whole import named_full_parameters
+from dpo_dist.engine.whole import announce_external_parameters, named_full_parameters
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
 
@@ -36,6 +36,7 @@ class TrainingEngine:
         self.ranks = ranks
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
         self.engine = initialize(model=model, optimizer=optimizer, config=config)
+        announce_external_parameters(model)
         self.device = torch.device(self.engine.device)
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
         self._computes_own_norm = replicated and not halved
@@ -52,6 +53,15 @@ class TrainingEngine:
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
         return self.engine(batch.to(self.device))
+
+    @torch.no_grad()
+    def reference_token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """The same of the reference that an adapted model holds (`ScoringModel.as_reference`), without gradient.
+
+        Without an adapter: the policy's own. Every rank must call it: ZeRO-3 gathers.
+        """
+        with self.model.as_reference():
+            return self.token_logps(batch)
 
     def completion_logps(self, batch: MicroBatch) -> Float[Tensor, " C"]:
         """log pi(completion | prompt) of every completion of the micro-batch, nats."""
@@ -111,6 +121,10 @@ class TrainingEngine:
         Every rank must iterate: ZeRO-3 gathers.
         """
         return named_full_parameters(self.model.model)
+
+    def named_adapter_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """What is trained of an adapted model, whole, one at a time, as above. Every rank must iterate."""
+        return named_full_parameters(self.model, lambda parameter: parameter.requires_grad)
 
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:

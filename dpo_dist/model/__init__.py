@@ -5,8 +5,15 @@ architecture.py  which architectures can be packed, which can share prompts
 fit.py           whether a folder's files fit its configuration
 slices.py        under ZeRO-3 every rank reads the slices it owns
 scoring.py       weights in memory, sharded as they are read, that answer with log-probabilities
+packed.py        what the decoder is handed: a micro-batch's tokens, and virtual ones
+adapted.py       an adapter inside a model, and the model without it
+adapters.py      put an adapter into a loaded model
+adapter_settings.py  PEFT's configuration of a new one, and whether it fits the model
+adapter_files.py     one that is on disk, and whether it is of this model
 """
 
+from dpo_dist.model.adapted import Adapter, base_name, external_parameters
+from dpo_dist.model.adapters import adapter_kind, attach_adapter, is_prompt_learning, require_adapter
 from dpo_dist.model.architecture import (
     PACKABLE_ROPE,
     SHARES_PROMPTS,
@@ -26,17 +33,24 @@ __all__ = [
     "PACKABLE_ROPE",
     "SHARES_PROMPTS",
     "WINDOW_IN_MASK",
+    "Adapter",
     "Fit",
     "ScoringModel",
+    "adapter_kind",
+    "attach_adapter",
     "attention_needs",
+    "base_name",
     "decide_sharing",
+    "external_parameters",
     "find_fit",
     "identity",
+    "is_prompt_learning",
     "load_config",
     "load_model",
     "logit_transform",
     "node_groups",
     "num_parameters",
+    "require_adapter",
     "resolve_folder",
     "sharded_loading",
 ]

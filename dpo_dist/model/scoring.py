@@ -4,7 +4,7 @@ T packed tokens   M scored tokens   D model dimension
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from dpo_dist.batch import AttentionLayout, MicroBatch
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
+from dpo_dist.model.adapted import Adapter
 from dpo_dist.model.architecture import logit_transform
 from dpo_dist.model.folder import first_line
+from dpo_dist.model.packed import as_packed
 from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,25 +48,36 @@ def sharded_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 class ScoringModel(nn.Module):
     """A causal language model that is asked for log-probabilities of a packed micro-batch, never for logits."""
 
-    has_adapter = False
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         model.set_output_embeddings(LogProbHead(_linear_head(model), logit_transform(model.config)))
+        self.adapter: Adapter | None = None
+
+    def adopt(self, adapter: Adapter) -> None:
+        """Train what PEFT has put into the model, and nothing else."""
+        self.adapter = adapter
+        if adapter.is_prompt_learning:
+            self.prompt_encoder = adapter.peft.prompt_encoder  # a module of ours, so that DeepSpeed sees its parameters
 
     def forward(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats, float32."""
-        batch.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
-        hidden_TD = self.model.get_decoder()(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,
-            dpo_layout=batch.layout,
-        ).last_hidden_state[0]
-        _require_reached(batch.layout, self.model.config)
+        packed = as_packed(batch) if self.adapter is None else self.adapter.pack(batch)
+        packed.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
+        decoder = self.model.get_decoder()
+        hidden_TD = decoder(**packed.inputs, use_cache=False, dpo_layout=packed.layout).last_hidden_state[0]
+        _require_reached(packed.layout, self.model.config)
         head: Any = self.model.get_output_embeddings()
-        return head(hidden_TD[batch.score_index_M], batch.target_ids_M)
+        return head(hidden_TD[packed.score_index_M], batch.target_ids_M)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, an adapted model answers as the reference: without its adapter, or with the frozen copy of it.
+
+        Without an adapter it changes nothing.
+        """
+        with nullcontext() if self.adapter is None else self.adapter.as_reference():
+            yield
 
     def export_config(self) -> PretrainedConfig:
         """The configuration as others should read it: dropout as it was, and nothing of ours in it."""

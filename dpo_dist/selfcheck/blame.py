@@ -34,7 +34,7 @@ def blame_reference(policy: TrainingEngine, reference: ModelReference, engines: 
     """The fault of a model that does not agree to the last bit; collective, equal on every rank."""
     if policy.dtype != reference.dtype:
         return [f"dtype: the policy computes in {policy.dtype}, the reference in {reference.dtype}"]
-    theirs = None if policy.model.has_adapter else reference.named_full_parameters()
+    theirs = None if policy.model.adapter is not None else reference.named_full_parameters()
     differing = None  # the first rank holds the whole weights
     for (name, mine), (_, its) in zip(policy.named_full_parameters(), theirs, strict=True) if theirs else ():
         if mine is not None and its is not None and differing is None and not torch.equal(mine, its):

@@ -1,0 +1,106 @@
+"""An adapter that PEFT has put into a model: what the policy adds, and how the model answers without it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from dpo_dist.batch import MicroBatch
+from dpo_dist.model.packed import Packed, as_packed, with_virtual_embeddings, with_virtual_keys
+
+POLICY, REFERENCE = "default", "reference"  # PEFT's names of the adapter that is trained, and of its frozen copy
+
+
+@dataclass
+class Adapter:
+    """PEFT's model around the language model, which keeps its place: PEFT replaces layers inside of it."""
+
+    peft: PeftModel
+    kind: str  # as `adapter.peft_type`
+    base_model: str  # what the user wrote
+    has_copy: bool  # the reference is a frozen copy of the adapter, not the bare model
+    answers: str | None = POLICY  # which adapter acts; None: none
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether it adds virtual tokens, and leaves layers alone."""
+        return bool(self.config.is_prompt_learning)
+
+    @property
+    def config(self) -> Any:
+        """PEFT's configuration of the trained adapter."""
+        return self.peft.peft_config[POLICY]
+
+    def pack(self, batch: MicroBatch) -> Packed:
+        """What the decoder is handed."""
+        if not self.is_prompt_learning or self.answers is None:
+            return as_packed(batch)
+        if self.kind == "prefix_tuning":
+            return with_virtual_keys(batch, self.config.num_virtual_tokens, self.peft.get_prompt(batch_size=1))
+        embed: Any = self.peft.get_base_model().get_input_embeddings()
+        return with_virtual_embeddings(batch, embed(batch.input_ids_T), self.peft.get_prompt(batch_size=1)[0])
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, no adapter acts, or the frozen copy does.
+
+        PEFT's own switches also set `requires_grad` of what they switch, which a running engine relies on. So its flags
+        are set here, and it is asked whether it has understood.
+        """
+        layers = [module for module in self.peft.modules() if isinstance(module, _SWITCHED)]
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+        answers, active = self.answers, self.peft.active_adapter
+        try:
+            self.answers = REFERENCE if self.has_copy else None
+            if self.has_copy:
+                self.peft.active_adapter = REFERENCE
+            for layer in layers:
+                _switch(layer, self.has_copy)
+            yield
+        finally:
+            self.answers, self.peft.active_adapter = answers, active
+            for layer, (disabled, name) in zip(layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = disabled, name
+
+
+_SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def _switch(layer: Any, to_copy: bool) -> None:
+    if to_copy:
+        layer._active_adapter = [REFERENCE]
+        assert layer.active_adapters == [REFERENCE] and not layer.disable_adapters, type(layer)
+    else:
+        layer._disable_adapters = True
+        assert layer.disable_adapters, type(layer)
+
+
+def base_name(name: str) -> str | None:
+    """The name that a parameter of an adapted model has in the bare model; None if it belongs to the adapter."""
+    parts = name.split(".")
+    if "modules_to_save" in parts or "prompt_encoder" in parts or any(part.startswith("lora_") for part in parts):
+        return None
+    if "ranknum" in parts:
+        return None
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Modules of PEFT that compute with a parameter which is another module's own.
+
+    ZeRO-3 gathers for a module what is the module's own, and has to be told about these.
+    """
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for child in module.children():
+            if isinstance(child, nn.ParameterDict):  # AdaLoRA's matrices; such a module is never called itself
+                yield from ((module, parameter) for parameter in child.values())
+        for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():  # DoRA
+            yield magnitudes, module.get_base_layer().weight
+            yield magnitudes, module.lora_A[name].weight

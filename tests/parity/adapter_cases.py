@@ -1,0 +1,129 @@
+"""What the adapter tests train: a tiny model, a few examples, and every kind of adapter."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dpo_dist.config import AdapterConfig
+from dpo_dist.data import Pair
+from dpo_dist.tokenization import TokenizedExample
+
+SEED, BETA, STEPS, EXAMPLES = 7, 0.3, 5, 4
+LEARNING_RATE, WEIGHT_DECAY, MAX_NORM, EPSILON = 5e-3, 0.01, 1.0, 1e-5
+VOCABULARY = 67
+TASK = {"task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of adapter, as the package is told and as PEFT is told."""
+
+    adapter: dict[str, Any]
+    peft: Any  # makes PEFT's configuration
+    tied: bool = False
+    max_norm: float = MAX_NORM
+    own: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> AdapterConfig:
+        return AdapterConfig(**self.adapter)
+
+    @property
+    def base(self) -> str:
+        return "tied" if self.tied else "base"
+
+
+LORA: dict[str, Any] = {"peft_type": "lora", "lora_r": 3, "lora_alpha": 5}
+PLAIN_LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **TASK}
+ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5}
+
+CASES = {
+    "lora": Case(LORA, lambda: LoraConfig(**PLAIN_LORA)),
+    "rslora": Case(LORA | {"use_rslora": True}, lambda: LoraConfig(**PLAIN_LORA, use_rslora=True)),
+    "dora": Case(LORA | {"use_dora": True}, lambda: LoraConfig(**PLAIN_LORA, use_dora=True)),
+    "saved_modules": Case(
+        LORA
+        | {"lora_modules_to_save": ["embed_tokens", "lm_head", "norm"], "lora_target_modules": ["q_proj", "up_proj"]},
+        lambda: LoraConfig(
+            **PLAIN_LORA | {"target_modules": ["q_proj", "up_proj"]},
+            modules_to_save=["embed_tokens", "lm_head", "norm"],
+        ),
+    ),
+    "tied_embedding": Case(
+        LORA | {"lora_modules_to_save": ["embed_tokens"], "lora_target_modules": ["v_proj"]},
+        lambda: LoraConfig(**PLAIN_LORA | {"target_modules": ["v_proj"]}, modules_to_save=["embed_tokens"]),
+        tied=True,
+    ),
+    "tied_both": Case(
+        LORA | {"lora_modules_to_save": ["embed_tokens", "lm_head"], "lora_target_modules": ["v_proj"]},
+        lambda: LoraConfig(**PLAIN_LORA | {"target_modules": ["v_proj"]}, modules_to_save=["embed_tokens", "lm_head"]),
+        tied=True,
+    ),
+    "adalora": Case(
+        {"peft_type": "adalora", "lora_alpha": 5, **ADALORA},
+        lambda: AdaLoraConfig(lora_alpha=5, target_modules="all-linear", total_step=STEPS, **ADALORA, **TASK),
+    ),
+    "prefix_tuning": Case(
+        {"peft_type": "prefix_tuning", "num_virtual_tokens": 3},
+        lambda: PrefixTuningConfig(num_virtual_tokens=3, **TASK),
+    ),
+    "prompt_tuning": Case(
+        {"peft_type": "prompt_tuning", "num_virtual_tokens": 3},
+        lambda: PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB", **TASK),
+    ),
+    "p_tuning": Case(
+        {"peft_type": "p_tuning", "num_virtual_tokens": 3, "encoder_hidden_size": 11},
+        lambda: PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=11, encoder_dropout=0.0, **TASK),
+    ),
+}
+NO_MERGE = ("prefix_tuning", "prompt_tuning", "p_tuning")
+
+
+def save_base(folder: Path, tied: bool) -> Path:
+    """Two layers, four query heads on two key/value heads, sizes that two ranks have to pad."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=20,
+        intermediate_size=33,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        tie_word_embeddings=tied,
+        initializer_range=0.25,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def examples_of_step(step: int) -> list[TokenizedExample]:
+    """Short examples; one with three completions and two pairs."""
+    generator = random.Random(step)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(VOCABULARY) for _ in range(generator.randint(low, high)))
+
+    examples = []
+    for number in range(EXAMPLES):
+        count = 3 if number == 1 else 2
+        pairs = tuple(Pair(k, k + 1) for k in range(count - 1))
+        completions = tuple(ids(1, 6) for _ in range(count))
+        examples.append(TokenizedExample(ids(2, 6), completions, pairs, f"step{step}:{number}"))
+    return examples
+
+
+def pairs_of_step(step: int) -> int:
+    return sum(len(example.pairs) for example in examples_of_step(step))
+
+
+def steps() -> Iterator[list[TokenizedExample]]:
+    for step in range(STEPS):
+        yield examples_of_step(step)

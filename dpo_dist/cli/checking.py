@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.checkpoint import CheckpointStore
-from dpo_dist.cli.prepare import Prepared, counted, prepare, remarks
+from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, prepare, remarks
 from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import find_start
+from dpo_dist.cli.sources import Choice, find_source
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
@@ -25,8 +26,11 @@ def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
     # As one of the run's ranks would see it; nothing is changed, for the run may be training at this moment.
     ranks = Ranks(0, world_size, 0, torch.device("cpu"))
     start = find_start(prepared, CheckpointStore(Path(config.train.output_dir), ranks), look_only=True)
+    choice = find_source(prepared, ranks, cache_dir)
+    if choice.cache is not None:
+        choice.cache.require_writable()
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    _print_model(console, prepared)
+    _print_model(console, prepared, choice)
     for name, dataset in {"data.train": prepared.dataset, **prepared.evaluation_sets}.items():
         _print_data(console, name, dataset)
     _print_sample(console, prepared)
@@ -36,12 +40,15 @@ def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
     console.print("the configuration can be trained", style="bold")
 
 
-def _print_model(console: Console, prepared: Prepared) -> None:
+def _print_model(console: Console, prepared: Prepared, choice: Choice) -> None:
     kernel, kernel_reason = prepared.attention
     shared, sharing_reason = prepared.sharing
-    reference = "the policy's starting weights" if prepared.same_weights else str(prepared.reference_folder)
+    reference = "the policy's starting weights" if prepared.same_base else str(prepared.reference_folder)
     console.print(f"model              {prepared.model_folder} ({prepared.model_config.model_type})")
-    console.print(f"reference          {reference}")
+    console.print(f"reference          {reference if choice.source != 'none' else 'none'}")
+    console.print(f"reference source   {choice.text}")
+    if prepared.config.adapter.is_used:
+        console.print(f"adapter            {describe_adapter(prepared)}")
     console.print(f"dtype              {prepared.config.model.dtype}")
     console.print(f"attention kernel   {kernel}: {kernel_reason}")
     console.print(f"prefix sharing     {'on' if shared else 'off'}: {sharing_reason}")

@@ -11,11 +11,23 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
-from dpo_dist.config import PROMPT_LEARNING, DataSource, RunConfig, load_deepspeed
+from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ConfigError, ModelError
-from dpo_dist.model import DTYPES, attention_needs, decide_sharing, find_fit, identity, load_config, resolve_folder
+from dpo_dist.model import (
+    DTYPES,
+    adapter_identity,
+    adapter_kind,
+    attention_needs,
+    decide_sharing,
+    find_fit,
+    identity,
+    is_prompt_learning,
+    load_config,
+    require_adapter,
+    resolve_folder,
+)
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, repeated_data
@@ -64,7 +76,7 @@ class Prepared:
             return "reference differs"
         if self.reference_dtype != self.dtype:
             return "the reference computes in another dtype"
-        if self.config.adapter.peft_type in PROMPT_LEARNING:
+        if self.config.adapter.peft_type is not None and is_prompt_learning(self.config.adapter):
             return "new virtual tokens change the policy"
         return ""
 
@@ -76,11 +88,16 @@ class Prepared:
         adapter = self.config.adapter
         parts = [identity(self.reference_folder)]
         if adapter.adapter_name_or_path is not None and self.same_base:
-            parts.append(identity(Path(adapter.adapter_name_or_path)))
+            parts.append(adapter_identity(Path(adapter.adapter_name_or_path)))
         if adapter.load_in_4bit and self.same_base:
             nested = "-nested" if adapter.use_bnb_nested_quant else ""
             parts.append(f"{adapter.bnb_4bit_quant_type}{nested}")
         return "+".join(parts)
+
+    @property
+    def allocation_steps(self) -> int | None:
+        """Updates over which AdaLoRA allocates its ranks."""
+        return _allocation_steps(self.config)
 
     @property
     def num_steps(self) -> int:
@@ -123,8 +140,8 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         for one, its_dtype in ((model_config, dtype), (reference_config, reference_dtype))
     ]
     sharing = decide_sharing(model_config, model.prefix_sharing)
-    if config.adapter.peft_type in PROMPT_LEARNING:
-        sharing = False, f"{config.adapter.peft_type} runs one completion per row, its virtual tokens before each"
+    if is_prompt_learning(config.adapter):
+        sharing = False, f"{adapter_kind(config.adapter)} puts its virtual tokens before each completion's own prompt"
     decide_sharing(reference_config, "auto")
     if model_config.vocab_size != reference_config.vocab_size:
         raise ModelError(
@@ -136,6 +153,10 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     if reference_folder != model_folder:
         unused.append(_unused_weights(reference_folder, reference_config, key, model.trust_remote_code))
     tokenizer = _tokenizer(config, model_folder, cache_dir)
+    require_adapter(
+        config.adapter, model_config, model.gradient_checkpointing, model.trust_remote_code,
+        _allocation_steps(config), tokenizer.path,
+    )  # fmt: skip
     dataset = _dataset(config, config.data.train, tokenizer, model_config, cache_dir, "data.train", 0)
     names = config.data.evaluation_names
     evaluation_sets = {
@@ -157,6 +178,10 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
 def this_device() -> torch.device:
     """Where a run on this machine computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _allocation_steps(config: RunConfig) -> int | None:
+    return config.adapter.total_step or config.train.max_steps
 
 
 def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
@@ -206,6 +231,15 @@ def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
         "the reference's weights": prepared.reference_identity,
         "the first step's plan": plan.fingerprint,
     }
+
+
+def describe_adapter(prepared: Prepared) -> str:
+    """What is trained instead of all weights, for people."""
+    adapter, kind = prepared.config.adapter, adapter_kind(prepared.config.adapter)
+    if adapter.adapter_name_or_path is not None:
+        return f"{kind}, going on from {adapter.adapter_name_or_path}; a frozen copy of it is the reference"
+    quantised = f", frozen weights in 4 bits ({adapter.bnb_4bit_quant_type})" if adapter.load_in_4bit else ""
+    return f"{kind}{quantised}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -26,14 +26,12 @@ from dpo_dist.reference import (
     Situation,
     Source,
     choose_source,
+    numerics_of,
     open_cache,
 )
-from dpo_dist.selfcheck import NOISE_PER_SQRT_TOKEN
+from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
 
 logger = logging.getLogger(__name__)
-
-# Counts whenever a change makes this program compute other log-probabilities than before, beyond rounding.
-NUMERICS = 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
     engine = reference_engine(prepared, ranks)
     packer = prepared.packer(ranks.world_size)
     if cache.num_missing:
-        cache.fill(engine, packer, _progress(cache.num_missing, ranks))
+        cache.fill(engine, packer, _progress(ranks))
     if rows:
         cache.verify(engine, packer, rows, NOISE_PER_SQRT_TOKEN[engine.dtype])
         if ranks.is_first:
@@ -174,9 +172,9 @@ def require_reference(config: RunConfig) -> None:
 
 
 def _kind(prepared: Prepared) -> tuple[str, str]:
-    """What besides the weights decides a stored value: number format; version of the arithmetic and kernel."""
+    """What besides the weights decides a stored value: number format; arithmetic and kernel."""
     dtype = prepared.config.reference.dtype or prepared.config.model.dtype
-    return dtype, f"{NUMERICS}-{prepared.reference_attention[0]}"
+    return dtype, numerics_of(prepared.reference_attention[0])
 
 
 def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -> Situation:
@@ -228,16 +226,16 @@ def _device_gib(ranks: Ranks) -> float | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / ranks.ranks_per_node
 
 
-def _progress(total: int, ranks: Ranks) -> Callable[[int], None] | None:
+def _progress(ranks: Ranks) -> Callable[[int, int], None] | None:
+    """Ten lines at most, whatever there is to compute."""
     if not ranks.is_first:
         return None
-    steps = {round(total * tenth / 10) for tenth in range(1, 11)}
-    shown: set[int] = set()
+    tenths = [0]
 
-    def show(done: int) -> None:
-        passed = {step for step in steps if step <= done} - shown
-        if passed:
-            shown.update(passed)
+    def show(done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if tenth > tenths[0]:
+            tenths[0] = tenth
             logger.info("reference cache: %d of %d values computed", done, total)
 
     return show

@@ -13,7 +13,7 @@ import transformers
 from dpo_dist import attention, losses
 from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
-from dpo_dist.cli.prepare import Prepared, counted, facts, prepare, remarks
+from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, facts, prepare, remarks
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import Start, find_start
@@ -227,6 +227,8 @@ def _announce(prepared: Prepared, plan: StepPlan, ranks: Ranks) -> None:
     logger.info("%s, ZeRO stage %d, %s", where, stage, prepared.config.model.dtype)
     logger.info("attention kernel %s: %s", kernel, kernel_reason)
     logger.info("prompts are computed %s: %s", "once" if shared else "once per completion", sharing_reason)
+    if prepared.config.adapter.is_used:
+        logger.info("adapter: %s", describe_adapter(prepared))
     disabled = prepared.model_config.disabled_dropout
     logger.info("dropout is off%s", f" (the model had {disabled})" if disabled else "")
     examples, steps = counted(len(prepared.dataset), "example"), counted(prepared.num_steps, "step")

@@ -24,7 +24,7 @@ from dpo_dist.model.architecture import (
     logit_transform,
 )
 from dpo_dist.model.fit import Fit, find_fit
-from dpo_dist.model.folder import identity, num_parameters, resolve_folder
+from dpo_dist.model.folder import adapter_identity, identity, num_parameters, resolve_folder
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
 from dpo_dist.model.slices import node_groups
 
@@ -36,6 +36,7 @@ __all__ = [
     "Adapter",
     "Fit",
     "ScoringModel",
+    "adapter_identity",
     "adapter_kind",
     "attach_adapter",
     "attention_needs",

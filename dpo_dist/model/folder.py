@@ -110,6 +110,14 @@ def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
         digest.update(file.read(min(_SAMPLED_BYTES, end - begin)))
 
 
+def adapter_identity(folder: Path) -> str:
+    """The same of an adapter: its tensors, and what its configuration makes of them."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
+        settings.pop(name, None)
+    return hashlib.sha256((identity(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()[:16]
+
+
 def num_parameters(folder: Path) -> int:
     """Elements of all tensors in a folder's weight files, from their headers."""
     total = 0

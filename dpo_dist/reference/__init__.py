@@ -1,12 +1,12 @@
 """log pi_ref: from a live sharded engine, from the policy with its adapters off, from a cache, or not at all.
 
-    source.py       what every source answers
-    live.py         a second, sharded engine in the same step
-    sync.py         one that follows the policy
-    saved.py        its weights in a checkpoint
-    adapter_off.py  the policy with its adapters switched off
-    absent.py       no reference
-    choice.py       which of them is the cheapest exact one for a run
+source.py       what every source answers
+live.py         a second, sharded engine in the same step
+sync.py         one that follows the policy
+saved.py        its weights in a checkpoint
+adapter_off.py  the policy with its adapters switched off
+absent.py       no reference
+choice.py       which of them is the cheapest exact one for a run
 """
 
 from dpo_dist.reference.absent import NoReference

@@ -953,7 +953,7 @@ ADALORA = "adapter.peft_type=adalora"
         (
             ["adapter.peft_type=p_tuning", "model.prefix_sharing=on"],
             "model.prefix_sharing=on",
-            "one completion per row",
+            "own prompt",
             "use auto",
         ),
         (

@@ -21,19 +21,10 @@ from dpo_dist.distributed import all_gather_json, broadcast_json, require_agreem
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError
 from dpo_dist.losses import PairLoss, at_equality
+from dpo_dist.noise import NOISE_PER_SQRT_TOKEN, RMS_LIMIT, describe, honest, is_rounding, rms
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import LiveReference
-from dpo_dist.selfcheck.noise import (
-    NOISE_PER_SQRT_TOKEN,
-    RMS_LIMIT,
-    compare,
-    describe,
-    excess_of,
-    gather,
-    honest,
-    is_rounding,
-    rms,
-)
+from dpo_dist.selfcheck.comparison import compare, excess_of, gather
 from dpo_dist.tokenization import TokenizedExample
 
 

@@ -1,4 +1,4 @@
-"""How far honest layouts of the same examples differ: the numbers behind the bounds of `dpo_dist/selfcheck/noise.py`.
+"""How far honest layouts of the same examples differ: the numbers behind the bounds of `dpo_dist/noise.py`.
 
     python benchmarks/selfcheck_noise.py CONFIG DTYPE NUM_EXAMPLES [section.key=value ...]
 

@@ -145,10 +145,17 @@ class RankWork:
         rank: whose share.
         dataset: indexed by the rows the plan names.
         share_prompts: compute each prompt once, or once per completion.
+
+    Attributes:
+        rows: of the data set, of the rank's examples; their completions, one row after another, are in the order of
+            `MicroBatch.completion_index_C`.
+        num_completions: of all these rows.
     """
 
     def __init__(self, plan: StepPlan, rank: int, dataset: Examples, share_prompts: bool) -> None:
         self._plan, self._rank, self.share_prompts = plan, rank, share_prompts
+        self.dataset = dataset
+        self.rows = tuple(plan.examples[position] for position in plan.examples_of_rank(rank))
         self._examples: dict[int, TokenizedExample] = {}
         self._offsets: dict[int, int] = {}
         self.num_completions = 0

@@ -146,6 +146,29 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def join_over_ranks(parts: Tensor, first_rank_only: bool = False) -> None:
+    """Put together, in place, a CPU tensor of which every rank has some elements, and 0 for those of the others.
+
+    Exact in any precision: a value only ever meets zeros.
+
+    Args:
+        parts: the same shape on every rank.
+        first_rank_only: the others' tensors are undefined afterwards, and less is sent.
+    """
+    if not dist.is_initialized():
+        return
+    if first_rank_only:
+        dist.reduce(parts, dst=0)
+    else:
+        dist.all_reduce(parts)
+
+
+def broadcast_tensor(values: Tensor) -> None:
+    """Overwrite a CPU tensor with the first rank's, of the same shape and dtype."""
+    if dist.is_initialized():
+        dist.broadcast(values, src=0)
+
+
 def all_gather_json(value: Any) -> list[Any]:
     """Every rank's JSON value, in rank order."""
     if not dist.is_initialized():
@@ -186,6 +209,17 @@ def raise_together(error: Exception | None) -> None:
         if isinstance(kind, type) and issubclass(kind, DpoDistError):
             raise kind(message)
         raise RuntimeError(f"rank {rank} failed: {name}: {message}")
+
+
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """An error inside is raised on every rank; see `raise_together`."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    raise_together(error)
 
 
 def require_agreement(what: str, value: str) -> None:

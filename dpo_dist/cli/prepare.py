@@ -14,7 +14,7 @@ from dpo_dist.attention import choose_backend
 from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
-from dpo_dist.errors import ConfigError, ModelError
+from dpo_dist.errors import ModelError
 from dpo_dist.model import (
     DTYPES,
     adapter_identity,

@@ -16,6 +16,7 @@ from dpo_dist.distributed import Ranks
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import attach_adapter, load_model, num_parameters
+from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
 from dpo_dist.reference import (
     AdapterOffReference,
     CacheIdentity,
@@ -29,7 +30,6 @@ from dpo_dist.reference import (
     numerics_of,
     open_cache,
 )
-from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
 
 logger = logging.getLogger(__name__)
 

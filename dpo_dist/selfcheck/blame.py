@@ -9,8 +9,8 @@ from torch import Tensor
 from dpo_dist.distributed import all_gather_json, broadcast_json
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError
+from dpo_dist.noise import describe, is_rounding
 from dpo_dist.reference import ModelReference
-from dpo_dist.selfcheck.noise import describe, is_rounding
 
 
 def blame_weights(logps: Mapping[str, Float[Tensor, " C"]]) -> list[str]:

@@ -21,6 +21,7 @@ from dpo_dist.distributed import all_gather_json, require_agreement
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError
 from dpo_dist.losses import PairLoss, at_equality
+from dpo_dist.noise import NOISE_PER_SQRT_TOKEN, RMS_LIMIT, honest, rms
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import ModelReference, Reference
 from dpo_dist.selfcheck.blame import (
@@ -31,15 +32,7 @@ from dpo_dist.selfcheck.blame import (
     blame_weights,
     raise_first,
 )
-from dpo_dist.selfcheck.noise import (
-    NOISE_PER_SQRT_TOKEN,
-    RMS_LIMIT,
-    compare,
-    excess_of,
-    gather,
-    honest,
-    rms,
-)
+from dpo_dist.selfcheck.comparison import compare, excess_of, gather
 from dpo_dist.tokenization import TokenizedExample
 
 

@@ -6,7 +6,7 @@ copy in the page cache.
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -44,6 +44,17 @@ class RaggedLengths(Sequence[tuple[int, ...]]):
             return [self[position] for position in range(*index.indices(len(self)))]
         position = range(len(self))[index]
         return tuple(self.flat[self.starts[position] : self.starts[position + 1]].tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class IdColumns:
+    """Token ids of consecutive examples as they lie in the file: flat int32 arrays, and where each part begins."""
+
+    prompt_ids: np.ndarray
+    prompt_starts: np.ndarray  # of every example, and the end
+    completion_ids: np.ndarray
+    completion_starts: np.ndarray  # of every completion, and the end
+    first_completion: np.ndarray  # of every example, counted from that of the first; and their number
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,18 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             pairs=self.pairs_of(index),
             source=batch.column("source")[row].as_py(),
         )
+
+    def id_columns(self) -> Iterator[IdColumns]:
+        """The ids of all examples, in order, some at a time; nothing is copied."""
+        for batch in self._batches:
+            prompts, examples = batch.column("prompt_ids"), batch.column("completion_ids")
+            yield IdColumns(
+                prompt_ids=prompts.values.to_numpy(),
+                prompt_starts=prompts.offsets.to_numpy(),
+                completion_ids=examples.values.values.to_numpy(),
+                completion_starts=examples.values.offsets.to_numpy(),
+                first_completion=examples.offsets.to_numpy(),
+            )
 
     def pairs_of(self, index: int) -> tuple[Pair, ...]:
         """The preference pairs of one example."""

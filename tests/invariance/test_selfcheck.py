@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dpo_dist.batch import RankWork
 from dpo_dist.errors import NumericsError
+from dpo_dist.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from dpo_dist.selfcheck import check_first_loss
 from dpo_dist.selfcheck.blame import blame_layout
-from dpo_dist.selfcheck.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from tests.invariance import selfcheck_case as faults
 from tests.invariance.selfcheck_case import Case, builds_wrongly, nudge_one_matrix, save_model
 from tests.launching import launch, succeeded

@@ -104,7 +104,7 @@ def source_rules(config: RunConfig) -> Iterator[Broken]:
         yield (
             ("model", "prefix_sharing"),
             (("adapter", "peft_type"),),
-            f"cannot go with adapter.peft_type={adapter.peft_type}, whose virtual tokens stand before each completion's own prompt; use auto",
+            "cannot go with virtual tokens, which stand before each completion's own prompt; use auto",
         )
 
 

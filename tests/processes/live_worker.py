@@ -4,6 +4,7 @@ KIND is a function of this file. `FOLDER/models` holds the two models. What was 
 rank (`<kind>.json`: a list of what each rank saw) for pytest to judge; nothing is asserted about it here.
 """
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -15,11 +16,18 @@ from jaxtyping import install_import_hook
 with install_import_hook("dpo_dist", "beartype.beartype"):
     import torch
     from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from benchmarks.loading.worker import own_bytes
+    from dpo_dist.attention import register
+    from dpo_dist.batch import RankWork
     from dpo_dist.distributed import Ranks, all_gather_json, process_group
     from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
-    from dpo_dist.reference import ReferenceSync, load_reference, save_reference
-    from tests.processes.live_engines import Sent, Setting, batch_of, train_step, whole
+    from dpo_dist.model import ScoringModel, sharded_loading
+    from dpo_dist.packing import ExampleSize, Packer
+    from dpo_dist.reference import LiveReference, ReferenceSync, load_reference, save_reference
+    from tests.parity.oracle import random_example
+    from tests.processes.live_engines import Sent, Setting, batch_of, live_bytes, plain_model, train_step, whole
 
 BIG = 1_000_000
 SYNC = {
@@ -117,12 +125,130 @@ def nodes(folder: Path, ranks: Ranks) -> dict[str, Any]:
     with Sent() as sent:
         train_step(policy, batch)
     found["policy"] = {size: sent.gathered(size) for size in (ranks.world_size, 2)}
-    found["groups"] = len(torch.distributed.distributed_c10d._world.pg_map)
+    found["group_sizes"] = [group.size() for group in torch.distributed.distributed_c10d._world.pg_map]
     found["parameters"] = sum(getattr(p, "ds_numel", 0) for p in policy.model.parameters())
     return found
 
 
-def no_grad_forwards(folder: Path, ranks: Ranks) -> dict[str, Any]:
+def memory(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What a reference holds of its own, at the stages at which it is whole or in slices."""
+    return {str(stage): _held(stage, folder, ranks) for stage in (0, 3)}
+
+
+def _held(stage: int, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    setting = Setting(stage, zero={"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    work = _work(ranks)
+    policy_alone = _one_step(setting.policy(folder / "models", ranks), work)
+    _one_answer(setting, folder, work, ranks)  # what is made once in a process is made
+    before = live_bytes()
+    reference = setting.reference(folder / "models", ranks)
+    parameters: list[Any] = list(reference.model.parameters())
+    held: dict[str, Any] = {
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        "tensors": len(parameters),
+        "engine_bytes": live_bytes() - before,
+        "asked": [],
+    }
+    live = LiveReference(reference)
+    for _ in range(FORWARDS):
+        start = live_bytes()
+        answer = live.completion_logps(work)
+        held["asked"].append([start, live_bytes(), answer.untyped_storage().nbytes()])
+        held["facts"] = _facts(reference, answer)
+        del answer
+    held["engine_bytes_after_asking"] = live_bytes() - before
+    held["with_a_graph"] = _bytes_of_a_graph(work)
+    held["released_bytes"], held["given_back"] = -before, live_bytes()
+    reference.release()
+    held["released_bytes"] += live_bytes()
+    held["given_back"] -= live_bytes()
+    try:
+        live.completion_logps(work)
+    except AssertionError as error:
+        held["asked_when_released"] = str(error)
+    held["policy_alone"], held["policy_after"] = policy_alone, _one_step(setting.policy(folder / "models", ranks), work)
+    return held | _resident(setting, ranks)
+
+
+def _work(ranks: Ranks) -> RankWork:
+    examples = [random_example(i, 20, [30, 25]) for i in range(6)]
+    sizes = [ExampleSize(len(e.prompt_ids), tuple(map(len, e.completion_ids)), e.pairs) for e in examples]
+    plan = Packer(ranks.world_size, 100, 200, True).plan(0, range(len(examples)), sizes)
+    return RankWork(plan, ranks.rank, examples, share_prompts=True)
+
+
+def _one_answer(setting: Setting, folder: Path, work: RankWork, ranks: Ranks) -> None:
+    reference = setting.reference(folder / "models", ranks)
+    LiveReference(reference).completion_logps(work)
+    reference.release()
+
+
+def _one_step(policy: TrainingEngine, work: RankWork) -> list[float]:
+    """Log-probabilities of the first micro-batch before an update and after it."""
+    found = []
+    for _ in range(2):
+        batches = work.micro_batches()
+        found += policy.completion_logps(batches[0]).tolist()
+        train_step(policy, batches[0])
+    return found
+
+
+def _facts(reference: InferenceEngine, answer: torch.Tensor) -> dict[str, Any]:
+    parameters = list(reference.model.parameters())
+    optimizer = reference.engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return {
+        "with_grad": sum(p.grad is not None for p in parameters),
+        "requires_grad": sum(p.requires_grad for p in parameters),
+        "grad_fn": int(answer.requires_grad or answer.grad_fn is not None),
+        "optimizer_state": len(getattr(inner, "state", {})),
+        "training": any(module.training for module in reference.model.modules()),
+    }
+
+
+def _bytes_of_a_graph(work: RankWork) -> int:
+    """What one forward of the plain model keeps for a backward, as far as autograd saves tensors."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # an output that is saved as itself would keep itself alive
+
+    model = ScoringModel(plain_model({}, torch.float32))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = model(work.reference_bins()[0])
+    return sum(saved.values()) if kept.requires_grad else 0
+
+
+def _resident(setting: Setting, ranks: Ranks) -> dict[str, int]:
+    """What the process holds less, by the system's count, when a model of 60 MB is released."""
+    config = LlamaConfig(
+        vocab_size=16000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    settings = setting.reference_config(ranks)
+    torch.manual_seed(0)
+    with sharded_loading(settings):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=register("sdpa"), dtype=torch.float32)
+    reference = InferenceEngine(ScoringModel(model), settings)
+    for parameter in model.parameters():
+        getattr(parameter, "ds_tensor", parameter.data).fill_(0.5)  # what nobody wrote to takes no memory
+    size = sum(4 * share.numel() for _, share in reference.named_shares())
+    before = _resident_now()
+    reference.release()
+    return {"resident_size": size, "resident_given_back": before - _resident_now()}
+
+
+def _resident_now() -> int:
+    ctypes.CDLL(None).malloc_trim(0)  # the C library keeps small pieces that were freed, to hand them out again
+    return own_bytes()
+
+
+def forwards_of_a_run(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """A whole run with a live reference: forwards of both models while it trains, without graph and with one."""
     from dpo_dist.cli import training
     from dpo_dist.config import load_config

@@ -1,4 +1,4 @@
-"""What the options of the live reference make of DeepSpeed's configuration, and that DeepSpeed follows, on real ranks."""
+"""What the options of the live reference make of DeepSpeed's configuration, and that DeepSpeed does as it says."""
 
 import json
 from pathlib import Path
@@ -144,4 +144,4 @@ def test_after_the_first_forward_nothing_is_gathered_across_groups(nodes: list[d
 def test_the_groups_are_the_references_alone_and_made_once(nodes: list[dict[str, Any]]) -> None:
     for rank in nodes:
         assert rank["policy"]["4"] >= 2 * rank["parameters"] and rank["policy"]["2"] == 0
-        assert rank["groups"] == 2  # the run's, and the two ranks' that this one is in
+        assert sorted(rank["group_sizes"])[0:2] == [2, 4]  # one of two, though there were five such references

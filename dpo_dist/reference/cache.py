@@ -188,7 +188,7 @@ class ReferenceCache:
         while True:
             with raising_together():
                 if self._store is not None:
-                    lock = self._store.try_lock(_WAIT_S if said else 0)
+                    lock = self._store.try_lock(_WAIT_S if said else 0.0)
             # In turns, so that no rank waits in a collective for longer than it may.
             if broadcast_json(lock is not None):
                 return lock

@@ -201,24 +201,28 @@ class PartWriter:
     """One new part; what `append` has returned from is on the device."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")  # never what another process has begun
+        # Never what another process has begun; unbuffered, so that nothing is written behind an error's back.
+        self._file = path.open("xb", buffering=0)
         try:
-            self._stream = pa.ipc.new_stream(self._file, SCHEMA)
+            self._write(SCHEMA.serialize())
             sync(path.parent)
         except BaseException:
             self._file.close()
             raise
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Add rows and wait until they are durable."""
-        self._stream.write_batch(batch)
-        self._file.flush()
+        """Add rows and wait until they are durable; after an error nothing more can be added."""
+        self._write(batch.serialize())
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """End the part, whether or not all went well: a reader needs no end mark."""
-        with suppress(OSError):  # of a full disk, that `append` has reported
-            self._file.close()
+        self._file.close()
+
+    def _write(self, message: pa.Buffer) -> None:
+        rest = memoryview(message)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
 
 def first_of_each(keys: UInt64[np.ndarray, "N 2"], among: Bool[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:

@@ -90,6 +90,7 @@ class RankAllocation:
         if number == last:
             self._allocator.reset_ipt()
 
+    @torch.enable_grad()
     def _penalty_gradients(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """d / d p of orth_reg_weight * the mean over all A and B of |A A^T - 1| and |B^T B - 1| (Frobenius)."""
         vectors = {
@@ -103,8 +104,7 @@ class RankAllocation:
         for name, p in vectors.items():
             square = p @ p.T if "lora_A" in name else p.T @ p
             terms.append(torch.linalg.norm(square - torch.eye(len(square), device=p.device)))
-        with torch.enable_grad():
-            penalty = self.settings.orth_reg_weight * torch.stack(terms).mean()
+        penalty = self.settings.orth_reg_weight * torch.stack(terms).mean()
         self.penalty = float(penalty)
         return dict(zip(vectors, torch.autograd.grad(penalty, list(vectors.values())), strict=True))
 

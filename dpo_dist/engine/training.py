@@ -15,6 +15,7 @@ from dpo_dist.distributed import Ranks
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import announce_external_parameters, named_full_parameters
+from dpo_dist.errors import ConfigError
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
 
@@ -41,8 +42,12 @@ class TrainingEngine:
         self.max_grad_norm = train.max_grad_norm
         self.allocation: RankAllocation | None = None
         if model.adapter is not None and model.adapter.kind == "adalora":
+            if self.dtype == torch.float16:
+                raise ConfigError(
+                    "adapter.peft_type=adalora does not go with model.dtype=float16, whose gradients are scaled; use "
+                    "bfloat16 or float32"
+                )
             self.allocation = RankAllocation(model.adapter, model.model)
-        self.num_updates = 0  # made so far; a resumed run sets it
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
         self._computes_own_norm = replicated and not halved
         if replicated and halved:
@@ -103,9 +108,10 @@ class TrainingEngine:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         norm = self.engine.get_global_grad_norm() if own_norm is None else own_norm
         known = torch.as_tensor(norm, dtype=torch.float64, device=self.device).reshape(1)
-        self.num_updates += 1
         if self.allocation is not None:
-            self.allocation.after_update(self.num_updates, min(1.0, self.max_grad_norm / (float(known) + 1e-6)))
+            # DeepSpeed's count of updates is part of its checkpoints.
+            clipping = min(1.0, self.max_grad_norm / (float(known) + 1e-6))
+            self.allocation.after_update(self.engine.global_steps, clipping)
         return known if self.ranks.is_first else torch.zeros_like(known)
 
     def _full_precision_norm(self) -> Tensor:

@@ -120,7 +120,7 @@ def export_checkpoint(
         ConfigError: if `out` is in use; nothing is touched.
         CheckpointError: if the checkpoint does not verify, or does not hold the whole model.
     """
-    _require_unused(out, checkpoint)
+    require_unused(out, checkpoint)
     if not (checkpoint / MANIFEST_FILE).is_file() and (meant := checkpoint_meant_by(checkpoint)):
         raise CheckpointError(f"CHECKPOINT={checkpoint} is not a checkpoint; did you mean {meant}?")
     if (checkpoint / "config.json").is_file():
@@ -147,7 +147,8 @@ def export_checkpoint(
     return out
 
 
-def _require_unused(out: Path, checkpoint: Path) -> None:
+def require_unused(out: Path, checkpoint: Path) -> None:
+    """A folder that is to be made must not exist, or be empty, and must not be part of what is read."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT={out} exists and is not an empty folder; name a new folder")
     if checkpoint.resolve() in out.resolve().parents:

@@ -10,6 +10,8 @@ Layout, DeepSpeed 0.19, one model-parallel rank:
 |---|---|
 | 0, 1, 2 | `mp_rank_00_model_states.pt`: `module`, as the model computes with them |
 | 3 | `*zero_pp_rank_R_mp_rank_00_optim_states.pt`: float32, the R-th of equal parts of each parameter, padded |
+
+Where an adapter is trained, its parameters alone are written: the frozen ones are in the base model's folder.
 """
 
 import re
@@ -28,14 +30,17 @@ from dpo_dist.errors import CheckpointError
 SHARDS_FOLDER = "shards"
 # The engine trains a module that holds the language model as its attribute `model`.
 WRAPPER_PREFIX = "model."
+# Virtual tokens stand beside the language model.
+VIRTUAL_PREFIX = "prompt_encoder."
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 class _ShardIO:
     """Stands in for DeepSpeed's checkpoint engine: keeps the first write error for later, and loads restricted."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, trained: dict[str, tuple[int, ...]] | None) -> None:
         self.inner = inner
+        self.trained = trained  # names and whole shapes of an adapter's parameters; None: all weights are trained
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -47,11 +52,18 @@ class _ShardIO:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or remember why not."""
+        if self.trained is not None and "module" in state_dict:
+            # DeepSpeed leaves frozen parameters out by name, and would keep those that are tied to one.
+            kept = {name: value for name, value in state_dict["module"].items() if name in self.trained}
+            state_dict = {**state_dict, "module": kept}
         self._attempt(self.inner.save, without_enums(state_dict), path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file without executing anything from it."""
-        return load_restricted(path, map_location)
+        state = load_restricted(path, map_location)
+        if self.trained is not None and "module" in state:
+            _require_trained(state, self.trained)
+        return state
 
     def _attempt(self, action: Any, *args: Any, **kwargs: Any) -> None:
         if self.error is not None:
@@ -78,7 +90,7 @@ def without_enums(value: Any) -> Any:
 
 @contextmanager
 def _guarded(deepspeed_engine: Any) -> Iterator[_ShardIO]:
-    shard_io = _ShardIO(deepspeed_engine.checkpoint_engine)
+    shard_io = _ShardIO(deepspeed_engine.checkpoint_engine, _trained(deepspeed_engine))
     deepspeed_engine.checkpoint_engine = shard_io
     # DeepSpeed puts two executable scripts into each checkpoint; `dpo-dist export` does what they do.
     deepspeed_engine._copy_recovery_script = lambda save_path: None
@@ -89,6 +101,27 @@ def _guarded(deepspeed_engine: Any) -> Iterator[_ShardIO]:
         del deepspeed_engine._copy_recovery_script
 
 
+def _trained(deepspeed_engine: Any) -> dict[str, tuple[int, ...]] | None:
+    module: Any = getattr(deepspeed_engine, "module", None)
+    if getattr(module, "adapter", None) is None:
+        return None
+    named = module.named_parameters()
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+
+
+def _require_trained(state: dict[str, Any], trained: dict[str, tuple[int, ...]]) -> None:
+    """An adapter's shards are loaded beside weights that are not in them: what is missing must be seen here."""
+    held = {name: tuple(value.shape) for name, value in state["module"].items()}
+    for group in state.get("param_shapes") or ():
+        held |= {name: tuple(shape) for name, shape in group.items()}
+    for name in sorted(trained.keys() | held.keys()):
+        if held.get(name) != trained.get(name):
+            raise CheckpointError(
+                f"{name} has shape {held.get(name, 'none')} in the checkpoint and {trained.get(name, 'none')} in the "
+                "adapter that is trained; resume with the settings of the section adapter that it was made with"
+            )
+
+
 def save_shards(deepspeed_engine: Any, folder: Path) -> None:
     """Write every rank's part of weights and optimizer to `folder/shards`. Collective.
 
@@ -96,7 +129,8 @@ def save_shards(deepspeed_engine: Any, folder: Path) -> None:
         OSError, RuntimeError: what this rank's own write raised; the other ranks return normally.
     """
     with _guarded(deepspeed_engine) as shard_io:
-        deepspeed_engine.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False)
+        adapted = {} if shard_io.trained is None else {"exclude_frozen_parameters": True}
+        deepspeed_engine.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False, **adapted)
     if shard_io.error is not None:
         raise shard_io.error
 
@@ -108,9 +142,10 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
         CheckpointError: if the shards are not there, or belong to another model.
     """
     try:
-        with _guarded(deepspeed_engine):
+        with _guarded(deepspeed_engine) as shard_io:
+            strict = shard_io.trained is None
             # Without a `latest` file or shards DeepSpeed only warns, returns None and trains from step 0.
-            path, _ = deepspeed_engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER)
+            path, _ = deepspeed_engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER, load_module_strict=strict)
     except CheckpointError:
         raise
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
@@ -134,7 +169,7 @@ def full_parameters(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str,
     whole = folder / "mp_rank_00_model_states.pt"
     tensors = _whole_module(whole) if whole.is_file() else _joined_partitions(folder, dtype)
     for name, tensor in tensors:
-        if not name.startswith(WRAPPER_PREFIX):
+        if not name.startswith((WRAPPER_PREFIX, VIRTUAL_PREFIX)):
             raise CheckpointError(f"{checkpoint}: parameter {name} does not begin with {WRAPPER_PREFIX!r}")
         yield name.removeprefix(WRAPPER_PREFIX), tensor
 

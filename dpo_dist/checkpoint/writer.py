@@ -113,7 +113,7 @@ class ModelWriter:
         self.shards.append(sorted(self.pending))
         path = self.staging / f"shard-{len(self.shards)}.safetensors"
         save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        set_usual_mode(path)
         with safe_open(path, framework="pt") as written:
             for name, tensor in self.pending.items():
                 if not torch.equal(_as_bytes(written.get_tensor(name)), _as_bytes(tensor)):
@@ -149,6 +149,11 @@ def _require_loadable(folder: Path, trust_remote_code: bool) -> None:
     _, report = loaded  # a model and what was wrong with its keys
     if faults := {what: sorted(map(str, keys)) for what, keys in report.items() if keys}:
         raise CheckpointError(f"{folder} does not load as it should: {faults}; the model was not written")
+
+
+def set_usual_mode(path: Path) -> None:
+    """safetensors makes files that only their owner may read."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

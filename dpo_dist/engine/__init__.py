@@ -5,6 +5,7 @@
     shares.py     what a rank keeps of them between two forwards
     inference.py  a model that is only asked
     training.py   the policy: forward, backward, update
+    rank_allocation.py  AdaLoRA: penalty and ranks, once per update
 
 DeepSpeed runs at every stage from 0 to 3, also for one process and on CPU: one code path. It averages gradients over
 ranks; here that is undone, and nobody else knows. Contract: the backward calls of all ranks between two step calls add

@@ -13,8 +13,10 @@ from dpo_dist.batch import MicroBatch
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import shares
+from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import announce_external_parameters, named_full_parameters
+from dpo_dist.errors import ConfigError
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
 
@@ -38,6 +40,15 @@ class TrainingEngine:
         self.engine = initialize(model=model, optimizer=optimizer, config=config)
         announce_external_parameters(model)
         self.device = torch.device(self.engine.device)
+        self.max_grad_norm = train.max_grad_norm
+        self.allocation: RankAllocation | None = None
+        if model.adapter is not None and model.adapter.kind == "adalora":
+            if self.dtype == torch.float16:
+                raise ConfigError(
+                    "adapter.peft_type=adalora does not go with model.dtype=float16, whose gradients are scaled; use "
+                    "bfloat16 or float32"
+                )
+            self.allocation = RankAllocation(model.adapter, model.model)
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
         self._computes_own_norm = replicated and not halved
         if replicated and halved:
@@ -89,6 +100,8 @@ class TrainingEngine:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.allocation is not None:
+            self.allocation.before_update()
         own_norm = self._full_precision_norm() if self._computes_own_norm else None
         self.engine.step()
         if self.dtype == torch.float16 and not self.engine.was_step_applied():
@@ -96,6 +109,10 @@ class TrainingEngine:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         norm = self.engine.get_global_grad_norm() if own_norm is None else own_norm
         known = torch.as_tensor(norm, dtype=torch.float64, device=self.device).reshape(1)
+        if self.allocation is not None:
+            # DeepSpeed's count of updates is part of its checkpoints.
+            clipping = min(1.0, self.max_grad_norm / (float(known) + 1e-6))
+            self.allocation.after_update(self.engine.global_steps, clipping)
         return known if self.ranks.is_first else torch.zeros_like(known)
 
     def _full_precision_norm(self) -> Tensor:
@@ -124,7 +141,8 @@ class TrainingEngine:
 
     def named_adapter_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """What is trained of an adapted model, whole, one at a time, as above. Every rank must iterate."""
-        return named_full_parameters(self.model, lambda parameter: parameter.requires_grad)
+        named = named_full_parameters(self.model, lambda parameter: parameter.requires_grad)
+        return ((name.removeprefix("model."), whole) for name, whole in named)
 
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:

@@ -1,9 +1,18 @@
 """Parameters whole, wherever their parts lie."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+)
 from torch import Tensor, nn
 
 from dpo_dist.model import external_parameters
@@ -40,3 +49,53 @@ def named_full_parameters(
         return
     persistent = model.state_dict().keys()
     yield from ((name, buffer.cpu()) for name, buffer in model.named_buffers() if name in persistent)
+
+
+class FullParameter:
+    """One trained parameter: value and gradient whole and in float32, wherever their parts lie. Collective.
+
+    Between the last backward of a step and its update; DeepSpeed's own functions for this do not know the padding of
+    sizes that the ranks do not divide.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter = parameter
+        self.shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+        self.device: torch.device = parameter.device
+
+    def value(self) -> Tensor:
+        """The optimizer's own value, where it has one."""
+        whole = safe_get_full_fp32_param(self.parameter)
+        return (self.parameter.detach() if whole is None else whole).float().reshape(self.shape).clone()
+
+    def gradient(self) -> Tensor:
+        """The sum of all ranks' gradients of this step."""
+        whole = safe_get_full_grad(self.parameter)
+        assert whole is not None, "there is no gradient before the last backward of a step, or after the update"
+        return whole.detach().float().reshape(self.shape)
+
+    def set_gradient(self, whole: Tensor) -> None:
+        """Replace the gradient before the update."""
+        if hasattr(self.parameter, "ds_id"):
+            safe_set_local_grad(self.parameter, self._own_part(whole))
+        else:
+            safe_set_full_grad(self.parameter, whole)
+
+    @torch.no_grad()
+    def set_value(self, whole: Tensor) -> None:
+        """Replace the value that is computed with, and the optimizer's own."""
+        parameter = self.parameter
+        if not hasattr(parameter, "ds_id"):
+            safe_set_full_fp32_param(parameter, whole)
+            parameter.copy_(whole)
+            return
+        own = self._own_part(whole)
+        safe_set_local_fp32_param(parameter, own)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(whole)
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        size, rank = self.parameter.ds_tensor.numel(), torch.distributed.get_rank()
+        padded = whole.new_zeros(max(whole.numel(), size * (rank + 1)))
+        padded[: whole.numel()] = whole.flatten()
+        return padded[size * rank : size * (rank + 1)]

@@ -42,7 +42,8 @@ class Adapter:
             return as_packed(batch)
         if self.kind == "prefix_tuning":
             return with_virtual_keys(batch, self.config.num_virtual_tokens, self.peft.get_prompt(batch_size=1))
-        embed: Any = self.peft.get_base_model().get_input_embeddings()
+        base: Any = self.peft.get_base_model()
+        embed = base.get_input_embeddings()
         return with_virtual_embeddings(batch, embed(batch.input_ids_T), self.peft.get_prompt(batch_size=1)[0])
 
     @contextmanager
@@ -95,12 +96,11 @@ def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parame
 
     ZeRO-3 gathers for a module what is the module's own, and has to be told about these.
     """
-    for module in model.modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for module in layers:
         for child in module.children():
             if isinstance(child, nn.ParameterDict):  # AdaLoRA's matrices; such a module is never called itself
-                yield from ((module, parameter) for parameter in child.values())
+                yield from ((module, parameter) for parameter in child.parameters())
         for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():  # DoRA
             yield magnitudes, module.get_base_layer().weight
             yield magnitudes, module.lora_A[name].weight

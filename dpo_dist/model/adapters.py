@@ -152,8 +152,10 @@ def _read(model: PreTrainedModel, kind: str, name: str, seed: int) -> PeftModelF
     settings = read_settings(folder, name)
     require_own_layers(model, settings, name)
     peft = _create(model, kind, for_creation(settings), seed)
-    if kind in PROMPT_LEARNING:
-        expected = {"prompt_embeddings": peft.prompt_encoder[POLICY].embedding.weight}
+    encoders: Any = peft.prompt_encoder if kind in PROMPT_LEARNING else None
+    expected: dict[str, Any]
+    if encoders is not None:
+        expected = {"prompt_embeddings": encoders[POLICY].embedding.weight}
     else:
         expected = get_peft_model_state_dict(peft, peft.state_dict(), POLICY, save_embedding_layers=False)
     tensors = read_tensors(folder, name, expected)

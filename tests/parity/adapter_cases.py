@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_dist.config import AdapterConfig
@@ -28,10 +28,12 @@ class Case:
     peft: Any  # makes PEFT's configuration
     tied: bool = False
     max_norm: float = MAX_NORM
-    own: dict[str, Any] = field(default_factory=dict)
+    checkpoints: bool = False  # activations are recomputed
+    start: str | None = None  # the case whose kind of adapter lies on disk already, with random values
 
-    @property
-    def config(self) -> AdapterConfig:
+    def config_in(self, folder: Path) -> AdapterConfig:
+        if self.start is not None:
+            return AdapterConfig(adapter_name_or_path=str(folder / f"start-{self.start}"))
         return AdapterConfig(**self.adapter)
 
     @property
@@ -46,7 +48,7 @@ ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, 
 CASES = {
     "lora": Case(LORA, lambda: LoraConfig(**PLAIN_LORA)),
     "rslora": Case(LORA | {"use_rslora": True}, lambda: LoraConfig(**PLAIN_LORA, use_rslora=True)),
-    "dora": Case(LORA | {"use_dora": True}, lambda: LoraConfig(**PLAIN_LORA, use_dora=True)),
+    "dora": Case(LORA | {"use_dora": True}, lambda: LoraConfig(**PLAIN_LORA, use_dora=True), checkpoints=True),
     "saved_modules": Case(
         LORA
         | {"lora_modules_to_save": ["embed_tokens", "lm_head", "norm"], "lora_target_modules": ["q_proj", "up_proj"]},
@@ -66,8 +68,9 @@ CASES = {
         tied=True,
     ),
     "adalora": Case(
-        {"peft_type": "adalora", "lora_alpha": 5, **ADALORA},
-        lambda: AdaLoraConfig(lora_alpha=5, target_modules="all-linear", total_step=STEPS, **ADALORA, **TASK),
+        {"peft_type": "adalora", "lora_alpha": 300, **ADALORA},
+        lambda: AdaLoraConfig(lora_alpha=300, target_modules="all-linear", total_step=STEPS, **ADALORA, **TASK),
+        max_norm=0.2,
     ),
     "prefix_tuning": Case(
         {"peft_type": "prefix_tuning", "num_virtual_tokens": 3},
@@ -80,9 +83,14 @@ CASES = {
     "p_tuning": Case(
         {"peft_type": "p_tuning", "num_virtual_tokens": 3, "encoder_hidden_size": 11},
         lambda: PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=11, encoder_dropout=0.0, **TASK),
+        checkpoints=True,
     ),
 }
-NO_MERGE = ("prefix_tuning", "prompt_tuning", "p_tuning")
+CASES["continued"] = Case({}, None, start="saved_modules")
+CASES["continued_dora"] = Case({}, None, start="dora")
+CASES["continued_prompt"] = Case({}, None, start="prompt_tuning")
+NO_MERGE = ("prefix_tuning", "prompt_tuning", "p_tuning", "continued_prompt")
+STARTS = ("saved_modules", "dora", "prompt_tuning")
 
 
 def save_base(folder: Path, tied: bool) -> Path:
@@ -102,6 +110,22 @@ def save_base(folder: Path, tied: bool) -> Path:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
+
+
+def save_start(folder: Path, name: str) -> Path:
+    """An adapter with random values as PEFT writes it, with a dropout that is not to act."""
+    model = AutoModelForCausalLM.from_pretrained(folder / CASES[name].base, dtype=torch.float32)
+    config = CASES[name].peft()
+    if hasattr(config, "lora_dropout"):
+        config.lora_dropout = 0.5
+    torch.manual_seed(3)
+    peft = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    peft.save_pretrained(str(folder / f"start-{name}"), save_embedding_layers=False)
+    return folder / f"start-{name}"
 
 
 def examples_of_step(step: int) -> list[TokenizedExample]:

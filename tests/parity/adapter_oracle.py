@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,8 @@ from tests.parity.adapter_cases import (
     examples_of_step,
     pairs_of_step,
 )
+
+FILE = "adapter_model.safetensors"
 
 
 def token_logps(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
@@ -37,11 +40,28 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def train(case: Case, base: Path) -> tuple[list[dict[str, float]], Any]:
+def build(case: Case, folder: Path) -> tuple[Any, Any]:
+    """What is trained, and its reference."""
+    base = folder / case.base
+    if case.start is None:
+        torch.manual_seed(SEED)
+        return get_peft_model(plain(base), case.peft(), autocast_adapter_dtype=False), plain(base)
+    start = folder / f"start-{case.start}"
+    reference = PeftModel.from_pretrained(plain(base), str(start), autocast_adapter_dtype=False)
+    if not reference.peft_config["default"].is_prompt_learning:
+        config = LoraConfig.from_pretrained(str(start))
+        config.lora_dropout = 0.0
+        options = {"is_trainable": True, "config": config, "autocast_adapter_dtype": False}
+        return PeftModel.from_pretrained(plain(base), str(start), **options), reference
+    model = get_peft_model(plain(base), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    model.prompt_encoder["default"].embedding.weight.data.copy_(load_file(start / FILE)["prompt_embeddings"])
+    return model, reference
+
+
+def train(case: Case, folder: Path) -> tuple[list[dict[str, float]], Any]:
     """Loss and gradient norm of every step, and the trained PEFT model."""
-    reference = plain(base)
-    torch.manual_seed(SEED)
-    model = get_peft_model(plain(base), case.peft(), autocast_adapter_dtype=False)
+    model, reference = build(case, folder)
+    model.train()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},

@@ -1,6 +1,7 @@
 """Adapters through the package's engine: `-m tests.parity.adapter_worker FOLDER CASE:STAGE ...`, one or more ranks.
 
-FOLDER holds the base models; FOLDER/ranksN/CASE-zeroS gets what each case gave.
+FOLDER holds the base models; FOLDER/ranksN/CASE-zeroS gets what each case gave. `CASE:STAGE:resume` also saves a
+checkpoint on the way, and goes on from it in a new engine.
 """
 
 import json
@@ -11,14 +12,16 @@ from typing import Any
 
 import torch
 from jaxtyping import install_import_hook
+from safetensors.torch import save_file
 
 if __name__ == "__main__":
     install_import_hook("dpo_dist", "beartype.beartype")
 
 from dpo_dist.attention import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
+from dpo_dist.checkpoint import export_adapter, load_shards, save_shards, write_adapter_settings
 from dpo_dist.config import TrainConfig
-from dpo_dist.distributed import Ranks, process_group, sum_over_ranks
+from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
 from dpo_dist.losses import sigmoid
 from dpo_dist.model import attach_adapter, load_config, load_model
@@ -43,14 +46,19 @@ def settings_of(stage: int, ranks: Ranks, max_norm: float, dtype: torch.dtype = 
     return engine_config({"zero_optimization": zero}, dtype, ranks.device, max_norm)
 
 
-def build(case: Case, stage: int, base: Path, ranks: Ranks, checkpointing: bool = False) -> TrainingEngine:
+def build(case: Case, stage: int, folder: Path, ranks: Ranks) -> TrainingEngine:
     """The package's own way from folder to engine."""
+    base = folder / case.base
     settings = settings_of(stage, ranks, case.max_norm)
     config = load_config(base, trust_remote_code=False)
-    model = load_model(base, config, register("sdpa"), torch.float32, settings, checkpointing, False)
-    attach_adapter(model, case.config, str(base), SEED, STEPS, settings)
+    model = load_model(base, config, register("sdpa"), torch.float32, settings, case.checkpoints, False)
+    attach_adapter(model, case.config_in(folder), str(base), SEED, STEPS, settings)
     train = TrainConfig(
-        output_dir="unused", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adam_epsilon=EPSILON
+        output_dir="unused",
+        max_grad_norm=case.max_norm,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        adam_epsilon=EPSILON,
     )
     return TrainingEngine(model, settings, train, ranks)
 
@@ -89,25 +97,51 @@ def probe(engine: TrainingEngine) -> tuple[torch.Tensor, torch.Tensor]:
         return engine.reference_token_logps(batch).clone(), engine.token_logps(batch).clone()
 
 
-def run(case_name: str, stage: int, folder: Path, ranks: Ranks) -> None:
+def run(case_name: str, stage: int, resumes: bool, folder: Path, ranks: Ranks) -> None:
     case = CASES[case_name]
-    engine = build(case, stage, folder / case.base, ranks)
-    reference, policy = probe(engine)
-    history = [one_step(engine, step) for step in range(STEPS)]
-    reference_after, policy_after = probe(engine)
     out = folder / f"ranks{ranks.world_size}" / f"{case_name}-zero{stage}"
-    tensors = {name: tensor for name, tensor in engine.named_adapter_parameters()}
+    engine = build(case, stage, folder, ranks)
+    flags = {name: (p.requires_grad, p.dtype) for name, p in engine.model.named_parameters()}
+    reference, policy = probe(engine)
+    history = []
+    for step in range(STEPS):
+        if resumes and step == STEPS - 2:
+            engine = resumed(engine, case, stage, folder, out, ranks)
+        history.append(one_step(engine, step))
+    reference_after, policy_after = probe(engine)
+    export_adapter(out / "adapter", engine.named_adapter_parameters(), ranks, engine.model.adapter)
     if ranks.is_first:
-        out.mkdir(parents=True)
         result = {
             "steps": history,
             "reference_kept": torch.equal(reference, reference_after),
             "started_equal": float((reference - policy).abs().max()),
             "moved": float((policy_after - policy).abs().max()),
+            "trained": sorted(name for name, (trained, _) in flags.items() if trained),
+            "dtypes": sorted({str(dtype) for _, dtype in flags.values()}),
+            "same_flags": flags == {n: (p.requires_grad, p.dtype) for n, p in engine.model.named_parameters()},
         }
         (out / "result.json").write_text(json.dumps(result))
-        torch.save(tensors, out / "tensors.pt")
+        save_file({"policy": policy_after, "reference": reference_after}, out / "probe.safetensors")
     engine.engine.destroy()
+
+
+def resumed(engine: TrainingEngine, case: Case, stage: int, folder: Path, out: Path, ranks: Ranks) -> TrainingEngine:
+    """The same state in a new engine, through files."""
+    checkpoint = out / "checkpoint"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_shards(engine.engine, checkpoint)
+    barrier()
+    allocation = None if engine.allocation is None else engine.allocation.state()
+    engine.engine.destroy()
+    fresh = build(case, stage, folder, ranks)
+    load_shards(fresh.engine, checkpoint)
+    if allocation is not None:
+        assert fresh.allocation is not None
+        tensors, values = allocation
+        fresh.allocation.load_state({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(values)))
+    if ranks.is_first:
+        write_adapter_settings(checkpoint / "model_assets", fresh.model.adapter)
+    return fresh
 
 
 def main() -> None:
@@ -115,8 +149,8 @@ def main() -> None:
     with process_group(release=release_process_group) as ranks:
         adopt_process_group()
         for argument in sys.argv[2:]:
-            name, stage = argument.split(":")
-            run(name, int(stage), folder, ranks)
+            name, stage, *more = argument.split(":")
+            run(name, int(stage), more == ["resume"], folder, ranks)
 
 
 if __name__ == "__main__":

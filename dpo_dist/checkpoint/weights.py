@@ -1,11 +1,18 @@
 """Everything that an update changes, in a checkpoint's folder."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from dpo_dist.checkpoint.shards import load_shards, save_shards
-from dpo_dist.engine import InferenceEngine, TrainingEngine
+from dpo_dist.engine import InferenceEngine, RankAllocation, TrainingEngine
+from dpo_dist.errors import CheckpointError
 from dpo_dist.reference import load_reference, save_reference
+
+_ALLOCATION = "rank_allocation"
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,10 @@ class Weights:
         save_shards(self.policy.engine, folder)
         if self.reference is not None:
             save_reference(self.reference, folder)
+        if self.policy.allocation is not None and self.policy.ranks.is_first:
+            tensors, values = self.policy.allocation.state()
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, _file(folder, "safetensors"))
+            _file(folder, "json").write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     def read(self, folder: Path) -> None:
         """Set all of it to what a verified checkpoint holds. Collective.
@@ -34,3 +45,17 @@ class Weights:
         load_shards(self.policy.engine, folder)
         if self.reference is not None:
             load_reference(self.reference, folder)
+        if self.policy.allocation is not None:
+            _read_allocation(self.policy.allocation, folder)
+
+
+def _read_allocation(allocation: RankAllocation, folder: Path) -> None:
+    try:
+        values = json.loads(_file(folder, "json").read_text(encoding="utf-8"))
+        allocation.load_state(load_file(_file(folder, "safetensors")), values)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: AdaLoRA's allocation of ranks cannot be restored ({error})") from error
+
+
+def _file(folder: Path, suffix: str) -> Path:
+    return folder / f"{_ALLOCATION}.{suffix}"

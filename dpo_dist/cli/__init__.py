@@ -6,6 +6,7 @@
     resuming.py  what a run goes on from
     training.py  `train`
     precomputing.py  `precompute`
+    exporting.py `export`
     checking.py  `check`
     progress.py  what a user sees while training
 
@@ -177,18 +178,24 @@ def precompute(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder such as RUN/checkpoints/step-000100.")],
+    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-000100, or with --merged RUN/model.")],
     out: Annotated[Path, typer.Argument(help="The model folder to make; must not exist, or be empty.")],
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that belongs to the model.")
     ] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Add a trained adapter to its model's weights, and write the whole model.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="With --merged: that model, if it is not where it was; a folder or hub id.")
+    ] = None,
 ) -> None:
-    """Turn a checkpoint into a model folder for transformers. One process, no GPU, no network."""
+    """Turn a checkpoint into a model folder for transformers, or an adapter's into one for PEFT. One process, no GPU."""
     with _user_errors():
         _quiet_imports()
-        from dpo_dist.checkpoint import export_checkpoint
+        from dpo_dist.cli.exporting import run_export
 
-        typer.echo(export_checkpoint(checkpoint, out, trust_remote_code=trust_remote_code))
+        typer.echo(run_export(checkpoint, out, trust_remote_code, merged, base, cache_dir()))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
-from dpo_dist.config import DataSource, RunConfig, load_deepspeed
+from dpo_dist.config import DataSource, RunConfig, is_local, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
 from dpo_dist.errors import ModelError
@@ -240,6 +240,12 @@ def describe_adapter(prepared: Prepared) -> str:
         return f"{kind}, going on from {adapter.adapter_name_or_path}; a frozen copy of it is the reference"
     quantised = f", frozen weights in 4 bits ({adapter.bnb_4bit_quant_type})" if adapter.load_in_4bit else ""
     return f"{kind}{quantised}"
+
+
+def base_model_name(prepared: Prepared) -> str:
+    """How an exported adapter names the model that it belongs to: a hub id, or a folder that is found from anywhere."""
+    name = prepared.config.model.model_name_or_path
+    return str(prepared.model_folder.resolve()) if is_local(name) else name
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpo_dist import attention
-from dpo_dist.cli.prepare import Prepared, counted
+from dpo_dist.cli.prepare import Prepared, base_model_name, counted
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
@@ -137,7 +137,7 @@ def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
         trust_remote_code=config.model.trust_remote_code,
     )
     if config.adapter.adapter_name_or_path is not None and prepared.same_base:
-        model = attach_adapter(model, config.adapter, config.model.model_name_or_path, 0, None, deepspeed)
+        model = attach_adapter(model, config.adapter, base_model_name(prepared), 0, None, deepspeed)
     return InferenceEngine(model, deepspeed)
 
 

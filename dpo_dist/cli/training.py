@@ -12,8 +12,15 @@ import transformers
 
 from dpo_dist import attention, losses
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
-from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, facts, prepare, remarks
+from dpo_dist.checkpoint import (
+    CheckpointStore,
+    Weights,
+    export_adapter,
+    export_model,
+    write_adapter_settings,
+    write_assets,
+)
+from dpo_dist.cli.prepare import Prepared, base_model_name, counted, describe_adapter, facts, prepare, remarks
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import Start, find_start
@@ -129,7 +136,7 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
     adapted = attach_adapter(
         model,
         config.adapter,
-        config.model.model_name_or_path,
+        base_model_name(prepared),
         config.train.seed,
         prepared.allocation_steps,
         prepared.deepspeed,
@@ -189,16 +196,23 @@ def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path]
     def write(checkpoint: Path) -> None:
         assets = checkpoint / "model_assets"
         write_assets(assets, policy.model.export_config(), _tokenizer(prepared), _generation(policy), prepared.dtype)
+        if policy.model.adapter is not None:
+            write_adapter_settings(assets, policy.model.adapter)
 
     return write
 
 
 def _export(prepared: Prepared, run: Run) -> None:
+    out, model = Path(run.config.train.output_dir) / "model", run.policy.model
+    if model.adapter is not None:
+        parameters = run.policy.named_adapter_parameters()
+        export_adapter(out, parameters, run.ranks, model.adapter, _tokenizer(prepared))
+        return
     export_model(
-        Path(run.config.train.output_dir) / "model",
+        out,
         run.policy.named_full_parameters(),
         run.ranks,
-        run.policy.model.export_config(),
+        model.export_config(),
         _tokenizer(prepared),
         _generation(run.policy),
         prepared.dtype,

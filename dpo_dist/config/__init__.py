@@ -35,12 +35,11 @@ from dpo_dist.config.models import (
     TrainConfig,
 )
 from dpo_dist.config.reference import ReferenceConfig
-from dpo_dist.config.source_rules import PROMPT_LEARNING
+from dpo_dist.config.rules import is_local
 from dpo_dist.config.table import options_table
 
 __all__ = [
     "LOSS_TYPES",
-    "PROMPT_LEARNING",
     "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -55,6 +54,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "dump_resolved",
+    "is_local",
     "json_schema",
     "load_config",
     "load_deepspeed",

@@ -9,7 +9,7 @@ KeyPath = tuple[str | int, ...]
 Broken = tuple[KeyPath, tuple[KeyPath, ...], str]
 """The offending key, the other keys its verdict depends on, and `what is wrong; what would be right`."""
 
-PROMPT_LEARNING = ("prefix_tuning", "prompt_tuning", "p_tuning")
+_PROMPT_LEARNING = ("prefix_tuning", "prompt_tuning", "p_tuning")
 _LOW_RANK = ("lora", "adalora")
 # Keys of `adapter` -> the kinds that read them.
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -23,7 +23,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "bnb_4bit_quant_type": ("lora",),
     "use_bnb_nested_quant": ("lora",),
     **dict.fromkeys(("init_r", "target_r", "tinit", "tfinal", "deltaT", "orth_reg_weight", "total_step"), ("adalora",)),
-    "num_virtual_tokens": PROMPT_LEARNING,
+    "num_virtual_tokens": _PROMPT_LEARNING,
     "encoder_hidden_size": ("p_tuning",),
     "prompt_tuning_init_text": ("prompt_tuning",),
 }
@@ -100,7 +100,7 @@ def source_rules(config: RunConfig) -> Iterator[Broken]:
             "cannot be combined with adapter.peft_type=prefix_tuning, whose prefix a recomputed layer would not see; "
             "set it to false",
         )
-    if adapter.peft_type in PROMPT_LEARNING and config.model.prefix_sharing == "on":
+    if adapter.peft_type in _PROMPT_LEARNING and config.model.prefix_sharing == "on":
         yield (
             ("model", "prefix_sharing"),
             (("adapter", "peft_type"),),

@@ -13,11 +13,13 @@ up to the gradient of the objective.
 """
 
 from dpo_dist.engine.inference import InferenceEngine
+from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import adopt_process_group, engine_config, inference_config, release_process_group
 from dpo_dist.engine.training import TrainingEngine
 
 __all__ = [
     "InferenceEngine",
+    "RankAllocation",
     "TrainingEngine",
     "adopt_process_group",
     "engine_config",

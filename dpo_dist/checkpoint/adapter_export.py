@@ -145,8 +145,10 @@ def _merge(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
             base, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
         )
         with warnings.catch_warnings():
-            # Missing keys are only warned of, and would leave random numbers; modules of tied weights are meant.
+            # Missing keys are only warned of, and would leave random numbers; modules of tied weights are meant, and
+            # PEFT does not know its own rank pattern again.
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             peft: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
             return peft.merge_and_unload()

@@ -23,7 +23,9 @@ from tests.parity import adapter_oracle
 from tests.parity.adapter_cases import CASES, NO_MERGE, STARTS, examples_of_step, save_base, save_start
 from tests.tiny_engine import QUIET
 
-pytestmark = [pytest.mark.timeout(600), *(pytest.mark.filterwarnings(rule) for rule in QUIET)]
+# PEFT does not know its own rank pattern again.
+RANKS = "ignore:The following rank_pattern keys:RuntimeWarning"
+pytestmark = [pytest.mark.timeout(600), *(pytest.mark.filterwarnings(rule) for rule in (*QUIET, RANKS))]
 
 RELATIVE, WEIGHTS = 1e-5, 1e-4
 ON_ONE = (

@@ -190,7 +190,7 @@ def export(
         str | None, typer.Option(help="With --merged: that model, if it is not where it was; a folder or hub id.")
     ] = None,
 ) -> None:
-    """Turn a checkpoint into a model folder for transformers, or an adapter's into one for PEFT. One process, no GPU."""
+    """Turn a checkpoint into a model folder for transformers, or an adapter's into one for PEFT. One process."""
     with _user_errors():
         _quiet_imports()
         from dpo_dist.cli.exporting import run_export

@@ -166,8 +166,8 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
-        config, deepspeed, model_folder, reference_folder, model_config,
-        reference_config, tokenizer, dataset, evaluation_sets, tuple(filter(None, unused)), *kernels, sharing, sampler,
+        config, deepspeed, model_folder, reference_folder, model_config, reference_config, tokenizer, dataset,
+        evaluation_sets, tuple(filter(None, unused)), kernels[0], kernels[1], sharing, sampler,
     )  # fmt: skip
     for checked in (dataset, *evaluation_sets.values()):
         row = longest_example(checked, prepared.sharing[0])

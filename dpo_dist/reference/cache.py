@@ -130,9 +130,8 @@ class ReferenceCache:
             lengths.append(scores.num_tokens)
             again.append(scores.logps)
         if again:
-            self._judge(
-                *(torch.from_numpy(np.concatenate(parts)).double() for parts in (stored, again, lengths)), scale
-            )
+            known, new, tokens = (torch.from_numpy(np.concatenate(x)).double() for x in (stored, again, lengths))
+            self._judge(known, new, tokens, scale)
 
     def reference(self) -> CachedReference:
         """The stored values as a source of the reference's log-probabilities.

@@ -68,6 +68,11 @@ def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None
         "train.shuffle": (shuffle, train.shuffle),
         "the training data": (state.data_fingerprint, prepared.dataset.fingerprint),
         "the reference": (state.reference_identity, prepared.reference_identity),
+        # One that followed the policy is not its folder's weights any more.
+        "reference.sync_ref_model": (
+            state.config.get("reference", {}).get("sync_ref_model", False),
+            prepared.config.reference.sync_ref_model,
+        ),
     }
     if state.data_fingerprint == prepared.dataset.fingerprint:  # else they differ because of the data
         seen = prepared.sampler.examples_seen(state.step)

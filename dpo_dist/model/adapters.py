@@ -124,7 +124,7 @@ def require_adapter(
             copy.deepcopy(model_config), trust_remote_code=trust_remote_code
         )
         if gradient_checkpointing:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            language_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         attach_adapter(ScoringModel(language_model), config, "", 0, total_steps, {}, tokenizer)
 
 

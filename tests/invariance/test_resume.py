@@ -52,7 +52,7 @@ def write_config(folder: Path, output: str, **sections: dict[str, Any]) -> Path:
     config["evaluation"] = {"eval_steps": 3, "eval_on_start": True}
     config["log"] = {"logging_steps": 2, "report_to": ["tensorboard"]}
     for section, values in sections.items():
-        config[section] |= values
+        config.setdefault(section, {}).update(values)
     path = folder / f"{output}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -129,9 +129,8 @@ class ReferenceCache:
             lengths.append(scores.num_tokens)
             again.append(scores.logps)
         if again:
-            self._judge(
-                *(torch.from_numpy(np.concatenate(parts)).double() for parts in (stored, again, lengths)), scale
-            )
+            parts = [torch.from_numpy(np.concatenate(part)).double() for part in (stored, again, lengths)]
+            self._judge(parts[0], parts[1], parts[2], scale)
 
     def reference(self) -> CachedReference:
         """The stored values as a source of the reference's log-probabilities.

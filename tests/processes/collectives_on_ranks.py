@@ -19,9 +19,12 @@ with install_import_hook("dpo_dist", "beartype.beartype"):
         all_gather_json,
         barrier,
         broadcast_json,
+        broadcast_tensor,
+        join_over_ranks,
         launched_rank,
         process_group,
         raise_together,
+        raising_together,
         require_agreement,
         sum_over_ranks,
     )
@@ -52,7 +55,22 @@ def observations(ranks: Ranks) -> dict[str, Any]:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         after = sum_over_ranks(stop.as_tensor(ranks.device)).item()
+    parts, at_first = torch.tensor([0.1 + rank, 0.0]).roll(rank), torch.tensor([0.1 + rank, 0.0]).roll(rank)
+    join_over_ranks(parts)
+    join_over_ranks(at_first, first_rank_only=True)
+    numbers = torch.tensor([7 + rank, rank], dtype=torch.uint8)
+    broadcast_tensor(numbers)
+
+    def second_fails() -> None:
+        with raising_together():
+            if rank:
+                raise DataError("b.jsonl:9: bad")
+
     seen = {
+        "joined": parts.tolist(),
+        "joined at the first": at_first.tolist() if rank == 0 else [],
+        "broadcast tensor": numbers.tolist(),
+        "second fails inside": outcome(second_fails),
         "rank": [ranks.rank, ranks.world_size, ranks.local_rank, launched_rank(), ranks.is_first],
         "unequal": all_gather_json([None, {"text": "\u00e9\u4e2d\U0001f600" * 5, "number": 0.1}][rank]),
         "long": [len(text) for text in all_gather_json(LONG if rank else "")],

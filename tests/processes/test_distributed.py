@@ -51,12 +51,19 @@ def test_the_first_ranks_value_is_broadcast(seen: list[dict[str, Any]]) -> None:
     assert both(seen, "broadcast") == {"from": 0}
 
 
+def test_parts_are_put_together_to_the_last_bit(seen: list[dict[str, Any]]) -> None:
+    whole = torch.tensor([0.1, 1.1]).tolist()
+    assert both(seen, "joined") == whole and [one["joined at the first"] for one in seen] == [whole, []]
+    assert both(seen, "broadcast tensor") == [7, 0]
+
+
 def test_sums_are_taken_in_float64(seen: list[dict[str, Any]]) -> None:
     small = torch.tensor(1e-9, dtype=torch.float32).double().item()
     assert both(seen, "sum") == [3.0, 2 * small]
 
 
 def test_an_error_of_one_rank_is_raised_on_all(seen: list[dict[str, Any]]) -> None:
+    assert both(seen, "second fails inside") == ["DataError", "b.jsonl:9: bad"]
     assert both(seen, "nobody fails") == []
     assert both(seen, "second fails") == ["DataError", "b.jsonl:7: bad \u00e9"]
     assert seen[0]["both fail"] == ["DataError", "rank 0"]

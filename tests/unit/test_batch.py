@@ -157,6 +157,9 @@ def test_all_ranks_together_score_every_completion_of_the_step_once(world_size: 
         for batch in work.reference_bins():
             for c, index in enumerate(batch.completion_index_C.tolist()):
                 assert batch.target_ids_M[batch.completion_of_M == c].tolist() == targets[index]
+        # And a stored answer is found by the rows, in the order of the indices.
+        of_rows = [list(ids) for row in work.rows for ids in work.dataset[row].completion_ids]
+        assert of_rows == [targets[index] for index in range(work.num_completions)]
         scored += list(targets.values())
         assert [work.example(position) for position in plan.examples_of_rank(rank)] == [
             dataset[plan.examples[position]] for position in plan.examples_of_rank(rank)

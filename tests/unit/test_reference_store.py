@@ -12,16 +12,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from dpo_dist.batch import RankWork
+from dpo_dist.distributed import Ranks
 from dpo_dist.errors import ConfigError
-from dpo_dist.reference import CacheIdentity, numerics_of
+from dpo_dist.packing import Packer, sizes_of
+from dpo_dist.reference import CacheIdentity, numerics_of, open_cache
 from dpo_dist.reference import store as store_file
 from dpo_dist.reference.keys import DistinctKeys, dataset_keys
 from dpo_dist.reference.lookup import MISSING, REPEATED, STORED, TOKENS_MISSING, look_up
 from dpo_dist.reference.rows import PartReader, is_sound, make_batch
+from dpo_dist.reference.selection import Selection, plans
 from dpo_dist.reference.store import ReferenceStore, StoredRows
 from dpo_dist.tokenization import TokenizedExample
-from tests.stored_rows import examples_of, save_dataset
+from tests.stored_rows import KnownScorer, examples_of, save_dataset, value_of
 
 IDENTITY = CacheIdentity("abc", "bfloat16", "1-sdpa")
 NOBODY = 65534
@@ -143,14 +148,9 @@ def test_damaged_rows_are_counted_once(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_zeroed_rows_are_no_rows() -> None:
     batch = rows([1, 2, 3])
-    zeroed = pa.record_batch(
-        [
-            pa.array([bytes(16)] * 3, pa.binary(16)),
-            *(pa.array([0] * 3, field.type) for field in list(batch.schema)[1:3]),
-        ]
-        + [pa.nulls(3, batch.schema.field(3).type), pa.array([0] * 3, pa.uint64())],
-        schema=batch.schema,
-    )
+    lists, zeros = batch.schema.field(3).type, [0] * 3
+    columns = [pa.array([bytes(16)] * 3, pa.binary(16)), pa.array(zeros, pa.int32()), pa.array(zeros, pa.float32())]
+    zeroed = pa.record_batch([*columns, pa.nulls(3, lists), pa.array(zeros, pa.uint64())], schema=batch.schema)
     assert not is_sound(zeroed, IDENTITY.seed).any() and is_sound(batch, IDENTITY.seed).all()
 
 
@@ -239,6 +239,23 @@ def test_what_was_appended_is_there_before_the_part_is_closed(tmp_path: Path) ->
     assert found(store) == expected([1])
     writer.append(rows([2]))
     assert found(store) == expected([1, 2])
+    writer.close()
+
+
+def test_append_returns_when_all_is_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill cannot show it: the system keeps what a dead process has written. A power cut would."""
+    store, path, sizes = write(tmp_path, []), tmp_path / "rows-000001.arrow", []
+
+    def noted(descriptor: int) -> None:
+        sizes.append([os.readlink(f"/proc/self/fd/{descriptor}"), path.stat().st_size])
+
+    path.unlink()  # of the empty part
+    monkeypatch.setattr(os, "fsync", noted)
+    writer = store.new_part()
+    assert [name for name, _ in sizes] == [str(tmp_path)]  # its name
+    for number in (1, 2):
+        writer.append(rows([number]))
+        assert sizes[-1] == [str(path), path.stat().st_size] and len(sizes) == 1 + number
     writer.close()
 
 
@@ -369,26 +386,57 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_read_only_folder_is_read_and_says_why_it_takes_nothing() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="read-only-", dir="/tmp"))  # pytest's own are closed to others
-    try:
-        write(folder / "cache", [rows([1])])
-        for path, mode in (
-            (folder, 0o755),
-            (folder / "cache", 0o555),
-            *((p, 0o444) for p in (folder / "cache").iterdir()),
-        ):
-            path.chmod(mode)
-        with as_nobody():
-            store = ReferenceStore(folder / "cache", IDENTITY)
-            assert found(store) == expected([1])
-            assert store.why_not_writable() == f"{folder}/cache is read-only for this process"
-            with pytest.raises(ConfigError, match=r"reference\.cache_dir=.*lacks rows and cannot be written.*denied"):
-                store.try_lock(0.0)
-        assert ReferenceStore(folder / "new/deep", IDENTITY).why_not_writable() == ""
-    finally:
-        (folder / "cache").chmod(0o755)
-        shutil.rmtree(folder)
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder for `close`; pytest's own ones are closed to others."""
+    folder = Path(tempfile.mkdtemp(prefix="read-only-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    for path in (path for path in folder.rglob("*") if path.is_dir()):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def close(folder: Path) -> None:
+    """Let everybody read all below, and nobody but root write."""
+    for path in folder.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def test_a_read_only_folder_is_read_and_says_why_it_takes_nothing(closed: Path) -> None:
+    write(closed / "cache", [rows([1])])
+    close(closed)
+    with as_nobody():
+        store = ReferenceStore(closed / "cache", IDENTITY)
+        assert found(store) == expected([1])
+        assert store.why_not_writable() == f"{closed}/cache is read-only for this process"
+        with pytest.raises(ConfigError, match=r"reference\.cache_dir=.*lacks rows and cannot be written.*denied"):
+            store.try_lock(0.0)
+    assert ReferenceStore(closed / "new/deep", IDENTITY).why_not_writable() == ""
+
+
+def test_a_complete_cache_needs_no_writing(closed: Path) -> None:
+    first, new = examples_of(6, seed=1), examples_of(3, seed=2)
+    datasets = [save_dataset(closed / "first", first), save_dataset(closed / "new", new)]
+    ranks, packer = Ranks(0, 1, 0, torch.device("cpu")), Packer(1, 64, 64, True)
+    open_cache(closed / "cache", IDENTITY, datasets[:1], ranks, False).fill(KnownScorer(), packer)
+    for name in (".lock", ".holder"):
+        (closed / "cache" / name).unlink(missing_ok=True)
+    close(closed)
+    before = sorted((closed / "cache").iterdir())
+    with as_nobody():
+        cache = open_cache(closed / "cache", IDENTITY, datasets[:1], ranks, False)
+        cache.require_writable()
+        cache.fill(KnownScorer(), packer)
+        cache.verify(KnownScorer(), packer, 4, 1e-5)
+        work = RankWork(packer.plan(0, [2], sizes_of(datasets[0], [2])), 0, datasets[0], True)
+        expected_C = [value_of(first[2].prompt_ids, ids) for ids in first[2].completion_ids]
+        assert cache.reference().completion_logps(work).tolist() == expected_C
+        incomplete = open_cache(closed / "cache", IDENTITY, datasets, ranks, False)
+        for attempt in (incomplete.require_writable, lambda: incomplete.fill(KnownScorer(), packer)):
+            with pytest.raises(ConfigError, match=r"^reference\.cache_dir=.*/cache lacks rows and cannot be written"):
+                attempt()
+    assert sorted((closed / "cache").iterdir()) == before
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
@@ -454,3 +502,44 @@ def test_a_repeated_completion_is_computed_once() -> None:
     lookup = look_up(keys([5, 3, 5, 5, 3, 1]), nothing, with_tokens=False)
     assert lookup.status.tolist() == [MISSING, MISSING, REPEATED, REPEATED, REPEATED, MISSING]
     assert lookup.sources.tolist() == [0, 0, 1] and lookup.num_distinct == 3 and np.isnan(lookup.values).all()
+
+
+# ---- what is missing, as examples
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("share", [True, False])
+def test_selected_completions_are_planned_once_and_in_one_bin_of_each_rank(
+    tmp_path: Path, world_size: int, share: bool
+) -> None:
+    contents = [examples_of(40, seed=1), examples_of(30, seed=2)]
+    datasets = [save_dataset(tmp_path / str(i), examples) for i, examples in enumerate(contents)]
+    flat = [
+        (one.prompt_ids, ids, one.source) for examples in contents for one in examples for ids in one.completion_ids
+    ]
+    places = np.flatnonzero(np.random.default_rng(0).random(len(flat)) < 0.6)
+    selection, packer = Selection(datasets, places), Packer(world_size, 16, 60, share)
+    chosen = [(example.prompt_ids, ids, example.source) for example in selection for ids in example.completion_ids]
+    assert chosen == [flat[place] for place in places]
+    assert [selection.source(i) for i in range(len(places))] == [flat[place][2] for place in places]
+    all_plans = list(plans(selection, packer))
+    assert [index for plan in all_plans for index in plan.examples] == list(range(len(selection)))
+    for plan in all_plans:
+        assert {len(bins) for bins in plan.reference_bins} == {1} and plan.num_pairs == 0
+        sizes = [selection.size(index) for index in plan.examples]
+        assert all(sum(sizes[i].input_tokens(share) for i in bins[0]) <= 60 for bins in plan.reference_bins)
+        for size, index in zip(sizes, plan.examples, strict=True):
+            assert (size.prompt, size.completions) == (
+                len(selection[index].prompt_ids),
+                tuple(len(ids) for ids in selection[index].completion_ids),
+            )
+    # Not far from full: the next example would not have fitted, or would have made two bins of one.
+    used = sum(selection.size(i).input_tokens(share) for plan in all_plans[:-1] for i in plan.examples)
+    assert used > 0.6 * 60 * world_size * len(all_plans[:-1])
+
+
+def test_an_example_that_is_larger_than_the_bins_is_computed_alone(tmp_path: Path) -> None:
+    dataset = save_dataset(tmp_path / "data", examples_of(5, seed=1))
+    selection = Selection([dataset], np.arange(len(dataset.completion_lengths.flat)))
+    assert [plan.examples for plan in plans(selection, Packer(2, 1, 1, True))] == [(0,), (1,), (2,), (3,), (4,)]
+    assert len(Selection([dataset], np.arange(0))) == 0

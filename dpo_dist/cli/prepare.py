@@ -22,6 +22,7 @@ from dpo_dist.model import (
     attention_needs,
     decide_sharing,
     find_fit,
+    four_bits,
     identity,
     is_prompt_learning,
     load_config,
@@ -153,6 +154,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     if reference_folder != model_folder:
         unused.append(_unused_weights(reference_folder, reference_config, key, model.trust_remote_code))
     tokenizer = _tokenizer(config, model_folder, cache_dir)
+    four_bits(config.adapter, dtype)  # refuses what is not possible
     require_adapter(
         config.adapter, model_config, model.gradient_checkpointing, model.trust_remote_code,
         _allocation_steps(config), tokenizer.path,

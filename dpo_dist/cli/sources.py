@@ -15,7 +15,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
-from dpo_dist.model import attach_adapter, load_model, num_parameters
+from dpo_dist.model import attach_adapter, four_bits, load_model, num_parameters
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
 from dpo_dist.reference import (
     AdapterOffReference,
@@ -135,6 +135,7 @@ def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
         deepspeed,
         gradient_checkpointing=False,
         trust_remote_code=config.model.trust_remote_code,
+        quantization=four_bits(config.adapter, prepared.reference_dtype) if prepared.same_base else None,
     )
     if config.adapter.adapter_name_or_path is not None and prepared.same_base:
         model = attach_adapter(model, config.adapter, base_model_name(prepared), 0, None, deepspeed)

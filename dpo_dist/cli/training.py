@@ -29,7 +29,7 @@ from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import TRACKERS, MetricsFile
-from dpo_dist.model import attach_adapter, load_model
+from dpo_dist.model import attach_adapter, four_bits, load_model
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import ReferenceSync
 from dpo_dist.selfcheck import Proof, check_agreement, prove
@@ -132,6 +132,7 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
         prepared.deepspeed,
         config.model.gradient_checkpointing,
         config.model.trust_remote_code,
+        four_bits(config.adapter, prepared.dtype),
     )
     adapted = attach_adapter(
         model,

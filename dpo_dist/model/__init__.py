@@ -9,6 +9,7 @@ packed.py        what the decoder is handed: a micro-batch's tokens, and virtual
 adapted.py       an adapter inside a model, and the model without it
 adapters.py      put an adapter into a loaded model
 adapter_settings.py  PEFT's configuration of a new one, and whether it fits the model
+quantization.py  frozen weights in 4 bits
 adapter_files.py     one that is on disk, and whether it is of this model
 """
 
@@ -25,6 +26,7 @@ from dpo_dist.model.architecture import (
 )
 from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.folder import adapter_identity, identity, num_parameters, resolve_folder
+from dpo_dist.model.quantization import four_bits
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
 from dpo_dist.model.slices import node_groups
 
@@ -44,6 +46,7 @@ __all__ = [
     "decide_sharing",
     "external_parameters",
     "find_fit",
+    "four_bits",
     "identity",
     "is_prompt_learning",
     "load_config",

@@ -164,7 +164,7 @@ def require_prefix(model: PreTrainedModel, settings: Any) -> None:
         ConfigError: gradient checkpointing is on.
         ModelError: keys and values are not what PEFT takes them for.
     """
-    if model.is_gradient_checkpointing:
+    if model.is_activation_checkpointing:
         raise ConfigError(
             "model.gradient_checkpointing=true does not go with adapter.peft_type=prefix_tuning: transformers drops "
             "the keys and values of the virtual tokens where activations are recomputed; set "

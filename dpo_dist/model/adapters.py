@@ -82,7 +82,7 @@ def attach_adapter(
     assert kind is not None
     language_model = model.model
     dtype = language_model.dtype
-    recomputes = language_model.is_gradient_checkpointing
+    recomputes = language_model.is_activation_checkpointing
     with sharded_loading(deepspeed_config), _peft_errors(config):
         if config.adapter_name_or_path is not None:
             peft = _read(language_model, kind, config.adapter_name_or_path, seed)
@@ -129,7 +129,7 @@ def require_adapter(
 
 
 def _create(model: PreTrainedModel, kind: str, settings: PeftConfig, seed: int) -> PeftModelForCausalLM:
-    if kind == "prefix_tuning" and model.is_gradient_checkpointing:
+    if kind == "prefix_tuning" and model.is_activation_checkpointing:
         require_prefix(model, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

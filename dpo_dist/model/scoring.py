@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dpo_dist.batch import AttentionLayout, MicroBatch
@@ -95,6 +95,7 @@ def load_model(
     deepspeed_config: dict[str, Any],
     gradient_checkpointing: bool,
     trust_remote_code: bool,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> ScoringModel:
     """Load weights, partitioned under ZeRO-3, and make the model score micro-batches.
 
@@ -106,17 +107,19 @@ def load_model(
         deepspeed_config: decides whether parameters are partitioned while they are read.
         gradient_checkpointing: recompute activations in backward.
         trust_remote_code: run code that lies in the folder.
+        quantization: what `quantization.four_bits` gave, for weights that stay frozen.
 
     Raises:
         ModelError: weights are missing, damaged, or do not belong to the configuration.
     """
+    by_slices = quantization is None and _is_partitioned(deepspeed_config)
     try:
-        by_slices = _is_partitioned(deepspeed_config) and can_read_slices(
-            folder, config, deepspeed_config, trust_remote_code
-        )
-        load = read_slices if by_slices else _by_transformers
         with node_groups(deepspeed_config):
-            model = load(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
+            if by_slices and can_read_slices(folder, config, deepspeed_config, trust_remote_code):
+                model = read_slices(folder, config, attention, dtype, deepspeed_config, trust_remote_code)
+            else:
+                options = {"trust_remote_code": trust_remote_code, "quantization_config": quantization}
+                model = _by_transformers(folder, config, attention, dtype, deepspeed_config, options)
     except ModelError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -136,7 +139,7 @@ def _by_transformers(
     attention: str,
     dtype: torch.dtype,
     deepspeed_config: dict[str, Any],
-    trust_remote_code: bool,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     with sharded_loading(deepspeed_config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -145,8 +148,8 @@ def _by_transformers(
             attn_implementation=attention,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **{name: value for name, value in options.items() if value is not None},
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ())):

@@ -98,7 +98,7 @@ def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
 
     The model that does it has left memory afterwards, before the policy takes its place.
     """
-    rows = prepared.config.reference.verify_rows
+    rows = prepared.config.reference.verify_rows if cache.num_found else 0
     if not cache.num_missing and not rows:
         return
     engine = reference_engine(prepared, ranks)
@@ -106,9 +106,9 @@ def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
     if cache.num_missing:
         cache.fill(engine, packer, _progress(ranks))
     if rows:
-        cache.verify(engine, packer, rows, NOISE_PER_SQRT_TOKEN[engine.dtype])
+        verified = cache.verify(engine, packer, rows, NOISE_PER_SQRT_TOKEN[engine.dtype])
         if ranks.is_first:
-            logger.info("reference cache: %s computed again, equal up to rounding", counted(rows, "value"))
+            logger.info("reference cache: %s computed again, equal up to rounding", counted(verified, "stored value"))
     engine.release()
 
 

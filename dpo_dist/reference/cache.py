@@ -109,7 +109,7 @@ class ReferenceCache:
             if lock is not None:
                 lock.release()
 
-    def verify(self, scorer: Scorer, packer: Packer, num_rows: int, scale: float) -> None:
+    def verify(self, scorer: Scorer, packer: Packer, num_rows: int, scale: float) -> int:
         """Compute some rows that were found in the folder once more, spread over all data sets. Collective.
 
         Args:
@@ -117,6 +117,8 @@ class ReferenceCache:
             packer: of the run.
             num_rows: at most so many.
             scale: noise of the scorer's precision, nats per sqrt(token): `noise.NOISE_PER_SQRT_TOKEN`.
+        Returns:
+            How many there were.
         Raises:
             ConfigError: on every rank, if values differ by more than rounding explains.
         """
@@ -132,6 +134,7 @@ class ReferenceCache:
         if again:
             known, new, tokens = (torch.from_numpy(np.concatenate(x)).double() for x in (stored, again, lengths))
             self._judge(known, new, tokens, scale)
+        return len(spread)
 
     def reference(self) -> CachedReference:
         """The stored values as a source of the reference's log-probabilities.

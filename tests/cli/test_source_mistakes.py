@@ -1,4 +1,4 @@
-"""What a user gets wrong about the reference and adapters: exit code 2 with the reason, in every command that meets it."""
+"""What a user gets wrong about the reference and adapters: exit code 2 with the reason, in every command."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -91,7 +90,7 @@ def test_nothing_to_precompute(config: Path) -> None:
             ["adapter.peft_type=lora", "adapter.lora_target_modules=[lm_head]"],
             ["lm_head", "adapter.lora_target_modules"],
         ),
-        (["adapter.peft_type=lora", "adapter.lora_modules_to_save=[head]"], ["adapter.lora_modules_to_save", "head"]),
+        (["adapter.peft_type=lora", "adapter.lora_modules_to_save=[hed]"], ["adapter.lora_modules_to_save", "hed"]),
         (["adapter.adapter_name_or_path=gone"], ["adapter.adapter_name_or_path=", "gone does not exist"]),
     ],
 )
@@ -128,14 +127,6 @@ def test_adapter_that_is_cut_short(config: Path, adapter: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
     message = refuse(config, "adapter.adapter_name_or_path=adapter", command="check")
     assert "adapter_model.safetensors" in message
-
-
-def test_adapter_with_layers_that_the_model_has_not(config: Path, adapter: Path) -> None:
-    file = adapter / "adapter_model.safetensors"
-    tensors = {name.replace("layers.1", "layers.7"): tensor for name, tensor in load_file(file).items()}
-    save_file(tensors, file)
-    message = refuse(config, "adapter.adapter_name_or_path=adapter", command="check")
-    assert "layers.7" in message or "layers.1" in message
 
 
 # ---- export

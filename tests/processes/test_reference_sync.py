@@ -148,6 +148,16 @@ def test_another_architecture_is_refused(models: Path, tmp_path: Path) -> None:
         ReferenceSync(policy, reference, 0.5, 1)
 
 
+def test_weights_on_disk_are_refused(models: Path) -> None:
+    ranks, setting = only_rank(), Setting(3)
+    policy, reference = setting.policy(models / "models", ranks), setting.reference(models / "models", ranks)
+    ReferenceSync(policy, reference, 0.5, 1)
+    some: Any = next(policy.model.parameters())
+    some.nvme_swapper = object()  # what DeepSpeed puts there; no NVMe is needed to be refused
+    with pytest.raises(ConfigError, match="sync_ref_model=true does not work with weights on NVMe"):
+        ReferenceSync(policy, reference, 0.5, 1)
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("fault", ["missing", "cut", "dtype", "shape", "name", "length", "processes"])
 def test_files_that_do_not_fit_are_refused_and_change_nothing(

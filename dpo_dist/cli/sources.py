@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpo_dist import attention
@@ -32,6 +33,9 @@ from dpo_dist.reference import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+Rows = list[np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,28 @@ def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
     folder = cache_folder(prepared, cache_dir)
     cache = None
     if config.source == "cache" or (config.source == "auto" and folder.exists()):
-        cache = open_reference_cache(prepared, ranks, cache_dir)
+        cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
     source, reason = choose_source(config, _situation(prepared, ranks, cache))
     if source == "cache" and cache is None:
-        cache = open_reference_cache(prepared, ranks, cache_dir)
+        cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
     return Choice(source, reason, cache if source == "cache" else None)
 
 
-def open_reference_cache(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> ReferenceCache:
-    """Look what is stored of this run's completions. Collective.
+def rows_of_run(prepared: Prepared) -> Rows:
+    """Examples of each data set that the run will ask for: a short run does not compute a long data set."""
+    steps, sampler = prepared.num_steps, prepared.sampler
+    held_out = [None] * len(prepared.evaluation_sets)
+    if steps >= sampler.steps_per_epoch:
+        return [None, *held_out]
+    return [np.array([row for step in range(steps) for row in sampler.examples_of(step)], dtype=np.int64), *held_out]
 
+
+def open_reference_cache(prepared: Prepared, ranks: Ranks, cache_dir: Path, rows: Rows | None = None) -> ReferenceCache:
+    """Look what is stored of some examples. Collective.
+
+    Args:
+        prepared, ranks, cache_dir: As in `find_source`.
+        rows: Of each data set; None: all.
     Raises:
         ConfigError: as `find_source`.
     """
@@ -83,7 +99,7 @@ def open_reference_cache(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> R
     identity = CacheIdentity(prepared.reference_identity, dtype, kernel)
     datasets = [prepared.dataset, *prepared.evaluation_sets.values()]
     folder = cache_folder(prepared, cache_dir)
-    return open_cache(folder, identity, datasets, ranks, prepared.config.reference.store_token_logps)
+    return open_cache(folder, identity, datasets, ranks, prepared.config.reference.store_token_logps, rows)
 
 
 def cache_folder(prepared: Prepared, cache_dir: Path) -> Path:

@@ -100,7 +100,8 @@ ZERO: dict[str, Allowed | str] = {
         },
     ),
     "zero_hpz_partition_size": (
-        "DeepSpeed 0.19.8 makes its groups for one sharded model in a process, and here are two; leave it out"
+        "DeepSpeed 0.19.8 makes its groups for one sharded model in a process: for the reference, see "
+        "reference.zero_hpz_partition_size; leave it out here"
     ),
     "allgather_partitions": _UNREAD,
     "compute_grad_norm": "the gradient's norm is needed for train.max_grad_norm; leave it out",

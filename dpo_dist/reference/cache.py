@@ -26,7 +26,7 @@ from dpo_dist.reference.identity import CacheIdentity
 from dpo_dist.reference.keys import dataset_keys
 from dpo_dist.reference.lookup import MISSING, REPEATED, STORED, TOKENS_MISSING, Lookup, look_up
 from dpo_dist.reference.rows import make_batch
-from dpo_dist.reference.selection import Scorer, Scores, Selection, plans, score
+from dpo_dist.reference.selection import Scorer, Scores, Selection, places_of, plans, score
 from dpo_dist.reference.store import ReferenceStore
 from dpo_dist.tokenization import TokenizedDataset
 
@@ -40,6 +40,7 @@ def open_cache(
     datasets: Sequence[TokenizedDataset],
     ranks: Ranks,
     store_token_logps: bool,
+    rows: Sequence[Int64[np.ndarray, " R"] | None] | None = None,
 ) -> "ReferenceCache":
     """Look every completion of some data sets up; nothing is written. Collective.
 
@@ -49,11 +50,12 @@ def open_cache(
         datasets: of the run; the same on every rank.
         ranks: where this process stands.
         store_token_logps: a row counts as found only if it has the value of every token.
+        rows: of each data set, the examples that will be asked for; None: all.
     Raises:
         ConfigError: if the folder is another reference's, no cache at all, or cannot be read.
     """
     require_agreement("the tokenised data", ", ".join(dataset.fingerprint for dataset in datasets))
-    return ReferenceCache(folder, identity, datasets, ranks, store_token_logps)
+    return ReferenceCache(folder, identity, datasets, ranks, store_token_logps, rows or [None] * len(datasets))
 
 
 class ReferenceCache:
@@ -72,9 +74,11 @@ class ReferenceCache:
         datasets: Sequence[TokenizedDataset],
         ranks: Ranks,
         store_token_logps: bool,
+        rows: Sequence[Int64[np.ndarray, " R"] | None],
     ) -> None:
         self.folder, self._identity, self._ranks = folder, identity, ranks
         self._datasets, self._with_tokens = tuple(datasets), store_token_logps
+        self._needed = places_of(datasets, rows)
         self._store: ReferenceStore | None = None  # on the first rank
         self._look_up()
 
@@ -142,7 +146,7 @@ class ReferenceCache:
         Raises:
             RuntimeError: while rows are missing.
         """
-        if np.isnan(self._values).any():
+        if self.num_missing:
             raise RuntimeError(f"{self.folder}: {self.num_missing} rows are missing; call fill first")
         bases = np.cumsum([0, *(len(dataset.completion_lengths.flat) for dataset in self._datasets)]).tolist()
         return CachedReference(self._datasets, tuple(bases), torch.from_numpy(self._values), self._ranks.device)
@@ -157,16 +161,20 @@ class ReferenceCache:
                 self._store = ReferenceStore(self.folder, self._identity)
                 state = self._store.state()
                 keys = dataset_keys(self._datasets)
-                found = look_up(keys, self._store.read(), self._with_tokens)
+                found = look_up(keys[self._needed], self._store.read(), self._with_tokens)
                 reason = self._store.why_not_writable()
                 problem = str(self._store.refused(reason)) if reason else ""
         self._state = state
         self._problem = broadcast_json(problem)
         found = self._spread(found)
-        self._values, self._status, self._sources = found.values, found.status, found.sources
-        self._from_folder = ~np.isnan(found.values)
+        num_values = sum(len(dataset.completion_lengths.flat) for dataset in self._datasets)
+        self._values = np.full(num_values, np.nan, dtype=np.float32)
+        self._status = np.full(num_values, STORED, dtype=np.uint8)
+        self._values[self._needed], self._status[self._needed] = found.values, found.status
+        self._sources = self._needed[found.sources]
+        self._from_folder = ~np.isnan(self._values)
         self._missing: Int64[np.ndarray, " I"] = np.flatnonzero(
-            (found.status == MISSING) | (found.status == TOKENS_MISSING)
+            (self._status == MISSING) | (self._status == TOKENS_MISSING)
         )
         self._missing_keys = keys[self._missing] if self._ranks.is_first else keys
         self.num_missing = len(self._missing)
@@ -176,7 +184,7 @@ class ReferenceCache:
         """The first rank's lookup on every rank, as tensors: there may be millions."""
         sizes = [len(found.sources), found.num_distinct] if found else []
         num_sources, num_distinct = broadcast_json(sizes)
-        num_values = sum(len(dataset.completion_lengths.flat) for dataset in self._datasets)
+        num_values = len(self._needed)
         values = torch.from_numpy(found.values) if found else torch.empty(num_values)
         status = torch.from_numpy(found.status) if found else torch.empty(num_values, dtype=torch.uint8)
         sources = torch.from_numpy(found.sources) if found else torch.empty(num_sources, dtype=torch.int64)

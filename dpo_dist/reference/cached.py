@@ -34,6 +34,8 @@ class CachedReference:
         starts, base = self.datasets[number].completion_lengths.starts, self.bases[number]
         places = [base + k for row in work.rows for k in range(starts[row], starts[row + 1])]
         logps = self.values_N[torch.tensor(places, dtype=torch.int64)]
+        if logps.isnan().any():
+            raise RuntimeError("an example was not looked up when the cache was opened")
         if self.device.type == "cuda":
             logps = logps.pin_memory()  # so that the copy waits for nothing
         return logps.to(self.device, non_blocking=True)

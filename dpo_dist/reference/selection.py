@@ -154,3 +154,20 @@ class _Recorder:
         if self._keep:
             self.recorded.append(values.float())
         return values
+
+
+def places_of(
+    datasets: Sequence[TokenizedDataset], rows: Sequence[Int64[np.ndarray, " R"] | None]
+) -> Int64[np.ndarray, " P"]:
+    """Where the completions of some examples are among all N, ascending."""
+    parts, base = [np.zeros(0, dtype=np.int64)], 0
+    for dataset, wanted in zip(datasets, rows, strict=True):
+        starts = dataset.completion_lengths.starts
+        counts = np.diff(starts)
+        is_wanted = np.ones(len(counts), dtype=bool)
+        if wanted is not None:
+            is_wanted[:] = False
+            is_wanted[wanted] = True
+        parts.append(base + np.flatnonzero(np.repeat(is_wanted, counts)))
+        base += int(starts[-1])
+    return np.concatenate(parts)

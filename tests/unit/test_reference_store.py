@@ -439,6 +439,33 @@ def test_a_complete_cache_needs_no_writing(closed: Path) -> None:
     assert sorted((closed / "cache").iterdir()) == before
 
 
+def test_only_examples_that_are_asked_for_are_computed(tmp_path: Path) -> None:
+    first, second = examples_of(6, seed=1), examples_of(3, seed=2)
+    datasets = [
+        save_dataset(tmp_path / name, rows) for name, rows in (("first", [*first, first[0]]), ("second", second))
+    ]
+    ranks, packer = Ranks(0, 1, 0, torch.device("cpu")), Packer(1, 64, 64, True)
+    scorer = KnownScorer()
+    # The last example repeats the first one, which is not asked for itself.
+    cache = open_cache(tmp_path / "cache", IDENTITY, datasets, ranks, False, [np.array([6, 4]), None])
+    asked = [first[0], first[4], *second]
+    assert cache.num_missing == len({(e.prompt_ids, ids) for e in asked for ids in e.completion_ids})
+    cache.fill(scorer, packer)
+    assert {prompt for prompt, _ in scorer.seen} == {example.prompt_ids for example in asked}
+    reference = cache.reference()
+
+    def answer(row: int) -> list[float]:
+        plan = packer.plan(0, [row], sizes_of(datasets[0], [row]))
+        return reference.completion_logps(RankWork(plan, 0, datasets[0], True)).tolist()
+
+    assert answer(6) == [value_of(first[0].prompt_ids, ids) for ids in first[0].completion_ids]
+    assert answer(4) == [value_of(first[4].prompt_ids, ids) for ids in first[4].completion_ids]
+    with pytest.raises(RuntimeError, match="was not looked up"):
+        answer(2)
+    again = open_cache(tmp_path / "cache", IDENTITY, datasets, ranks, False)
+    assert 0 < again.num_missing < again.num_found + again.num_missing
+
+
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     store = write(tmp_path, [])
     writer = store.new_part()

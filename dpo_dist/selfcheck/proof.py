@@ -87,9 +87,9 @@ def prove(
     positions = plan.micro_batches[policy.ranks.rank][0]
     batch = work.build(positions, work.share_prompts)
     logps_M, again_M = policy.token_logps(batch), policy.token_logps(batch)
-    logps_C, again_C = _sums(batch, logps_M), _sums(batch, again_M)
+    logps_C = _sums(batch, logps_M)
     faults = blame_weights({"policy": logps_C})
-    faults += blame_dropout(compare(batch, again_C, batch, logps_C, scale).excess())
+    faults += blame_dropout(compare(batch, _sums(batch, again_M), batch, logps_C, scale).excess())
     bitwise, answered_C, answer_faults = _hear(policy, reference, batch, logps_M, same_weights)
     faults += answer_faults
 
@@ -105,11 +105,11 @@ def prove(
     given_C = reference.completion_logps(work)
     mine_C = given_C[batch.completion_index_C.to(given_C.device)]
     stored = answered_C is None and same_weights
-    its_scale = NOISE_PER_SQRT_TOKEN[reference.dtype] if isinstance(reference, ModelReference) else scale
+    its_scale = NOISE_PER_SQRT_TOKEN[getattr(reference, "dtype", policy.dtype)]
     expected_C = logps_C if stored else mine_C if answered_C is None else answered_C
     bins = compare(batch, mine_C, batch, expected_C, its_scale)
-    faults += blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), [] if stored else bins.excess())
-    faults += blame_cache(bins.excess()) if stored else []
+    of_bins, of_cache = ([], bins.excess()) if stored else (bins.excess(), [])
+    faults += blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), of_bins) + blame_cache(of_cache)
     raise_first(faults)
 
     margins_B = bins.difference_C[batch.pair_chosen_B] - bins.difference_C[batch.pair_rejected_B]

@@ -90,8 +90,7 @@ def prove(
     logps_C = _sums(batch, logps_M)
     faults = blame_weights({"policy": logps_C})
     faults += blame_dropout(compare(batch, _sums(batch, again_M), batch, logps_C, scale).excess())
-    bitwise, answered_C, answer_faults = _hear(policy, reference, batch, logps_M, same_weights)
-    faults += answer_faults
+    bitwise, answered_C = _hear(policy, reference, batch, logps_M, same_weights, faults)
 
     # Other layouts of the same examples. Every rank runs equally many forwards, with fillers where it has nothing.
     own_prompts = work.build(_within(work, positions, max_tokens), share_prompts=False)
@@ -124,21 +123,29 @@ def prove(
 
 
 def _hear(
-    policy: TrainingEngine, reference: Reference, batch: MicroBatch, logps_M: Float[Tensor, " M"], same_weights: bool
-) -> tuple[bool, Float[Tensor, " C"] | None, list[str]]:
-    """The reference's own answer for a micro-batch: whether equal to the last bit, its sums, faults. Collective."""
+    policy: TrainingEngine,
+    reference: Reference,
+    batch: MicroBatch,
+    logps_M: Float[Tensor, " M"],
+    same_weights: bool,
+    faults: list[str],
+) -> tuple[bool, Float[Tensor, " C"] | None]:
+    """The reference's own answer for a micro-batch: whether equal to the last bit, and its sums. Adds to the faults.
+
+    Collective.
+    """
     if not isinstance(reference, ModelReference):
-        return False, None, []
+        return False, None
     answer_M = reference.token_logps(batch)
     answer_C = _sums(batch, answer_M)
-    faults = blame_weights({"reference": answer_C})
+    faults += blame_weights({"reference": answer_C})
     bitwise = all(all_gather_json(torch.equal(logps_M, answer_M)))
     if same_weights and not bitwise:
         scale = NOISE_PER_SQRT_TOKEN[policy.dtype]
         faults += blame_reference(
             policy, reference, compare(batch, answer_C, batch, _sums(batch, logps_M), scale).excess()
         )
-    return bitwise, answer_C, faults
+    return bitwise, answer_C
 
 
 def check_first_loss(measured: float, loss: PairLoss, proof: Proof) -> str:

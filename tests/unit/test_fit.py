@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dpo_dist.errors import ModelError
 from dpo_dist.model import Fit, find_fit, load_config
-from dpo_dist.selfcheck.proof import _blame_weights
+from dpo_dist.selfcheck.blame import blame_weights
 from tests.parity.oracle import llama_config
 
 KEY = "model.model_name_or_path"
@@ -99,6 +99,6 @@ def test_a_cut_file_is_named(folder: Path) -> None:
 
 def test_weights_that_are_no_numbers_are_told_from_dropout() -> None:
     finite, broken = torch.zeros(2), torch.tensor([0.0, float("nan")])
-    assert _blame_weights({"policy": finite, "reference": finite}) == []
-    (fault,) = _blame_weights({"policy": finite, "reference": broken})
+    assert blame_weights({"policy": finite, "reference": finite}) == []
+    (fault,) = blame_weights({"policy": finite, "reference": broken})
     assert fault.startswith("weights: log-probabilities of the reference are not finite")

@@ -141,8 +141,6 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         for one, its_dtype in ((model_config, dtype), (reference_config, reference_dtype))
     ]
     sharing = decide_sharing(model_config, model.prefix_sharing)
-    if is_prompt_learning(config.adapter):
-        sharing = False, f"{adapter_kind(config.adapter)} puts its virtual tokens before each completion's own prompt"
     decide_sharing(reference_config, "auto")
     if model_config.vocab_size != reference_config.vocab_size:
         raise ModelError(

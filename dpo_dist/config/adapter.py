@@ -12,7 +12,7 @@ class AdapterConfig(Section):
 
     peft_type: Literal["lora", "adalora", "prefix_tuning", "prompt_tuning", "p_tuning"] | None = None
     """Kind of adapter. `lora`, `adalora`: low-rank additions to linear layers; `prefix_tuning`, `prompt_tuning`,
-    `p_tuning`: virtual tokens before the prompt, each completion with its own prompt. null: all weights are
+    `p_tuning`: virtual tokens before every prompt. null: all weights are
     trained, unless adapter_name_or_path is given."""
     adapter_name_or_path: Text | None = None
     """Folder of an adapter to go on training; kind and sizes are what its own adapter_config.json says. A frozen copy

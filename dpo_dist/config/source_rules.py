@@ -100,12 +100,6 @@ def source_rules(config: RunConfig) -> Iterator[Broken]:
             "cannot be combined with adapter.peft_type=prefix_tuning, whose prefix a recomputed layer would not see; "
             "set it to false",
         )
-    if adapter.peft_type in _PROMPT_LEARNING and config.model.prefix_sharing == "on":
-        yield (
-            ("model", "prefix_sharing"),
-            (("adapter", "peft_type"),),
-            "cannot go with virtual tokens, which stand before each completion's own prompt; use auto",
-        )
 
 
 def _reference_rules(config: RunConfig) -> Iterator[Broken]:

@@ -8,8 +8,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tests.golden.trajectories import compare_trajectory, lines_of, load_case
+from dpo_dist.cli.exporting import run_export
+from tests.golden.trajectories import FOLDER, compare_trajectory, lines_of, load_case, load_rows
 from tests.invariance.sources import (
     ADAPTED,
     ADAPTER_STEPS,
@@ -24,7 +29,8 @@ from tests.invariance.sources import (
 )
 from tests.launching import launch, succeeded
 
-pytestmark = pytest.mark.timeout(0)
+# Tied embeddings that are both trained whole: PEFT warns of what is done here on purpose.
+pytestmark = [pytest.mark.timeout(0), pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")]
 Finished = Callable[[int, str], Path]
 TYPES = {"live": "LiveReference", "cache": "CachedReference", "adapter_off": "AdapterOffReference"}
 ALL_ADAPTERS = (*ADAPTERS, "continued")
@@ -95,3 +101,31 @@ def test_without_a_reference_rewards_are_the_policys_own(finished: Finished, wor
     for line in lines_of(run):
         for kind in ("chosen", "rejected"):
             assert line[f"rewards/{kind}"] == pytest.approx(0.1 * line[f"logps/{kind}"], rel=1e-5)
+
+
+# ---- what a run with an adapter leaves behind
+
+
+@pytest.mark.parametrize("adapter", ["lora", "whole-modules"])
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (3, 2)])
+def test_checkpoint_gives_the_adapter_and_the_merged_model(
+    finished: Finished, tmp_path: Path, adapter: str, stage: int, world_size: int
+) -> None:
+    run = finished(world_size, adapted_name(adapter, "adapter_off", stage))
+    checkpoint = run / "checkpoints" / f"step-{ADAPTER_STEPS:06d}"
+    alone = run_export(checkpoint, tmp_path / "alone", False, False, None, tmp_path)
+    tensors, written = (load_file(folder / "adapter_model.safetensors") for folder in (alone, run / "model"))
+    assert tensors.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) and tensor.numel() for name, tensor in tensors.items())
+
+    merged = run_export(checkpoint, tmp_path / "merged", False, True, None, tmp_path)
+    weights, base = (load_file(folder / "model.safetensors") for folder in (merged, FOLDER / "tiny_policy"))
+    assert weights.keys() == base.keys()
+    assert all(weights[name].shape == tensor.shape for name, tensor in base.items())
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in base.items())
+    ids = torch.tensor([load_rows()[0].prompt_ids + load_rows()[0].chosen_ids])
+    plain = AutoModelForCausalLM.from_pretrained(FOLDER / "tiny_policy", dtype=torch.float32)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain, str(run / "model"))(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

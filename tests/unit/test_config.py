@@ -951,12 +951,6 @@ ADALORA = "adapter.peft_type=adalora"
         ),
         (["adapter.peft_type=prefix_tuning"], "model.gradient_checkpointing=true", "prefix_tuning", "set it to false"),
         (
-            ["adapter.peft_type=p_tuning", "model.prefix_sharing=on"],
-            "model.prefix_sharing=on",
-            "own prompt",
-            "use auto",
-        ),
-        (
             ["reference.source=adapter_off"],
             "reference.source=adapter_off",
             "no adapters to switch off",

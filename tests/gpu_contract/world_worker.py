@@ -27,6 +27,7 @@ from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli import training
 from dpo_dist.cli.prepare import prepare
 from dpo_dist.cli.resuming import Start
+from dpo_dist.cli.sources import Choice
 from dpo_dist.config import load_config
 from dpo_dist.distributed import Ranks, StopRequest, sum_over_ranks
 from dpo_dist.engine import adopt_process_group
@@ -119,7 +120,7 @@ def play(config_file: str, folder: Path, world_size: int, rank: int, fault: str 
     trainer.save = lambda run, progress: seen.begin("end")  # its shards would need real collectives
     with seen:
         store = CheckpointStore(Path(config.train.output_dir), ranks)
-        run = training._build(prepared, ranks, stop, store, Start(None, 0, False, ""))
+        run = training._build(prepared, ranks, stop, store, Start(None, 0, False, ""), Choice("live", "", None))
         progress = trainer.Progress()
         trainer.train(run, progress)
     return {"stopped_after": progress.step, **_shape_of(run), "steps": seen.summary()}

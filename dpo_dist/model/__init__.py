@@ -10,6 +10,7 @@ adapted.py       an adapter inside a model, and the model without it
 adapters.py      put an adapter into a loaded model
 adapter_settings.py  PEFT's configuration of a new one, and whether it fits the model
 adapter_files.py     one that is on disk, and whether it is of this model
+quantization.py  frozen weights in four bits
 """
 
 from dpo_dist.model.adapted import Adapter, base_name, external_parameters
@@ -25,6 +26,7 @@ from dpo_dist.model.architecture import (
 )
 from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.folder import identity, resolve_folder
+from dpo_dist.model.quantization import four_bits
 from dpo_dist.model.scoring import DTYPES, ScoringModel, load_model, sharded_loading
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "decide_sharing",
     "external_parameters",
     "find_fit",
+    "four_bits",
     "identity",
     "is_prompt_learning",
     "load_config",

@@ -9,8 +9,8 @@ packed.py        what the decoder is handed: a micro-batch's tokens, and virtual
 adapted.py       an adapter inside a model, and the model without it
 adapters.py      put an adapter into a loaded model
 adapter_settings.py  PEFT's configuration of a new one, and whether it fits the model
-quantization.py  frozen weights in 4 bits
 adapter_files.py     one that is on disk, and whether it is of this model
+quantization.py  frozen weights in four bits
 """
 
 from dpo_dist.model.adapted import Adapter, base_name, external_parameters

@@ -124,6 +124,12 @@ def load_model(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
+        if quantization is not None:
+            needed = 2 * dtype.itemsize
+            reason += (
+                f"; with adapter.load_in_4bit=true the number of weights of every linear layer must be a multiple of "
+                f"{needed}, since they are stored as {dtype}"
+            )
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

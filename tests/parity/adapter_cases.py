@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from dpo_dist.config import AdapterConfig
 from dpo_dist.data import Pair
 from dpo_dist.tokenization import TokenizedExample
 
 SEED, BETA, STEPS, EXAMPLES = 7, 0.3, 5, 4
-LEARNING_RATE, WEIGHT_DECAY, MAX_NORM, EPSILON = 5e-3, 0.01, 1.0, 1e-5
+LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 5e-3, 0.01, 1.0
+# With AdamW's usual epsilon rounding decides how far a weight moves whose gradient is almost 0.
+EPSILON = 1e-3
 VOCABULARY = 67
 TASK = {"task_type": "CAUSAL_LM"}
 
@@ -29,6 +31,7 @@ class Case:
     tied: bool = False
     max_norm: float = MAX_NORM
     checkpoints: bool = False  # activations are recomputed
+    quantised: BitsAndBytesConfig | None = None  # how the plain model is loaded
     start: str | None = None  # the case whose kind of adapter lies on disk already, with random values
 
     def config_in(self, folder: Path) -> AdapterConfig:
@@ -43,7 +46,7 @@ class Case:
 
 LORA: dict[str, Any] = {"peft_type": "lora", "lora_r": 3, "lora_alpha": 5}
 PLAIN_LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **TASK}
-ADALORA: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5}
+ADALORA: dict[str, Any] = {"init_r": 5, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5}
 
 CASES = {
     "lora": Case(LORA, lambda: LoraConfig(**PLAIN_LORA)),
@@ -86,10 +89,16 @@ CASES = {
         checkpoints=True,
     ),
 }
+QUANTISED = {"bnb_4bit_quant_type": "fp4", "load_in_4bit": True}
+CASES["four_bits"] = Case(
+    LORA | QUANTISED | {"use_bnb_nested_quant": True},
+    CASES["lora"].peft,
+    quantised=BitsAndBytesConfig(bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=torch.float32, **QUANTISED),
+)
 CASES["continued"] = Case({}, None, start="saved_modules")
 CASES["continued_dora"] = Case({}, None, start="dora")
 CASES["continued_prompt"] = Case({}, None, start="prompt_tuning")
-NO_MERGE = ("prefix_tuning", "prompt_tuning", "p_tuning", "continued_prompt")
+NO_MERGE = ("prefix_tuning", "prompt_tuning", "p_tuning", "continued_prompt", "four_bits")
 STARTS = ("saved_modules", "dora", "prompt_tuning")
 
 
@@ -98,7 +107,7 @@ def save_base(folder: Path, tied: bool) -> Path:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=20,
-        intermediate_size=33,
+        intermediate_size=34,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

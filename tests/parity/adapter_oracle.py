@@ -36,8 +36,10 @@ def logps_of(model: Any, example: Any) -> Tensor:
     return torch.stack([token_logps(model, example.prompt_ids, ids).sum() for ids in example.completion_ids])
 
 
-def plain(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def plain(folder: Path, quantised: Any = None) -> Any:
+    options = {} if quantised is None else {"quantization_config": quantised}
+    options |= {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def build(case: Case, folder: Path) -> tuple[Any, Any]:
@@ -45,7 +47,8 @@ def build(case: Case, folder: Path) -> tuple[Any, Any]:
     base = folder / case.base
     if case.start is None:
         torch.manual_seed(SEED)
-        return get_peft_model(plain(base), case.peft(), autocast_adapter_dtype=False), plain(base)
+        model = get_peft_model(plain(base, case.quantised), case.peft(), autocast_adapter_dtype=False)
+        return model, plain(base, case.quantised)
     start = folder / f"start-{case.start}"
     reference = PeftModel.from_pretrained(plain(base), str(start), autocast_adapter_dtype=False)
     if not reference.peft_config["default"].is_prompt_learning:

@@ -1,6 +1,6 @@
-"""Adapters through the package's engine: `-m tests.parity.adapter_worker FOLDER CASE:STAGE ...`, one or more ranks.
+"""Adapters through the package's engine: `-m tests.parity.adapter_worker FOLDER OUT CASE:STAGE ...`.
 
-FOLDER holds the base models; FOLDER/ranksN/CASE-zeroS gets what each case gave. `CASE:STAGE:resume` also saves a
+FOLDER holds the base models; OUT/CASE-zeroS gets what each case gave. `CASE:STAGE:resume` also saves a
 checkpoint on the way, and goes on from it in a new engine.
 """
 
@@ -24,7 +24,7 @@ from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
 from dpo_dist.losses import sigmoid
-from dpo_dist.model import attach_adapter, load_config, load_model
+from dpo_dist.model import attach_adapter, four_bits, load_config, load_model
 from tests.parity.adapter_cases import (
     BETA,
     CASES,
@@ -51,8 +51,10 @@ def build(case: Case, stage: int, folder: Path, ranks: Ranks) -> TrainingEngine:
     base = folder / case.base
     settings = settings_of(stage, ranks, case.max_norm)
     config = load_config(base, trust_remote_code=False)
-    model = load_model(base, config, register("sdpa"), torch.float32, settings, case.checkpoints, False)
-    attach_adapter(model, case.config_in(folder), str(base), SEED, STEPS, settings)
+    adapter = case.config_in(folder)
+    quantised = four_bits(adapter, torch.float32)
+    model = load_model(base, config, register("sdpa"), torch.float32, settings, case.checkpoints, False, quantised)
+    attach_adapter(model, adapter, str(base), SEED, STEPS, settings)
     train = TrainConfig(
         output_dir="unused",
         max_grad_norm=case.max_norm,
@@ -97,9 +99,9 @@ def probe(engine: TrainingEngine) -> tuple[torch.Tensor, torch.Tensor]:
         return engine.reference_token_logps(batch).clone(), engine.token_logps(batch).clone()
 
 
-def run(case_name: str, stage: int, resumes: bool, folder: Path, ranks: Ranks) -> None:
+def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, ranks: Ranks) -> None:
     case = CASES[case_name]
-    out = folder / f"ranks{ranks.world_size}" / f"{case_name}-zero{stage}"
+    out = results / f"{case_name}-zero{stage}"
     engine = build(case, stage, folder, ranks)
     flags = {name: (p.requires_grad, p.dtype) for name, p in engine.model.named_parameters()}
     reference, policy = probe(engine)
@@ -145,12 +147,12 @@ def resumed(engine: TrainingEngine, case: Case, stage: int, folder: Path, out: P
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, results = Path(sys.argv[1]), Path(sys.argv[2])
     with process_group(release=release_process_group) as ranks:
         adopt_process_group()
-        for argument in sys.argv[2:]:
+        for argument in sys.argv[3:]:
             name, stage, *more = argument.split(":")
-            run(name, int(stage), more == ["resume"], folder, ranks)
+            run(name, int(stage), more == ["resume"], folder, results, ranks)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def spoiled(folder: Path, out: Path, name: str = "lora", **changes: Any) -> Path
         ({"target_modules": ["lm_head", "q_proj"]}, "target_modules=lm_head is the output head"),
         ({"target_modules": ["c_attn"]}, "target_modules=c_attn matches no layer"),
         ({"target_modules": ["q_proj"]}, "adapter of another base model .* belongs to no layer"),
-        ({"r": 5}, r"adapter of another base model .* has shape \(3, 33\), and this model needs \(5, 33\)"),
+        ({"r": 5}, r"adapter of another base model .* has shape \(3, 34\), and this model needs \(5, 34\)"),
         ({"modules_to_save": ["norm"]}, "or is not complete: it has no base_model.model.model.layers.0.input"),
     ],
 )

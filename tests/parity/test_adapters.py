@@ -51,7 +51,8 @@ LAUNCHES = {
     "two_more": (
         2,
         True,
-        "lora:1 lora:2:resume tied_both:3 prefix_tuning:3 continued:3 continued_prompt:3 adalora:1 adalora:2 rslora:0 p_tuning:1",
+        "lora:1 lora:2:resume tied_both:3 prefix_tuning:3 continued:3 continued_prompt:3 adalora:1 adalora:2 "
+        "rslora:0 p_tuning:1",
     ),
 }
 POINTS = [

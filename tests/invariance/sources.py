@@ -1,9 +1,10 @@
 """The same run with its reference live, from a cache, and from the policy without its adapters."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from tests.golden.trajectories import FOLDER, base_config, case_config, load_case
+from tests.golden.trajectories import base_config, case_config, load_case
 
 STAGES = (0, 3)
 WORLD_SIZES = (1, 2)
@@ -62,19 +63,39 @@ def adapted_name(adapter: str, source: str, stage: int) -> str:
     return f"{adapter}-{source}-stage{stage}"
 
 
-def configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every run; the order matters to `continued`."""
-    runs = {whole_name(name, stage): whole_config(folder, name, stage) for stage in STAGES for name in WHOLE}
-    for adapter in ADAPTERS:
+def is_by_hand(kind: str, source: str, stage: int) -> bool:
+    """Whether a run belongs to the full product, which is not run at every commit."""
+    if kind == "whole":
+        return stage == 0 and source not in ("live", "cache")
+    return kind != "lora" and (source, stage) not in _AT_EVERY_COMMIT[kind]
+
+
+# `live` at stage 0 is what the others are compared with.
+_AT_EVERY_COMMIT = {
+    "continued": (("live", 0), ("cache", 3), ("adapter_off", 3)),
+    "whole-modules": (("live", 0), ("adapter_off", 3)),
+    "prompt": (),
+}
+
+
+def configs(folder: Path, everything: bool) -> dict[str, dict[str, Any]]:
+    """Every run, or those of every commit; the order matters to `continued`."""
+    runs = {}
+    for stage in STAGES:
+        for name in WHOLE:
+            if everything or not is_by_hand("whole", name, stage):
+                runs[whole_name(name, stage)] = whole_config(folder, name, stage)
+    for adapter in (*ADAPTERS, "continued"):
         for stage in STAGES:
             for source in ADAPTED:
-                runs[adapted_name(adapter, source, stage)] = adapted_config(folder, adapter, source, stage)
-    for stage in STAGES:
-        for source in ADAPTED:
-            runs[adapted_name("continued", source, stage)] = continued_config(folder, source, stage)
+                if not everything and is_by_hand(adapter, source, stage):
+                    continue
+                build = (
+                    continued_config if adapter == "continued" else functools.partial(adapted_config, adapter=adapter)
+                )
+                runs[adapted_name(adapter, source, stage)] = build(folder, source=source, stage=stage)
     runs["none"] = base_config(folder / "none")
     del runs["none"]["model"]["reference_name_or_path"]
     runs["none"]["reference"] = {"source": "none"}
     runs["none"]["train"] |= {"examples_per_step": 8, "max_steps": 2, "learning_rate": 1e-3}
-    assert FOLDER.is_dir()
     return runs

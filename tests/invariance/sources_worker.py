@@ -1,4 +1,4 @@
-"""All runs of `sources.py` in one process group: `-m tests.invariance.sources_worker FOLDER`.
+"""Runs of `sources.py` in one process group: `-m tests.invariance.sources_worker FOLDER [everything]`.
 
 Writes `FOLDER/<name>.rank<k>.json` for every run: an error, or what its reference was; pytest judges.
 """
@@ -15,8 +15,8 @@ import yaml
 from jaxtyping import install_import_hook
 
 
-def main(folder: Path) -> None:
-    """Run everything."""
+def main(folder: Path, everything: bool) -> None:
+    """Run them."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     install_import_hook("dpo_dist", "beartype.beartype")
     from dpo_dist.cli.training import set_up_logging
@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
 
     set_up_logging()
     with process_group() as ranks:
-        for name, config in configs(folder).items():
+        for name, config in configs(folder, everything).items():
             seen = _run(folder, name, config, is_first=ranks.is_first)
             (folder / f"{name}.rank{ranks.rank}.json").write_text(json.dumps(seen))
 
@@ -66,4 +66,4 @@ def _count_forwards_without_gradient(run: Any) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["everything"])

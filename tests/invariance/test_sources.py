@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.invariance.sources import (
     WORLD_SIZES,
     adapted_name,
     configs,
+    is_by_hand,
     whole_name,
 )
 from tests.launching import launch, succeeded
@@ -36,15 +38,25 @@ TYPES = {"live": "LiveReference", "cache": "CachedReference", "adapter_off": "Ad
 ALL_ADAPTERS = (*ADAPTERS, "continued")
 
 
+def _point(kind: str, source: str, stage: int, adapter: str | None = None, has_source: bool = True) -> Any:
+    """Arguments of a test about one run; what is run by hand is marked so."""
+    values = [*([adapter] if adapter else []), *([source] if has_source else []), stage]
+    return pytest.param(*values, marks=[pytest.mark.slow] if is_by_hand(kind, source, stage) else [])
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """`finished(world_size, name)`: the folder of a run; the first call launches all runs of that world size."""
+
+    own = [item for item in request.session.items if item.path == request.path]
+    everything = any(item.get_closest_marker("slow") for item in own)
 
     @cache
     def launched(world_size: int) -> Path:
         folder = tmp_path_factory.mktemp(f"sources{world_size}")
-        timeout = 300 + 20 * len(configs(folder))
-        succeeded(launch(world_size, "tests.invariance.sources_worker", str(folder), cwd=folder, timeout=timeout))
+        arguments = [str(folder), *(["everything"] if everything else [])]
+        timeout = 300 + 20 * len(configs(folder, everything))
+        succeeded(launch(world_size, "tests.invariance.sources_worker", *arguments, cwd=folder, timeout=timeout))
         return folder
 
     def folder_of(world_size: int, name: str) -> Path:
@@ -62,8 +74,7 @@ def _seen(run: Path, rank: int = 0) -> dict:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(("name", "stage"), [_point("whole", name, stage) for name in WHOLE for stage in STAGES])
 def test_all_weights_equal_the_recorded_run(finished: Finished, name: str, stage: int, world_size: int) -> None:
     run = finished(world_size, whole_name(name, stage))
     assert compare_trajectory(lines_of(run), load_case(GOLDEN).logs) == []
@@ -73,9 +84,10 @@ def test_all_weights_equal_the_recorded_run(finished: Finished, name: str, stage
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("source", ADAPTED)
-@pytest.mark.parametrize("adapter", ALL_ADAPTERS)
+@pytest.mark.parametrize(
+    ("adapter", "source", "stage"),
+    [_point(adapter, source, stage, adapter) for adapter in ALL_ADAPTERS for source in ADAPTED for stage in STAGES],
+)
 def test_an_adapter_learns_the_same(finished: Finished, adapter: str, source: str, stage: int, world_size: int) -> None:
     first = lines_of(finished(1, adapted_name(adapter, "live", 0)))
     run = finished(world_size, adapted_name(adapter, source, stage))
@@ -87,9 +99,11 @@ def test_an_adapter_learns_the_same(finished: Finished, adapter: str, source: st
     assert abs(lines[-1]["rewards/chosen"]) + abs(lines[-1]["rewards/rejected"]) > 0.05
 
 
-@pytest.mark.parametrize("adapter", ALL_ADAPTERS)
-def test_an_adapter_starts_at_its_reference(finished: Finished, adapter: str) -> None:
-    first = lines_of(finished(1, adapted_name(adapter, "adapter_off", 0)))[0]
+@pytest.mark.parametrize(
+    ("adapter", "stage"), [_point(name, "live", 0, name, has_source=False) for name in ALL_ADAPTERS]
+)
+def test_an_adapter_starts_at_its_reference(finished: Finished, adapter: str, stage: int) -> None:
+    first = lines_of(finished(1, adapted_name(adapter, "live", stage)))[0]
     starts_equal = math.isclose(first["loss"], math.log(2), abs_tol=1e-6)
     assert starts_equal is (adapter != "prompt")
 
@@ -106,8 +120,7 @@ def test_without_a_reference_rewards_are_the_policys_own(finished: Finished, wor
 # ---- what a run with an adapter leaves behind
 
 
-@pytest.mark.parametrize("adapter", ["lora", "whole-modules"])
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (3, 2)])
+@pytest.mark.parametrize(("adapter", "stage", "world_size"), [("lora", 0, 1), ("lora", 3, 2), ("whole-modules", 3, 2)])
 def test_checkpoint_gives_the_adapter_and_the_merged_model(
     finished: Finished, tmp_path: Path, adapter: str, stage: int, world_size: int
 ) -> None:

@@ -42,12 +42,12 @@ class TrainingEngine:
         self.max_grad_norm = train.max_grad_norm
         self.allocation: RankAllocation | None = None
         if model.adapter is not None and model.adapter.kind == "adalora":
-            if self.dtype == torch.float16:
+            if "fp16" in config:
                 raise ConfigError(
                     "adapter.peft_type=adalora does not go with model.dtype=float16, whose gradients are scaled; use "
                     "bfloat16 or float32"
                 )
-            self.allocation = RankAllocation(model.adapter, model.model)
+            self.allocation = RankAllocation(model.adapter, model.model, self.engine.optimizer)
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
         self._computes_own_norm = replicated and not halved
         if replicated and halved:

@@ -110,6 +110,9 @@ def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, 
         if resumes and step == STEPS - 2:
             engine = resumed(engine, case, stage, folder, out, ranks)
         history.append(one_step(engine, step))
+        if engine.allocation is not None and step == STEPS - 3 and ranks.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            save_file(engine.allocation.state()[0], out / "averages.safetensors")
     reference_after, policy_after = probe(engine)
     export_adapter(out / "adapter", engine.named_adapter_parameters(), ranks, engine.model.adapter)
     if ranks.is_first:

@@ -51,7 +51,8 @@ LAUNCHES = {
     "two_more": (
         2,
         True,
-        "lora:1 lora:2:resume tied_both:3 prefix_tuning:3 continued:3 continued_prompt:3 adalora:1 adalora:2 rslora:0 p_tuning:1",
+        "lora:1 lora:2:resume tied_both:3 prefix_tuning:3 continued:3 continued_prompt:3 adalora:1 "
+        "adalora:2 rslora:0 p_tuning:1",
     ),
 }
 POINTS = [
@@ -178,6 +179,17 @@ def test_four_bits_are_merged_into_the_whole_base(folder, outcome, tmp_path):
     assert not torch.allclose(
         plain_answer(merged), load_file(out / "probe.safetensors")["policy"], rtol=0, atol=1e-2
     ), "four bits must make a difference"
+
+
+@pytest.mark.parametrize(("launched", "name", "stage"), [point for point in POINTS if point.values[1] == "adalora"])
+def test_ranks_are_told_by_the_same_averages(outcome, oracle, launched, name, stage):
+    """Of |value * gradient|, with the gradient as it was clipped."""
+    out, _ = outcome(launched, name, stage)
+    _, model = oracle(name)
+    averages = load_file(out / "averages.safetensors")
+    assert len(averages) == 2 * len(model.averages)
+    for key, tensor in model.averages.items():
+        assert torch.allclose(averages[f"ipt.{key}"], tensor, rtol=1e-4, atol=1e-5 * float(tensor.max())), key
 
 
 def test_the_case_has_what_it_is_about(oracle):

@@ -14,7 +14,7 @@ from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
-from dpo_dist.engine.whole import announce_external_parameters, named_full_parameters
+from dpo_dist.engine.whole import named_full_parameters
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
@@ -37,7 +37,6 @@ class TrainingEngine:
         self.ranks = ranks
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
         self.engine = initialize(model=model, optimizer=optimizer, config=config)
-        announce_external_parameters(model)
         self.device = torch.device(self.engine.device)
         self.max_grad_norm = train.max_grad_norm
         self.allocation: RankAllocation | None = None

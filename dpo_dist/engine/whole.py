@@ -15,15 +15,6 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from dpo_dist.model import external_parameters
-
-
-def announce_external_parameters(model: nn.Module) -> None:
-    """Tell ZeRO-3 which modules of an adapter compute with other modules' parameters; below stage 3 nothing happens."""
-    for module, parameter in external_parameters(model):
-        if hasattr(parameter, "ds_id"):
-            deepspeed.zero.register_external_parameter(module, parameter)
-
 
 def named_full_parameters(
     model: nn.Module, wanted: Callable[[nn.Parameter], bool] | None = None

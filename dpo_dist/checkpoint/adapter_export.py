@@ -221,9 +221,12 @@ def _without_name(name: str) -> str:
 
 
 def _exported_settings(settings: Any) -> PeftConfig:
-    """As PEFT saves it: for inference, and ranks without the adapter's name."""
+    """As PEFT saves it: for inference, and ranks without the adapter's name; sets in an order that does not vary."""
     exported = copy.deepcopy(settings)
     exported.inference_mode = True
+    for name, value in vars(exported).items():
+        if isinstance(value, set):
+            setattr(exported, name, sorted(value))
     if getattr(exported, "rank_pattern", None):
         exported.rank_pattern = {_without_name(name): rows for name, rows in exported.rank_pattern.items()}
     return exported

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.adalora import RankAllocator
 from torch import Tensor, nn
 
-from dpo_dist.engine.whole import FullParameter
+from dpo_dist.engine.whole import FullParameter, masters_of
 from dpo_dist.model import Adapter
 
 _NAME = "default"
@@ -35,15 +35,17 @@ class RankAllocation:
     Args:
         adapter: of kind `adalora`.
         model: the language model, with names as PEFT knows them.
+        optimizer: DeepSpeed's.
     """
 
-    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+    def __init__(self, adapter: Adapter, model: nn.Module, optimizer: Any) -> None:
         self.settings = adapter.config
         # An adapter that is gone on with keeps the ranks that it was given.
         self.allocates = not adapter.has_copy
         named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        masters = masters_of(optimizer)
         self._parameters = {
-            name: FullParameter(p) for name, p in named if "lora_" in name and name.endswith(f".{_NAME}")
+            name: FullParameter(p, masters) for name, p in named if "lora_" in name and name.endswith(f".{_NAME}")
         }
         shapes = {name: nn.Parameter(torch.empty(full.shape)) for name, full in self._parameters.items()}
         self._allocator: Any = RankAllocator(_Copies(shapes), self.settings, _NAME)

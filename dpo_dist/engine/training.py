@@ -15,7 +15,7 @@ from dpo_dist.distributed import Ranks
 from dpo_dist.engine import shares
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
-from dpo_dist.engine.whole import announce_external_parameters, named_full_parameters
+from dpo_dist.engine.whole import named_full_parameters
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
@@ -38,17 +38,16 @@ class TrainingEngine:
         self.ranks = ranks
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
         self.engine = initialize(model=model, optimizer=optimizer, config=config)
-        announce_external_parameters(model)
         self.device = torch.device(self.engine.device)
         self.max_grad_norm = train.max_grad_norm
         self.allocation: RankAllocation | None = None
         if model.adapter is not None and model.adapter.kind == "adalora":
-            if self.dtype == torch.float16:
+            if "fp16" in config:
                 raise ConfigError(
                     "adapter.peft_type=adalora does not go with model.dtype=float16, whose gradients are scaled; use "
                     "bfloat16 or float32"
                 )
-            self.allocation = RankAllocation(model.adapter, model.model)
+            self.allocation = RankAllocation(model.adapter, model.model, self.engine.optimizer)
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
         self._computes_own_norm = replicated and not halved
         if replicated and halved:

@@ -15,15 +15,6 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from dpo_dist.model import external_parameters
-
-
-def announce_external_parameters(model: nn.Module) -> None:
-    """Tell ZeRO-3 which modules of an adapter compute with other modules' parameters; below stage 3 nothing happens."""
-    for module, parameter in external_parameters(model):
-        if hasattr(parameter, "ds_id"):
-            deepspeed.zero.register_external_parameter(module, parameter)
-
 
 def named_full_parameters(
     model: nn.Module, wanted: Callable[[nn.Parameter], bool] | None = None
@@ -51,6 +42,15 @@ def named_full_parameters(
     yield from ((name, buffer.cpu()) for name, buffer in model.named_buffers() if name in persistent)
 
 
+def masters_of(optimizer: Any) -> dict[int, Tensor]:
+    """The float32 values of half-precision parameters by their ids, where DeepSpeed keeps them whole (stage 0)."""
+    halved, masters = getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ())
+    if not all(isinstance(group, list) for group in (*halved, *masters)) or not masters:
+        return {}
+    pairs = [pair for groups in zip(halved, masters, strict=True) for pair in zip(*groups, strict=True)]
+    return {id(parameter): master for parameter, master in pairs if parameter.shape == master.shape}
+
+
 class FullParameter:
     """One trained parameter: value and gradient whole and in float32, wherever their parts lie. Collective.
 
@@ -58,14 +58,15 @@ class FullParameter:
     sizes that the ranks do not divide.
     """
 
-    def __init__(self, parameter: Any) -> None:
+    def __init__(self, parameter: Any, masters: dict[int, Tensor] | None = None) -> None:
         self.parameter = parameter
+        self.master = (masters or {}).get(id(parameter))
         self.shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
         self.device: torch.device = parameter.device
 
     def value(self) -> Tensor:
         """The optimizer's own value, where it has one."""
-        whole = safe_get_full_fp32_param(self.parameter)
+        whole = safe_get_full_fp32_param(self.parameter) if self.master is None else self.master.detach()
         return (self.parameter.detach() if whole is None else whole).float().reshape(self.shape).clone()
 
     def gradient(self) -> Tensor:
@@ -78,6 +79,9 @@ class FullParameter:
         """Replace the gradient before the update."""
         if hasattr(self.parameter, "ds_id"):
             safe_set_local_grad(self.parameter, self._own_part(whole))
+        elif (accumulated := getattr(self.parameter, "_hp_grad", None)) is not None:
+            # Where float32 sums are kept beside bfloat16 gradients DeepSpeed reads these sums, and sets the others.
+            accumulated.copy_(whole.reshape(accumulated.shape))
         else:
             safe_set_full_grad(self.parameter, whole)
 
@@ -87,6 +91,8 @@ class FullParameter:
         parameter = self.parameter
         if not hasattr(parameter, "ds_id"):
             safe_set_full_fp32_param(parameter, whole)
+            if self.master is not None:
+                self.master.copy_(whole)
             parameter.copy_(whole)
             return
         own = self._own_part(whole)

@@ -13,7 +13,7 @@ adapter_files.py     one that is on disk, and whether it is of this model
 quantization.py  frozen weights in four bits
 """
 
-from dpo_dist.model.adapted import Adapter, base_name, external_parameters
+from dpo_dist.model.adapted import Adapter, base_name
 from dpo_dist.model.adapters import adapter_kind, attach_adapter, is_prompt_learning, require_adapter
 from dpo_dist.model.architecture import (
     PACKABLE_ROPE,
@@ -44,7 +44,6 @@ __all__ = [
     "attention_needs",
     "base_name",
     "decide_sharing",
-    "external_parameters",
     "find_fit",
     "four_bits",
     "identity",

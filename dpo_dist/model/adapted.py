@@ -8,7 +8,6 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from dpo_dist.batch import MicroBatch
 from dpo_dist.model.packed import Packed, as_packed, with_virtual_embeddings, with_virtual_keys
@@ -89,18 +88,3 @@ def base_name(name: str) -> str | None:
     if "ranknum" in parts:
         return None
     return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-
-
-def external_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules of PEFT that compute with a parameter which is another module's own.
-
-    ZeRO-3 gathers for a module what is the module's own, and has to be told about these.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for module in layers:
-        for child in module.children():
-            if isinstance(child, nn.ParameterDict):  # AdaLoRA's matrices; such a module is never called itself
-                yield from ((module, parameter) for parameter in child.parameters())
-        for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():  # DoRA
-            yield magnitudes, module.get_base_layer().weight
-            yield magnitudes, module.lora_A[name].weight

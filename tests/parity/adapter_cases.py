@@ -102,12 +102,12 @@ NO_MERGE = ("prefix_tuning", "prompt_tuning", "p_tuning", "continued_prompt", "f
 STARTS = ("saved_modules", "dora", "prompt_tuning")
 
 
-def save_base(folder: Path, tied: bool) -> Path:
+def save_base(folder: Path, tied: bool, intermediate: int = 34) -> Path:
     """Two layers, four query heads on two key/value heads, sizes that two ranks have to pad."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=20,
-        intermediate_size=34,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -89,6 +89,8 @@ def train(case: Case, folder: Path) -> tuple[list[dict[str, float]], Any]:
         optimizer.step()
         if model.peft_config["default"].peft_type == "ADALORA":
             model.base_model.update_and_allocate(step + 1)
+            if step == STEPS - 3:
+                model.averages = dict(model.base_model.rankallocator.exp_avg_ipt)
         history.append({"loss": total, "grad_norm": norm.item()})
     return history, model
 

@@ -19,7 +19,14 @@ if __name__ == "__main__":
 
 from dpo_dist.attention import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
-from dpo_dist.checkpoint import export_adapter, load_shards, save_shards, write_adapter_settings
+from dpo_dist.checkpoint import (
+    CheckpointStore,
+    export_adapter,
+    load_shards,
+    save_shards,
+    write_adapter_settings,
+    write_assets,
+)
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
@@ -37,6 +44,7 @@ from tests.parity.adapter_cases import (
     examples_of_step,
     pairs_of_step,
 )
+from tests.run_states import run_state
 
 warnings.simplefilter("ignore")
 
@@ -110,7 +118,15 @@ def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, 
         if resumes and step == STEPS - 2:
             engine = resumed(engine, case, stage, folder, out, ranks)
         history.append(one_step(engine, step))
+        if engine.allocation is not None and step == STEPS - 3 and ranks.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            save_file(engine.allocation.state()[0], out / "averages.safetensors")
     reference_after, policy_after = probe(engine)
+    if resumes:
+        store = CheckpointStore(out / "run", ranks)
+        store.save(
+            run_state(), lambda folder: save_shards(engine.engine, folder), lambda folder: assets(engine, folder)
+        )
     export_adapter(out / "adapter", engine.named_adapter_parameters(), ranks, engine.model.adapter)
     if ranks.is_first:
         result = {
@@ -127,6 +143,11 @@ def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, 
     engine.engine.destroy()
 
 
+def assets(engine: TrainingEngine, folder: Path) -> None:
+    write_assets(folder / "model_assets", engine.model.export_config(), None, None, torch.float32)
+    write_adapter_settings(folder / "model_assets", engine.model.adapter)
+
+
 def resumed(engine: TrainingEngine, case: Case, stage: int, folder: Path, out: Path, ranks: Ranks) -> TrainingEngine:
     """The same state in a new engine, through files."""
     checkpoint = out / "checkpoint"
@@ -141,8 +162,6 @@ def resumed(engine: TrainingEngine, case: Case, stage: int, folder: Path, out: P
         assert fresh.allocation is not None
         tensors, values = allocation
         fresh.allocation.load_state({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(values)))
-    if ranks.is_first:
-        write_adapter_settings(checkpoint / "model_assets", fresh.model.adapter)
     return fresh
 
 

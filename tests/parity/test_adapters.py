@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.attention import register
 from dpo_dist.batch import build_micro_batch
-from dpo_dist.checkpoint import export_merged
+from dpo_dist.checkpoint import export_adapter_checkpoint, export_merged
+from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.model import load_config, load_model
 from tests.launching import launch, succeeded
 from tests.parity import adapter_oracle
@@ -34,13 +35,13 @@ LAUNCHES = {
     "one": (
         1,
         False,
-        "rslora:3 tied_embedding:3 tied_both:3 continued:3 continued_dora:3 prompt_tuning:3 prefix_tuning:3 lora:0 "
-        "adalora:0:resume",
+        "rslora:3 tied_embedding:3 tied_both:3 continued:3 continued_dora:3 prompt_tuning:3 prefix_tuning:3 p_tuning:3 "
+        "lora:0 adalora:0:resume",
     ),
     "two": (
         2,
         False,
-        "dora:3 p_tuning:3 four_bits:3 saved_modules:3:resume adalora:3:resume",
+        "dora:3 four_bits:3 saved_modules:3:resume adalora:3:resume",
     ),
     "one_more": (
         1,
@@ -51,14 +52,20 @@ LAUNCHES = {
     "two_more": (
         2,
         True,
-        "lora:1 lora:2:resume tied_both:3 prefix_tuning:3 continued:3 continued_prompt:3 adalora:1 adalora:2 "
-        "rslora:0 p_tuning:1",
+        "lora:1 lora:2:resume tied_both:3 prefix_tuning:3 continued:3 continued_prompt:3 adalora:1 "
+        "adalora:2 rslora:0 p_tuning:1 p_tuning:3",
     ),
 }
 POINTS = [
     pytest.param(launch_name, *case.split(":")[:2], marks=[pytest.mark.slow] if by_hand else [])
     for launch_name, (_, by_hand, cases) in LAUNCHES.items()
     for case in cases.split()
+]
+RESUMED = [
+    pytest.param(name, *case.split(":")[:2], marks=[pytest.mark.slow] if by_hand else [])
+    for name, (_, by_hand, cases) in LAUNCHES.items()
+    for case in cases.split()
+    if case.endswith(":resume")
 ]
 MERGED = [point for point in POINTS if point.values[1] not in NO_MERGE]
 
@@ -169,6 +176,19 @@ def test_the_merged_model_is_the_policy_in_plain_transformers(folder, outcome, t
     assert torch.allclose(plain_answer(model), load_file(out / "probe.safetensors")["policy"], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(("launched", "name", "stage"), RESUMED)
+def test_a_checkpoint_holds_the_adapter_and_nothing_else(folder, outcome, tmp_path, launched, name, stage):
+    out, _ = outcome(launched, name, stage)
+    checkpoint = next((out / "run").glob("**/step-*"))
+    export_adapter_checkpoint(checkpoint, tmp_path / "adapter")
+    live, offline = (load_file(path / "adapter_model.safetensors") for path in (out / "adapter", tmp_path / "adapter"))
+    assert live.keys() == offline.keys() and all(torch.equal(live[key], offline[key]) for key in live)
+    settings = [(path / "adapter_config.json").read_text() for path in (out / "adapter", tmp_path / "adapter")]
+    assert settings[0] == settings[1]
+    trained = {name.removeprefix("model.") for name in json.loads((out / "result.json").read_text())["trained"]}
+    assert {name for name, tensor in full_parameters(checkpoint, torch.float32)} == trained
+
+
 def test_four_bits_are_merged_into_the_whole_base(folder, outcome, tmp_path):
     out, _ = outcome("two", "four_bits", "3")
     merged = AutoModelForCausalLM.from_pretrained(
@@ -179,6 +199,17 @@ def test_four_bits_are_merged_into_the_whole_base(folder, outcome, tmp_path):
     assert not torch.allclose(
         plain_answer(merged), load_file(out / "probe.safetensors")["policy"], rtol=0, atol=1e-2
     ), "four bits must make a difference"
+
+
+@pytest.mark.parametrize(("launched", "name", "stage"), [point for point in POINTS if point.values[1] == "adalora"])
+def test_ranks_are_told_by_the_same_averages(outcome, oracle, launched, name, stage):
+    """Of |value * gradient|, with the gradient as it was clipped."""
+    out, _ = outcome(launched, name, stage)
+    _, model = oracle(name)
+    averages = load_file(out / "averages.safetensors")
+    assert len(averages) == 2 * len(model.averages)
+    for key, tensor in model.averages.items():
+        assert torch.allclose(averages[f"ipt.{key}"], tensor, rtol=1e-4, atol=1e-5 * float(tensor.max())), key
 
 
 def test_the_case_has_what_it_is_about(oracle):

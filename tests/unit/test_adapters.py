@@ -21,6 +21,7 @@ from dpo_dist.model import (
     adapter_kind,
     attach_adapter,
     base_name,
+    four_bits,
     is_prompt_learning,
     load_config,
     load_model,
@@ -252,6 +253,40 @@ def test_first_values_come_from_the_seed_alone(folder, name):
     third = dict(load(folder, **CASES[name].adapter).named_parameters())
     assert all(torch.equal(p, again[n]) and torch.equal(p, third[n]) for n, p in first.items())
     assert any("lora" in n or "prompt" in n for n, p in first.items() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["prefix_tuning", "prompt_tuning", "p_tuning"])
+def test_virtual_tokens_before_shared_prompts_own_prompts_and_nothing(folder, name):
+    model = load(folder, **CASES[name].adapter)
+    examples, offsets = examples_of_step(0), [0, 2, 5, 7]
+    with torch.no_grad():
+        shared, own = (model(build_micro_batch(examples, offsets, share)) for share in (True, False))
+        assert torch.allclose(shared, own, atol=1e-5)
+        assert len(model(build_micro_batch([], [], True))) == 0
+        with model.as_reference():
+            assert not torch.allclose(model(build_micro_batch(examples, offsets, True)), shared, atol=1e-2)
+
+
+# ---- four bits
+
+
+def test_four_bits_need_the_package(monkeypatch):
+    config = AdapterConfig(peft_type="lora", load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True)
+    found = four_bits(config, torch.bfloat16)
+    assert found is not None and found.bnb_4bit_quant_type == "fp4" and found.bnb_4bit_use_double_quant
+    assert found.bnb_4bit_quant_storage == found.bnb_4bit_compute_dtype == torch.bfloat16
+    assert four_bits(AdapterConfig(peft_type="lora"), torch.bfloat16) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"adapter\.load_in_4bit=true needs the package bitsandbytes"):
+        four_bits(config, torch.bfloat16)
+
+
+def test_sizes_that_four_bits_cannot_hold(tmp_path):
+    base = save_base(tmp_path / "base", tied=False, intermediate=33)
+    config = load_config(base, trust_remote_code=False)
+    quantised = four_bits(AdapterConfig(peft_type="lora", load_in_4bit=True), torch.float32)
+    with pytest.raises(ModelError, match=r"adapter\.load_in_4bit=true the number of weights .* a multiple of 8"):
+        load_model(base, config, register("sdpa"), torch.float32, {}, False, False, quantised)
 
 
 # ---- export

@@ -68,6 +68,7 @@ def test_released_memory_goes_back_to_the_system(seen: list[dict[str, Any]]) -> 
             assert rank[stage]["resident_given_back"] > 0.9 * rank[stage]["resident_size"]
 
 
+@pytest.mark.slow  # tests/invariance/test_sources.py counts the same in its runs
 @pytest.mark.parametrize("deepspeed", ["zero0_cpu", "zero3_cpu"])
 def test_a_run_never_asks_the_policy_without_a_gradient(tmp_path: Path, deepspeed: str) -> None:
     """Not for the reference's sake, and not for anything else between the first update and the last."""

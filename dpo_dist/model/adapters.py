@@ -93,8 +93,14 @@ def attach_adapter(
         # PEFT makes the embeddings need a gradient, for a kind of recomputation that is not used here.
         language_model.disable_input_require_grads()
     for name, parameter in peft.named_parameters():
-        if base_name(name) is None:
-            parameter.data = parameter.data.to(dtype)
+        if base_name(name) is not None:
+            continue
+        if type(parameter).__name__ == "Params4bit":
+            raise ConfigError(
+                f"adapter.lora_modules_to_save={config.lora_modules_to_save} with adapter.load_in_4bit=true: {name} "
+                "is kept in 4 bits and cannot be trained whole; give it an addition by adapter.lora_target_modules"
+            )
+        parameter.data = parameter.data.to(dtype)
     for settings in peft.peft_config.values():
         settings.base_model_name_or_path = base_model
     model.adopt(Adapter(peft, kind, base_model, has_copy=REFERENCE in peft.peft_config))

@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapters import adapter_kind
 
 _KEY = "adapter.load_in_4bit=true"
 
@@ -24,6 +25,9 @@ def four_bits(config: AdapterConfig, dtype: torch.dtype) -> BitsAndBytesConfig |
     """
     if not config.load_in_4bit:
         return None
+    kind = adapter_kind(config)
+    if kind != "lora":
+        raise ConfigError(f"{_KEY} goes with an adapter of kind lora only, and this one is {kind}; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"{_KEY} needs the package bitsandbytes; install it by pip install 'dpo-dist[qlora]'")
     return BitsAndBytesConfig(

@@ -281,6 +281,18 @@ def test_four_bits_need_the_package(monkeypatch):
         four_bits(config, torch.bfloat16)
 
 
+def test_four_bits_are_for_lora_and_frozen_layers(folder):
+    with pytest.raises(ConfigError, match=r"adapter\.load_in_4bit=true goes with an adapter of kind lora only"):
+        four_bits(AdapterConfig(peft_type="adalora", load_in_4bit=True), torch.float32)
+    settings = {"lora_target_modules": ["v_proj"], "lora_modules_to_save": ["q_proj"], "load_in_4bit": True}
+    adapter = AdapterConfig(peft_type="lora", **settings)
+    config = load_config(folder / "base", trust_remote_code=False)
+    quantised = four_bits(adapter, torch.float32)
+    model = load_model(folder / "base", config, register("sdpa"), torch.float32, {}, False, False, quantised)
+    with pytest.raises(ConfigError, match=r"q_proj\.modules_to_save\.default\.weight is kept in 4 bits"):
+        attach_adapter(model, adapter, "base", 7, 5, {})
+
+
 def test_sizes_that_four_bits_cannot_hold(tmp_path):
     base = save_base(tmp_path / "base", tied=False, intermediate=33)
     config = load_config(base, trust_remote_code=False)

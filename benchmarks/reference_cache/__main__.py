@@ -2,21 +2,26 @@
 
 python -m benchmarks.reference_cache [--repeats 3] [--ranks 2] [--examples 24] [--out OUT.json]
 
-Trains the demo model on the shipped pairs in the three ways, one after another and so several times, each in a fresh
-launch. Compared are medians of the seconds of the training loop, and of the filling pass without loading the model,
-which the live reference has to load as well. Activations are kept, not recomputed: a step then costs 2 (policy) + 4
-(backward) + 2 (reference) FLOPs per parameter and token, so a cache allows 8/6 = 1.33, and with one filling pass in
-three epochs 24/20 = 1.2. Exit code 1: the losses are not equal, or a ratio is below what is asked for.
+Trains a random Llama of 12 million parameters on random pairs in the three ways under ZeRO-3, one after another and so
+several times, each in a fresh launch: so many tokens to a step that computing takes the time, as it does on GPUs.
+Compared are medians of the seconds of the training loop, and of the filling pass without loading the model, which the
+live reference has to load as well. Activations are kept, not recomputed: a step then costs 2 (policy) + 4 (backward) +
+2 (reference) FLOPs per parameter and token, so a cache allows 8/6 = 1.33, and with one filling pass in three epochs
+24/20 = 1.2. Exit code 1: the losses are not equal, or a ratio is below what is asked for.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 WARM_AT_LEAST, COLD_AT_LEAST = 1.25, 1.12
 EPOCHS = 3
@@ -27,11 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--examples", type=int, default=24, help="pairs of configs/demo/train.jsonl")
+    parser.add_argument("--examples", type=int, default=24, help="pairs, a third of them in each step")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {"live": [], "cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
+        _make_model_and_pairs(Path(folder), options.examples)
         for repeat in range(options.repeats):
             for name in runs:  # `warm` finds what `cold` has just stored
                 runs[name].append(_run(Path(folder), name, repeat, options))
@@ -42,23 +48,49 @@ def main() -> None:
     sys.exit(1 if report["faults"] else 0)
 
 
+def _make_model_and_pairs(folder: Path, num_examples: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    draw = random.Random(0)
+
+    def ids(least: int, most: int) -> list[int]:
+        return [draw.randrange(3, 2048) for _ in range(draw.randint(least, most))]
+
+    rows = (
+        {"prompt_ids": ids(100, 300), "chosen_ids": ids(80, 240), "rejected_ids": ids(80, 240)}
+        for _ in range(num_examples)
+    )
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "run.yaml").write_text("{}\n", encoding="utf-8")
+
+
 def _run(folder: Path, name: str, repeat: int, options: argparse.Namespace) -> dict[str, Any]:
     cache, out = folder / f"cache-{repeat}", folder / f"{name}-{repeat}"
     source = ["reference.source=live"] if name == "live" else ["reference.source=cache", f"reference.cache_dir={cache}"]
     overrides = [
-        f"train.output_dir={out}",
-        f"data.train.0.limit={options.examples}",
-        "data.evaluation=[]",
-        "evaluation.eval_steps=0",
-        "evaluation.eval_on_start=false",
-        "train.max_steps=null",
-        f"train.num_train_epochs={EPOCHS}",
+        f"model.model_name_or_path={folder / 'model'}",
+        "model.dtype=float32",
         "model.gradient_checkpointing=false",
+        f"data.train=[{{path: {folder / 'pairs.jsonl'}}}]",
+        f"train.output_dir={out}",
+        f"train.examples_per_step={-(-options.examples // 3)}",
+        f"train.num_train_epochs={EPOCHS}",
+        "packing.max_tokens=4096",
+        "parallel.deepspeed=zero3_cpu",
         "log.report_to=[]",
         *source,
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
-    worker = ["-m", "benchmarks.reference_cache.worker", str(out) + ".json", "smollm2_demo", *overrides]
+    worker = ["-m", "benchmarks.reference_cache.worker", str(out) + ".json", str(folder / "run.yaml"), *overrides]
     done = subprocess.run([*launcher, *worker], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")

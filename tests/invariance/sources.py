@@ -42,7 +42,11 @@ def adapted_config(folder: Path, adapter: str, source: str, stage: int) -> dict[
     config["parallel"]["deepspeed"] = f"zero{stage}_cpu"
     config["adapter"] = dict(ADAPTERS[adapter]) if adapter != "continued" else {}
     config["reference"] = {"source": source}
-    config["train"] |= {"examples_per_step": 8, "max_steps": ADAPTER_STEPS, "learning_rate": 0.2 if adapter == "prompt" else 2e-2}
+    config["train"] |= {
+        "examples_per_step": 8,
+        "max_steps": ADAPTER_STEPS,
+        "learning_rate": 0.2 if adapter == "prompt" else 2e-2,
+    }
     return config
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_m
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError, ModelError
 from dpo_dist.model import Adapter
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # the trained adapter among PEFT's
@@ -261,6 +264,7 @@ def _write(out: Path, settings: Any, named: dict[str, Tensor], tokenizer: Any) -
                 sync(file)
         sync_folders(staging)
         publish(staging, out)
+        logger.info("trained adapter written to %s: %d tensors", out, len(tensors))
     except Exception:
         remove_path(staging)
         raise

@@ -52,6 +52,8 @@ class Choice:
         if self.source != "cache" or self.cache is None:
             return f"{self.source}: {self.reason}"
         found, missing = self.cache.num_found, self.cache.num_missing
+        if not missing:
+            return f"cache: {self.reason}; all {found} values are in {self.cache.folder}"
         return f"cache: {self.reason}; {found} values found in {self.cache.folder}, {missing} to be computed"
 
 
@@ -215,7 +217,6 @@ def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -
         passes=_passes(prepared),
         num_rows=cache.num_found + cache.num_missing if cache else 0,
         num_cached=cache.num_found if cache else 0,
-        cache_folder=str(cache.folder) if cache else "",
         policy_gib=policy * state,
         reference_gib=reference * share["weights"],
         device_gib=_device_gib(ranks),

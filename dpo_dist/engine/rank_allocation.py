@@ -107,7 +107,7 @@ class RankAllocation:
             square = p @ p.T if "lora_A" in name else p.T @ p
             terms.append(torch.linalg.norm(square - torch.eye(len(square), device=p.device)))
         penalty = self.settings.orth_reg_weight * torch.stack(terms).mean()
-        self.penalty = float(penalty)
+        self.penalty = float(penalty.detach())
         return dict(zip(vectors, torch.autograd.grad(penalty, list(vectors.values())), strict=True))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

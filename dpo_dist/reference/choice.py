@@ -20,7 +20,6 @@ class Situation:
     passes: float  # how often an example's reference log-probability is asked for, evaluation included
     num_rows: int  # completions to be scored, in all data sets
     num_cached: int  # of these, what a cache holds already
-    cache_folder: str
     policy_gib: float  # weights, gradients and optimizer of the policy, on one device
     reference_gib: float  # a second model's share of the same device
     device_gib: float | None  # None: not known
@@ -42,7 +41,7 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
     if config.cache_dir is not None:
         return "cache", "reference.cache_dir is given"
     if situation.num_rows and situation.num_cached == situation.num_rows:
-        return "cache", f"all of its {situation.num_rows} values are in {situation.cache_folder}"
+        return "cache", "it is complete"
     if situation.passes > 1:
         return "cache", f"every example is asked for {situation.passes:.3g} times and computed once"
     if situation.has_adapters and situation.base_is_reference and config.dtype is None:

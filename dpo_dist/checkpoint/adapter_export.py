@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.checkpoint.export import ASSETS_FOLDER, require_unused, write_assets
 from dpo_dist.checkpoint.files import explain_write_error, publish, remove_path, sync, sync_folders
@@ -90,7 +90,8 @@ def export_adapter_checkpoint(checkpoint: Path, out: Path) -> Path:
     settings = _settings_of(assets)
     dtype = getattr(torch, json.loads((assets / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32")
     try:
-        _write(out, settings, dict(full_parameters(checkpoint, dtype)), None)
+        tokenizer: Any = AutoTokenizer.from_pretrained(assets) if (assets / "tokenizer.json").is_file() else None
+        _write(out, settings, dict(full_parameters(checkpoint, dtype)), tokenizer)
     except Exception as error:
         raise explain_write_error(error, out.parent, 0) from error
     return out
@@ -151,12 +152,16 @@ def _merge(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
             # Missing keys are only warned of, and would leave random numbers; modules of tied weights are meant, and
             # PEFT does not know its own rank pattern again.
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # of PEFT about itself
             warnings.filterwarnings("ignore", message="The following rank_pattern keys")
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             peft: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
             return peft.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
-        raise ModelError(f"{adapter} cannot be merged into {base}: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{adapter} cannot be merged into {base}: {reason} give the model that it was trained on"
+        ) from error
 
 
 def adapter_tensors(settings: Any, named: dict[str, Tensor]) -> dict[str, Tensor]:

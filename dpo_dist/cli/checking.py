@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.checkpoint import CheckpointStore
-from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, prepare, remarks
+from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, prepare
+from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import find_start
 from dpo_dist.cli.sources import Choice, find_source

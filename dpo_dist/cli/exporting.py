@@ -13,6 +13,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model import load_config, resolve_folder
 
 _SETTINGS = "adapter_config.json"
+_PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
 def run_export(
@@ -44,6 +45,13 @@ def run_export(
             raise ConfigError(f"CHECKPOINT={source} is an exported adapter already; --merged adds it to its model")
         return export_adapter_checkpoint(source, out)
     require_free(out)
+    settings = source if (source / _SETTINGS).is_file() else assets
+    kind = json.loads((settings / _SETTINGS).read_text(encoding="utf-8")).get("peft_type")
+    if kind in _PROMPT_LEARNING:
+        raise ConfigError(
+            f"--merged: the adapter of {source} is of type {kind}, virtual tokens that no weight can stand for; leave "
+            "--merged out"
+        )
     if (source / _SETTINGS).is_file():
         return _merge(source, source, out, trust_remote_code, base, cache_dir)
     with tempfile.TemporaryDirectory(dir=_existing(out)) as folder:

@@ -31,7 +31,7 @@ from dpo_dist.model import (
 )
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.sampler import Sampler
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, repeated_data
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
 
 
 @dataclass(frozen=True)
@@ -182,33 +182,6 @@ def this_device() -> torch.device:
 
 def _allocation_steps(config: RunConfig) -> int | None:
     return config.adapter.total_step or config.train.max_steps
-
-
-def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
-    """What is allowed and seldom meant, a sentence each.
-
-    Args:
-        prepared: The run.
-        plan: Its first step.
-    """
-    config = prepared.config
-    found = [*prepared.unused_weights]
-    found += repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
-    wanted, available = config.train.examples_per_step, len(prepared.dataset)
-    if wanted > available:
-        found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")
-    idle = sum(not any(micro_batches) for micro_batches in plan.micro_batches)
-    if idle:
-        examples = counted(len(plan.examples), "example")
-        found.append(f"{idle} of {len(plan.micro_batches)} ranks have nothing to do: a step has {examples}")
-    accumulated = prepared.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    if prepared.dtype != torch.float32 and accumulated != "fp32":
-        name = config.model.dtype
-        found.append(
-            f"parallel.deepspeed={config.parallel.deepspeed} adds gradients up in {name}, which loses small ones; the "
-            "files whose names end with _bf16 add them up in float32"
-        )
-    return found
 
 
 def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, RunState, require_same
 from dpo_dist.cli.prepare import Prepared
+from dpo_dist.config import ReferenceConfig
 from dpo_dist.distributed import broadcast_json
 
 
@@ -74,7 +75,18 @@ def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None
             prepared.config.reference.sync_ref_model,
         ),
     }
+    facts |= _of_section("adapter", state, prepared, ("adapter_name_or_path",))  # its tensors are in the checkpoint
+    facts |= _of_section("reference", state, prepared, tuple(ReferenceConfig.model_fields.keys() - {"dtype"}))
     if state.data_fingerprint == prepared.dataset.fingerprint:  # else they differ because of the data
         seen = prepared.sampler.examples_seen(state.step)
         facts[f"examples of {state.step} steps (train.examples_per_step)"] = (state.examples_seen, seen)
     require_same(folder, facts)
+
+
+def _of_section(
+    section: str, state: RunState, prepared: Prepared, free: tuple[str, ...]
+) -> dict[str, tuple[object, object]]:
+    """Settings that decide what is trained, or against what, and therefore stay what they were."""
+    now = prepared.config.model_dump(mode="json")[section]
+    was = state.config.get(section, now)
+    return {f"{section}.{key}": (was.get(key, value), value) for key, value in now.items() if key not in free}

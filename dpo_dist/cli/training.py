@@ -20,8 +20,9 @@ from dpo_dist.checkpoint import (
     write_adapter_settings,
     write_assets,
 )
-from dpo_dist.cli.prepare import Prepared, base_model_name, counted, describe_adapter, facts, prepare, remarks
+from dpo_dist.cli.prepare import Prepared, base_model_name, counted, describe_adapter, facts, prepare
 from dpo_dist.cli.progress import reporting
+from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import Start, find_start
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of

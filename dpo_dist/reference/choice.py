@@ -45,7 +45,7 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
     if situation.passes > 1:
         return "cache", f"every example is asked for {situation.passes:.3g} times and computed once"
     if situation.has_adapters and situation.base_is_reference and config.dtype is None:
-        return "adapter_off", "the policy without its adapters is the reference, and no second model is needed"
+        return "adapter_off", "the policy holds its reference, and no second model is needed"
     if situation.device_gib is not None:
         room = STATE_SHARE * situation.device_gib
         both = situation.policy_gib + situation.reference_gib

@@ -1,0 +1,57 @@
+"""What is allowed and seldom meant."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from dpo_dist.cli.prepare import Prepared, base_model_name, counted
+from dpo_dist.packing import StepPlan
+from dpo_dist.tokenization import repeated_data
+
+
+def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
+    """What is allowed and seldom meant, a sentence each.
+
+    Args:
+        prepared: The run.
+        plan: Its first step.
+    """
+    config = prepared.config
+    found = [*prepared.unused_weights, *_source_remarks(prepared)]
+    found += repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
+    wanted, available = config.train.examples_per_step, len(prepared.dataset)
+    if wanted > available:
+        found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")
+    idle = sum(not any(micro_batches) for micro_batches in plan.micro_batches)
+    if idle:
+        examples = counted(len(plan.examples), "example")
+        found.append(f"{idle} of {len(plan.micro_batches)} ranks have nothing to do: a step has {examples}")
+    accumulated = prepared.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if prepared.dtype != torch.float32 and accumulated != "fp32":
+        name = config.model.dtype
+        found.append(
+            f"parallel.deepspeed={config.parallel.deepspeed} adds gradients up in {name}, which loses small ones; the "
+            "files whose names end with _bf16 add them up in float32"
+        )
+    return found
+
+
+def _source_remarks(prepared: Prepared) -> list[str]:
+    """The same of reference and adapter."""
+    found, reference = [], prepared.config.reference
+    if reference.sync_ref_model and reference.ref_model_sync_steps > prepared.num_steps:
+        found.append(
+            f"reference.ref_model_sync_steps={reference.ref_model_sync_steps}: the run ends after "
+            f"{counted(prepared.num_steps, 'step')}, before the reference follows the policy once"
+        )
+    adapter = prepared.config.adapter.adapter_name_or_path
+    if adapter is not None:
+        settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        named, own = settings.get("base_model_name_or_path"), base_model_name(prepared)
+        if named and named != own:
+            found.append(
+                f"adapter.adapter_name_or_path={adapter} was trained on {named}, and the model here is {own}: shapes "
+                "fit, whether the weights do only you can know"
+            )
+    return found

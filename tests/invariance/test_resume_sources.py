@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     actions += [
         # The policy's own half-trained weights in the place of those that it started from.
         Action("lora-moved", stopped["lora"], (half_trained,)),
+        Action("lora-rescaled", stopped["lora"], ("adapter.lora_alpha=64",)),
         Action("sync-off", stopped["sync"], ("reference.sync_ref_model=false", "reference.ref_model_sync_steps=null")),
         *(Action(f"{name}-continued", path) for name, path in stopped.items()),
     ]
@@ -98,3 +99,9 @@ def test_a_checkpoint_of_an_adapter_holds_what_is_trained(folder: Path) -> None:
         for name in ("lora", "cache")
     }
     assert sizes["lora"] < sizes["cache"] / 2
+
+
+def test_an_adapter_is_not_scaled_anew_in_the_middle_of_a_run(folder: Path) -> None:
+    outcome = outcomes(folder, "lora-rescaled", 2)[0]
+    assert (outcome.error, outcome.exit_code, outcome.steps) == ("CheckpointError", 2, [])
+    assert "adapter.lora_alpha=32.0 (this run: 64.0)" in outcome.message

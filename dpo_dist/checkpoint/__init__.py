@@ -20,7 +20,7 @@ from dpo_dist.checkpoint.adapter_export import (
     export_merged,
     write_adapter_settings,
 )
-from dpo_dist.checkpoint.export import export_checkpoint, export_model, write_assets
+from dpo_dist.checkpoint.export import export_checkpoint, export_model, require_unused, write_assets
 from dpo_dist.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.checkpoint.state import RunState, changed_settings, require_same
@@ -41,6 +41,7 @@ __all__ = [
     "export_model",
     "load_shards",
     "require_same",
+    "require_unused",
     "save_shards",
     "verify",
     "write_adapter_settings",

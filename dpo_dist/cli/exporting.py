@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from dpo_dist.checkpoint import export_adapter_checkpoint, export_checkpoint, export_merged
+from dpo_dist.checkpoint import export_adapter_checkpoint, export_checkpoint, export_merged, require_unused
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import load_config, resolve_folder
+from dpo_dist.model.adapter_settings import KINDS, PROMPT_LEARNING
 
 _SETTINGS = "adapter_config.json"
-_PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
 def run_export(
@@ -44,10 +44,10 @@ def run_export(
         if (source / _SETTINGS).is_file():
             raise ConfigError(f"CHECKPOINT={source} is an exported adapter already; --merged adds it to its model")
         return export_adapter_checkpoint(source, out)
-    require_free(out)
+    require_unused(out, source)
     settings = source if (source / _SETTINGS).is_file() else assets
     kind = json.loads((settings / _SETTINGS).read_text(encoding="utf-8")).get("peft_type")
-    if kind in _PROMPT_LEARNING:
+    if KINDS.get(kind) in PROMPT_LEARNING:
         raise ConfigError(
             f"--merged: the adapter of {source} is of type {kind}, virtual tokens that no weight can stand for; leave "
             "--merged out"
@@ -57,16 +57,6 @@ def run_export(
     with tempfile.TemporaryDirectory(dir=_existing(out)) as folder:
         adapter = export_adapter_checkpoint(source, Path(folder) / "adapter")
         return _merge(adapter, assets, out, trust_remote_code, base, cache_dir)
-
-
-def require_free(out: Path) -> None:
-    """An earlier folder is never written over.
-
-    Raises:
-        ConfigError: it is in use.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"OUT={out} exists and is not an empty folder; name a new folder")
 
 
 def _merge(adapter: Path, assets: Path, out: Path, trust_remote_code: bool, base: str | None, cache_dir: Path) -> Path:

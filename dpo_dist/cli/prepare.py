@@ -96,11 +96,6 @@ class Prepared:
         return "+".join(parts)
 
     @property
-    def allocation_steps(self) -> int | None:
-        """Updates over which AdaLoRA allocates its ranks."""
-        return _allocation_steps(self.config)
-
-    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         train = self.config.train
@@ -155,7 +150,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     four_bits(config.adapter, dtype)  # refuses what is not possible
     require_adapter(
         config.adapter, model_config, model.gradient_checkpointing, model.trust_remote_code,
-        _allocation_steps(config), tokenizer.path,
+        config.train.max_steps, tokenizer.path,
     )  # fmt: skip
     dataset = _dataset(config, config.data.train, tokenizer, model_config, cache_dir, "data.train", 0)
     names = config.data.evaluation_names
@@ -178,10 +173,6 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
 def this_device() -> torch.device:
     """Where a run on this machine computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _allocation_steps(config: RunConfig) -> int | None:
-    return config.adapter.total_step or config.train.max_steps
 
 
 def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:

@@ -53,12 +53,13 @@ def _is_model_of(checkpoint: Path, store: CheckpointStore, model: Path) -> bool:
     A model may be older: a run that ended was given more steps, and killed before it could write the model anew. Where
     times mislead, the model is written once more.
     """
-    latest, config = store.folder / LATEST_FILE, model / "config.json"
-    if not latest.is_file() or not config.is_file():
+    latest = store.folder / LATEST_FILE
+    written = [model / name for name in ("config.json", "adapter_config.json") if (model / name).is_file()]
+    if not latest.is_file() or not written:
         return False
     newest = store.folder / latest.read_text(encoding="utf-8").strip()
     is_newest = newest.resolve() == checkpoint.resolve()
-    return is_newest and config.stat().st_mtime_ns >= (checkpoint / MANIFEST_FILE).stat().st_mtime_ns
+    return is_newest and written[0].stat().st_mtime_ns >= (checkpoint / MANIFEST_FILE).stat().st_mtime_ns
 
 
 def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None:

@@ -13,7 +13,7 @@ import torch
 from dpo_dist import attention
 from dpo_dist.cli.prepare import Prepared, base_model_name, counted
 from dpo_dist.config import RunConfig
-from dpo_dist.distributed import Ranks
+from dpo_dist.distributed import Ranks, broadcast_json
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import attach_adapter, four_bits, load_model, num_parameters
@@ -33,7 +33,6 @@ from dpo_dist.reference import (
 )
 
 logger = logging.getLogger(__name__)
-
 
 Rows = list[np.ndarray | None]
 
@@ -71,9 +70,10 @@ def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
     reference_deepspeed(prepared, ranks)  # its mistakes are found before anything is loaded
     folder = cache_folder(prepared, cache_dir)
     cache = None
-    if config.source == "cache" or (config.source == "auto" and folder.exists()):
+    # Nodes may have caches and memory of their own, and what follows is collective: the first rank decides.
+    if config.source == "cache" or (config.source == "auto" and broadcast_json(folder.exists())):
         cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
-    source, reason = choose_source(config, _situation(prepared, ranks, cache))
+    source, reason = broadcast_json(choose_source(config, _situation(prepared, ranks, cache)))
     if source == "cache" and cache is None:
         cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
     return Choice(source, reason, cache if source == "cache" else None)

@@ -140,7 +140,7 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
         config.adapter,
         base_model_name(prepared),
         config.train.seed,
-        prepared.allocation_steps,
+        config.train.max_steps,
         prepared.deepspeed,
         prepared.tokenizer.path,
     )

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -94,11 +94,17 @@ def _download(name: str, key: str, revision: str | None) -> Path:
         ) from None
 
 
-def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and how many bytes that takes."""
     # The format: the header's length in 8 bytes, the header in JSON, and the tensors' bytes after it.
     header_size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(header_size))
     header.pop("__metadata__", None)
+    return header, header_size
+
+
+def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
+    header, header_size = _read_header(file)
     end = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     missing = end - file.seek(0, os.SEEK_END)
     if missing > 0:
@@ -123,8 +129,7 @@ def num_parameters(folder: Path) -> int:
     total = 0
     for path in weight_files(folder):
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
+            header, _ = _read_header(file)
         total += sum(math.prod(entry["shape"]) for entry in header.values())
     return total
 

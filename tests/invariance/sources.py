@@ -16,6 +16,7 @@ WHOLE = {
     "cache": {"source": "cache"},
     "cache-tokens": {"source": "cache", "store_token_logps": True},
 }
+OWN_CACHES = "own-caches"
 ADAPTED = ("live", "cache", "adapter_off")
 # Kinds of adapters whose policy moves away from its starting weights; `continued` starts from one that has moved.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -98,6 +99,9 @@ def configs(folder: Path, everything: bool) -> dict[str, dict[str, Any]]:
                     continued_config if adapter == "continued" else functools.partial(adapted_config, adapter=adapter)
                 )
                 runs[adapted_name(adapter, source, stage)] = build(folder, source=source, stage=stage)
+    # After `whole-cache-stage0`, whose values the first rank alone has on its machine.
+    runs[OWN_CACHES] = case_config(load_case(GOLDEN), folder / OWN_CACHES)
+    runs[OWN_CACHES]["reference"] = {"source": "auto"}
     runs["none"] = base_config(folder / "none")
     del runs["none"]["model"]["reference_name_or_path"]
     runs["none"]["reference"] = {"source": "none"}

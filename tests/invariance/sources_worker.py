@@ -21,16 +21,18 @@ def main(folder: Path, everything: bool) -> None:
     install_import_hook("dpo_dist", "beartype.beartype")
     from dpo_dist.cli.training import set_up_logging
     from dpo_dist.distributed import process_group
-    from tests.invariance.sources import configs
+    from tests.invariance.sources import OWN_CACHES, configs
 
     set_up_logging()
     with process_group() as ranks:
         for name, config in configs(folder, everything).items():
-            seen = _run(folder, name, config, is_first=ranks.is_first)
+            own = name == OWN_CACHES and not ranks.is_first
+            cache = folder / (f"cache-of-rank{ranks.rank}" if own else "cache")
+            seen = _run(folder, name, config, cache, is_first=ranks.is_first)
             (folder / f"{name}.rank{ranks.rank}.json").write_text(json.dumps(seen))
 
 
-def _run(folder: Path, name: str, config: dict[str, Any], *, is_first: bool) -> dict[str, Any]:
+def _run(folder: Path, name: str, config: dict[str, Any], cache: Path, *, is_first: bool) -> dict[str, Any]:
     from dpo_dist.cli import training
     from dpo_dist.config import load_config
     from dpo_dist.distributed import barrier
@@ -50,7 +52,7 @@ def _run(folder: Path, name: str, config: dict[str, Any], *, is_first: bool) -> 
 
     with mock.patch.object(training, "train", observed_train):
         try:
-            training.run_training(load_config(path), folder / "cache")
+            training.run_training(load_config(path), cache)
         except Exception:
             return {"error": traceback.format_exc()}
     return seen

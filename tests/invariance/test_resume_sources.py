@@ -46,7 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Action("sync-off", stopped["sync"], ("reference.sync_ref_model=false", "reference.ref_model_sync_steps=null")),
         *(Action(f"{name}-continued", path) for name, path in stopped.items()),
     ]
-    succeeded(run_actions(folder, 2, *actions))
+    actions.append(Action("lora-finished", str(folder / "lora-whole.yaml")))
+    process = run_actions(folder, 2, *actions)
+    succeeded(process)
+    (folder / "said.txt").write_text(process.stderr)
     return folder
 
 
@@ -89,6 +92,13 @@ def test_a_reference_that_followed_is_not_replaced_by_a_frozen_one(folder: Path)
     outcome = outcomes(folder, "sync-off", 2)[0]
     assert (outcome.error, outcome.exit_code, outcome.steps) == ("CheckpointError", 2, [])
     assert "reference.sync_ref_model" in outcome.message
+
+
+def test_a_finished_run_of_an_adapter_has_nothing_left_to_do(folder: Path) -> None:
+    assert all(outcome.error is None and outcome.steps == [] for outcome in outcomes(folder, "lora-finished", 2))
+    said = (folder / "said.txt").read_text()
+    assert f"{folder / 'lora-whole' / 'model'}: nothing is left to do" in said
+    assert said.count(f"trained adapter written to {folder / 'lora-whole' / 'model'}") == 1
 
 
 def test_a_checkpoint_of_an_adapter_holds_what_is_trained(folder: Path) -> None:

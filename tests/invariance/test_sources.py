@@ -21,6 +21,7 @@ from tests.invariance.sources import (
     ADAPTER_STEPS,
     ADAPTERS,
     GOLDEN,
+    OWN_CACHES,
     STAGES,
     WHOLE,
     WORLD_SIZES,
@@ -106,6 +107,13 @@ def test_an_adapter_starts_at_its_reference(finished: Finished, adapter: str, st
     first = lines_of(finished(1, adapted_name(adapter, "live", stage)))[0]
     starts_equal = math.isclose(first["loss"], math.log(2), abs_tol=1e-6)
     assert starts_equal is (adapter != "prompt")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_first_rank_decides_for_nodes_with_caches_of_their_own(finished: Finished, world_size: int) -> None:
+    run = finished(world_size, OWN_CACHES)
+    assert [_seen(run, rank)["reference"] for rank in range(world_size)] == ["CachedReference"] * world_size
+    assert compare_trajectory(lines_of(run), load_case(GOLDEN).logs) == []
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -1,6 +1,6 @@
 """Three epochs with a live reference, with a cache that is filled on the way, and with a warm one.
 
-python -m benchmarks.reference_cache [--repeats 3] [--ranks 2] [--examples 24] [--out OUT.json]
+python -m benchmarks.reference_cache [--repeats 3] [--ranks 1] [--examples 12] [--out OUT.json]
 
 Trains a random Llama of 12 million parameters on random pairs in the three ways under ZeRO-3, one after another and so
 several times, each in a fresh launch: so many tokens to a step that computing takes the time, as it does on GPUs.
@@ -31,8 +31,8 @@ def main() -> None:
     """Run, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--examples", type=int, default=24, help="pairs, a third of them in each step")
+    parser.add_argument("--ranks", type=int, default=1, help="more wait for each other, and vary more")
+    parser.add_argument("--examples", type=int, default=12, help="pairs, a third of them in each step")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {"live": [], "cold": [], "warm": []}

@@ -1,6 +1,7 @@
 """One rank of a run whose parts are timed: `-m benchmarks.reference_cache.worker OUT.json CONFIG [OVERRIDE]...`."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -46,3 +47,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as dpo-dist's ranks end: DeepSpeed keeps threads alive that abort a process now and then

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from dpo_dist.reference import (
 )
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 60.0  # of progress, where a tenth takes longer
 
 Rows = list[np.ndarray | None]
 
@@ -98,7 +101,7 @@ def open_reference_cache(prepared: Prepared, ranks: Ranks, cache_dir: Path, rows
         ConfigError: as `find_source`.
     """
     dtype, kernel = _kind(prepared)
-    identity = CacheIdentity(prepared.reference_identity, dtype, kernel)
+    identity = CacheIdentity(prepared.reference_identity, dtype, kernel, str(prepared.reference_folder))
     datasets = [prepared.dataset, *prepared.evaluation_sets.values()]
     folder = cache_folder(prepared, cache_dir)
     return open_cache(folder, identity, datasets, ranks, prepared.config.reference.store_token_logps, rows)
@@ -245,15 +248,20 @@ def _device_gib(ranks: Ranks) -> float | None:
 
 
 def _progress(ranks: Ranks) -> Callable[[int, int], None] | None:
-    """Ten lines at most, whatever there is to compute."""
+    """A line for every tenth, and one a minute where that takes longer."""
     if not ranks.is_first:
         return None
-    tenths = [0]
+    started = last = time.monotonic()
+    tenths = 0
 
     def show(done: int, total: int) -> None:
-        tenth = 10 * done // total
-        if tenth > tenths[0]:
-            tenths[0] = tenth
-            logger.info("reference cache: %d of %d values computed", done, total)
+        nonlocal last, tenths
+        now, tenth = time.monotonic(), 10 * done // total
+        if tenth == tenths and now - last < _SECONDS_BETWEEN_LINES:
+            return
+        last, tenths = now, tenth
+        left = (now - started) / done * (total - done)
+        then = f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
+        logger.info("reference cache: %d of %d values computed, %s", done, total, then)
 
     return show

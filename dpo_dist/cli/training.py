@@ -30,7 +30,7 @@ from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import TRACKERS, MetricsFile
-from dpo_dist.model import attach_adapter, four_bits, load_model
+from dpo_dist.model import attach_adapter, four_bits, load_model, num_parameters
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import ReferenceSync
 from dpo_dist.selfcheck import Proof, check_agreement, prove
@@ -144,7 +144,11 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
         prepared.deepspeed,
         prepared.tokenizer.path,
     )
-    return TrainingEngine(adapted, prepared.deepspeed, config.train, ranks)
+    policy = TrainingEngine(adapted, prepared.deepspeed, config.train, ranks)
+    if config.adapter.is_used:
+        total = num_parameters(prepared.model_folder)
+        logger.info("adapter: trains %d parameters beside %d of the model", policy.num_trained, total)
+    return policy
 
 
 def _synchronisation(

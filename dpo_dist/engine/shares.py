@@ -32,6 +32,11 @@ def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
+def num_trained(model: nn.Module) -> int:
+    """How many parameters have a gradient, whoever holds them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ranks hold different shares."""
     return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())

@@ -131,6 +131,11 @@ class TrainingEngine:
         """Name and shape of every parameter."""
         return shares.whole_shapes(self.model.model)
 
+    @property
+    def num_trained(self) -> int:
+        """How many parameters have a gradient, over all ranks."""
+        return shares.num_trained(self.model)
+
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter and persistent buffer whole, one at a time, on the first rank's CPU (None elsewhere).
 

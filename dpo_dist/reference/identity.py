@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import xxhash
@@ -19,16 +19,20 @@ NUMERICS_VERSION = 1
 
 @dataclass(frozen=True)
 class CacheIdentity:
-    """The reference whose log-probabilities are stored; all of it must be equal for a value to be used."""
+    """The reference whose log-probabilities are stored; all but its name must be equal for a value to be used."""
 
     weights: str  # a hash of them
     dtype: str  # of the forward pass
     numerics: str  # see `numerics_of`
+    model: str = field(default="", compare=False)  # where it was found, for people
 
     @property
     def seed(self) -> int:
         """64 bits that go into the checksum of every row, so that another reference's row is none."""
         return xxhash.xxh3_64_intdigest(json.dumps([FORMAT, self.weights, self.dtype, self.numerics]).encode())
+
+
+_COMPARED = tuple(field.name for field in fields(CacheIdentity) if field.compare)
 
 
 def numerics_of(attention: str) -> str:
@@ -57,10 +61,12 @@ def check_identity(folder: Path, identity: CacheIdentity, ignored: Collection[st
         raise ConfigError(f"reference.cache_dir={folder} cannot be read ({error}); give another folder") from error
     stored = _parsed(folder, text)
     differing = [
-        f"{name}={stored[name]} (this run: {value})"
-        for name, value in asdict(identity).items()
-        if stored[name] != value
+        f"{name}={stored[name]} (this run: {own})"
+        for name in _COMPARED
+        if stored[name] != (own := getattr(identity, name))
     ]
+    if differing and stored["weights"] != identity.weights and stored["model"]:
+        differing.append(f"made from {stored['model']} (this run: {identity.model})")
     if differing:
         raise ConfigError(
             f"reference.cache_dir={folder} holds log-probabilities of another reference: {', '.join(differing)}; "
@@ -72,7 +78,7 @@ def check_identity(folder: Path, identity: CacheIdentity, ignored: Collection[st
 def write_identity(folder: Path, identity: CacheIdentity) -> None:
     """Make an empty folder the cache of a reference; a reader sees all of the file or none."""
     staging = folder / f".{IDENTITY_FILE}"
-    staging.write_text(json.dumps({"format": FORMAT, **asdict(identity)}, indent=2) + "\n", encoding="utf-8")
+    staging.write_text(json.dumps({"format": FORMAT, **vars(identity)}, indent=2) + "\n", encoding="utf-8")
     sync(staging)
     os.replace(staging, folder / IDENTITY_FILE)
     sync(folder)
@@ -112,6 +118,7 @@ def _parsed(folder: Path, text: str) -> dict[str, str]:
         raise ConfigError(
             f"reference.cache_dir={folder} has format {number}, and this version reads and writes {FORMAT}; {way_out}"
         )
-    if not all(isinstance(stored.get(name), str) for name in CacheIdentity.__dataclass_fields__):
+    stored.setdefault("model", "")
+    if not all(isinstance(stored.get(field.name), str) for field in fields(CacheIdentity)):
         raise ConfigError(f"reference.cache_dir={folder}: {IDENTITY_FILE} is damaged; {way_out}")
     return stored

@@ -71,13 +71,15 @@ class PartReader:
     """All that can be read of a part.
 
     Attributes:
+        path: of the part.
+        num_read: sound rows so far.
         num_damaged: rows left out so far because their checksum is wrong.
         is_cut: whether the part ends with something that cannot be read.
     """
 
     def __init__(self, path: Path, seed: int) -> None:
-        self._path, self._seed = path, seed
-        self.num_damaged = 0
+        self.path, self._seed = path, seed
+        self.num_read = self.num_damaged = 0
         self.is_cut = False
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -88,6 +90,7 @@ class PartReader:
         """
         for batch in self._readable():
             sound = is_sound(batch, self._seed)
+            self.num_read += int(sound.sum())
             if sound.all():
                 yield batch
             else:
@@ -95,9 +98,9 @@ class PartReader:
                 yield batch.filter(pa.array(sound))
 
     def _readable(self) -> Iterator[pa.RecordBatch]:
-        if not self._path.stat().st_size:
+        if not self.path.stat().st_size:
             return
-        with pa.memory_map(str(self._path)) as file:
+        with pa.memory_map(str(self.path)) as file:
             try:
                 reader = pa.ipc.open_stream(file)
                 if not reader.schema.equals(SCHEMA):

@@ -179,10 +179,12 @@ class ReferenceStore:
                 keys.append(keys_of(batch).copy())
                 logps.append(logps_of(batch).copy())
                 tokens.append(has_tokens(batch))
-        if num_damaged := sum(reader.num_damaged for reader in readers):
-            _LOGGER.warning("%s: %d rows are damaged and count as missing", self.folder, num_damaged)
-        if num_cut := sum(reader.is_cut for reader in readers):
-            _LOGGER.info("%s: %d files end in the middle of a row, as after a kill", self.folder, num_cut)
+        for reader in readers:
+            if reader.num_damaged:
+                _LOGGER.warning("%s: %d rows are damaged and count as missing", reader.path, reader.num_damaged)
+            if reader.is_cut:
+                rest = "the rest cannot be read, as after a kill, and counts as missing"
+                _LOGGER.info("%s: %d rows read; %s", reader.path, reader.num_read, rest)
         return StoredRows(np.concatenate(keys), np.concatenate(logps), np.concatenate(tokens))
 
     def _needed(self, parts: list[Path]) -> Iterator[pa.RecordBatch]:

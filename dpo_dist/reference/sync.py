@@ -5,6 +5,8 @@ updates reference <- alpha * policy + (1 - alpha) * reference. Under ZeRO-3 both
 parameter, so nothing travels.
 """
 
+import logging
+
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from dpo_dist.engine import InferenceEngine, TrainingEngine
 from dpo_dist.errors import ConfigError
 
+_LOGGER = logging.getLogger(__name__)
 CHUNK = 1 << 24  # elements that are mixed at once: what float32 copies of them take bounds the memory
 
 
@@ -43,6 +46,7 @@ class ReferenceSync:
         for name, share in self.reference.named_shares():
             mix(share, policy[name], self.alpha)
         self.reference.shares_have_changed()
+        _LOGGER.info("step %d: the reference is synchronised with the policy", step)
         return True
 
 

@@ -47,7 +47,7 @@ def test_cache_of_another_model(config: Path, stored: Path, command: str) -> Non
     message = refuse(config, f"reference.cache_dir={stored}", OTHER, command=command)
     assert f"reference.cache_dir={stored} holds log-probabilities of another reference: weights=" in message
     assert "dtype" not in message
-    assert "give another folder" in message
+    assert ", made from " in message and "give another folder" in message
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -28,7 +28,7 @@ from dpo_dist.reference.store import ReferenceStore, StoredRows
 from dpo_dist.tokenization import TokenizedExample
 from tests.stored_rows import KnownScorer, examples_of, save_dataset, value_of
 
-IDENTITY = CacheIdentity("abc", "bfloat16", "1-sdpa")
+IDENTITY = CacheIdentity("abc", "bfloat16", "1-sdpa", "models/one")
 NOBODY = 65534
 
 
@@ -124,6 +124,7 @@ def test_tokens_that_were_never_asked_for_are_none(tmp_path: Path) -> None:
 
 
 def test_zeros_and_garbage_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     store = write(tmp_path, [rows([1, 2])])
     path = tmp_path / "rows-000001.arrow"
     whole = path.read_bytes()
@@ -134,6 +135,8 @@ def test_zeros_and_garbage_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureF
     (tmp_path / "rows-000003.arrow").write_bytes(bytes(9000))
     assert found(write(tmp_path, [rows([5])])) == expected([1, 2, 5])
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    rest = "the rest cannot be read, as after a kill, and counts as missing"
+    assert caplog.records[0].getMessage() == f"{path}: 2 rows read; {rest}"
 
 
 def test_damaged_rows_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -141,9 +144,7 @@ def test_damaged_rows_are_counted_once(tmp_path: Path, caplog: pytest.LogCapture
     path = tmp_path / "rows-000001.arrow"
     path.write_bytes(path.read_bytes().replace(np.float32([-3.0]).tobytes(), bytes(4)))
     assert found(store) == expected([1, 3, 4])
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: 1 rows are damaged and count as missing"
-    ]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: 1 rows are damaged and count as missing"]
 
 
 def test_zeroed_rows_are_no_rows() -> None:
@@ -165,7 +166,10 @@ def test_a_part_of_another_reference_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "differing"),
     [
-        (CacheIdentity("xyz", "bfloat16", "1-sdpa"), "weights=abc (this run: xyz)"),
+        (
+            CacheIdentity("xyz", "bfloat16", "1-sdpa", "models/two"),
+            "weights=abc (this run: xyz), made from models/one (this run: models/two)",
+        ),
         (
             CacheIdentity("abc", "float32", numerics_of("flash_attention_2")),
             "dtype=bfloat16 (this run: float32), numerics=1-sdpa (this run: 1-flash_attention_2)",

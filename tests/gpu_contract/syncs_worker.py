@@ -21,6 +21,7 @@ from dpo_dist import metrics, trainer
 from dpo_dist.batch import RankWork
 from dpo_dist.cli import training
 from dpo_dist.config import load_config
+from tests.launching import REPOSITORY
 
 aten = torch.ops.aten
 NEEDS_VALUE = {
@@ -62,8 +63,8 @@ def _place() -> str:
     """File and function of the innermost frame that is neither torch's nor ours here."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and "gpu_contract" not in frame.filename:
-            name = frame.filename.rsplit("site-packages/", 1)[-1]
-            return f"{name[name.find('dpo_dist/') :] if 'dpo_dist/' in name else name}:{frame.name}"
+            name = frame.filename.rsplit("site-packages/", 1)[-1].removeprefix(f"{REPOSITORY}/")
+            return f"{name}:{frame.name}"
     return "?"
 
 

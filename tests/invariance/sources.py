@@ -22,7 +22,7 @@ ADAPTED = ("live", "cache", "adapter_off")
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"peft_type": "lora", "lora_r": 4, "lora_alpha": 16},
     "whole-modules": {"peft_type": "lora", "lora_r": 4, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
-    "prompt": {"peft_type": "prompt_tuning", "num_virtual_tokens": 4},
+    "prompt": {"peft_type": "prompt_tuning", "num_virtual_tokens": 16},
 }
 ADAPTER_STEPS = 4
 

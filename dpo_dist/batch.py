@@ -74,6 +74,7 @@ class MicroBatch:
     target_ids_M: Int[Tensor, " M"]
     completion_of_M: Int[Tensor, " M"]
     completion_index_C: Int[Tensor, " C"]  # which of the rank's completions of this step each one is
+    completion_length_C: Int[Tensor, " C"]  # tokens
     pair_chosen_B: Int[Tensor, " B"]  # index into the C completions
     pair_rejected_B: Int[Tensor, " B"]
     pair_weight_B: Float[Tensor, " B"]
@@ -196,6 +197,7 @@ class _Parts:
         self.targets: list[int] = []
         self.completion_of: list[int] = []
         self.completion_index: list[int] = []
+        self.completion_lengths: list[int] = []
         self.pairs: list[tuple[int, int, float]] = []
         self.num_unshared_tokens = 0
         self.prompt_start = 0
@@ -228,6 +230,7 @@ class _Parts:
         self.targets += completion
         self.completion_of += [len(self.completion_index)] * len(completion)
         self.completion_index.append(index)
+        self.completion_lengths.append(len(completion))
 
     def add_filler(self) -> None:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
@@ -242,6 +245,7 @@ class _Parts:
             target_ids_M=_indices(self.targets),
             completion_of_M=_indices(self.completion_of),
             completion_index_C=_indices(self.completion_index),
+            completion_length_C=_indices(self.completion_lengths),
             pair_chosen_B=_indices([pair[0] for pair in self.pairs]),
             pair_rejected_B=_indices([pair[1] for pair in self.pairs]),
             pair_weight_B=torch.tensor([pair[2] for pair in self.pairs], dtype=torch.float32),

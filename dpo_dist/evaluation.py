@@ -11,7 +11,7 @@ import torch
 from dpo_dist.batch import RankWork
 from dpo_dist.distributed import sum_over_ranks
 from dpo_dist.engine import TrainingEngine
-from dpo_dist.losses import PairLoss
+from dpo_dist.losses import PairLoss, PairValues
 from dpo_dist.metrics import SUMS, Window, step_sums
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
@@ -43,7 +43,7 @@ def evaluate(
             on_device = batch.to(policy.ranks.device)
             logps = policy.completion_logps(on_device)
             logratios = logps - reference_logps[on_device.completion_index_C]
-            pair_losses = loss(logratios[on_device.pair_chosen_B], logratios[on_device.pair_rejected_B])
+            pair_losses = loss(PairValues.of(on_device, logratios))
             sums += step_sums(on_device, logps, logratios, pair_losses, beta)
     window = Window(dict(zip(SUMS, sum_over_ranks(sums).tolist(), strict=True)))
     return {**window.means(), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}

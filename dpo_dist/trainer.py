@@ -21,7 +21,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.evaluation import evaluate
-from dpo_dist.losses import PairLoss
+from dpo_dist.losses import PairLoss, PairValues
 from dpo_dist.metrics import SUMS, MetricsFile, Window, padded_tokens, require_finite, step_sums
 from dpo_dist.optim import learning_rate_at
 from dpo_dist.packing import Packer, StepPlan, sizes_of
@@ -94,7 +94,7 @@ def train(run: Run, progress: Progress) -> None:
             logratios = logps - reference_logps[batch.completion_index_C]
 
             # 4. The loss prefers moving towards the chosen completion over the rejected one.  (eq. 7)
-            pair_losses = run.loss(logratios[batch.pair_chosen_B], logratios[batch.pair_rejected_B])
+            pair_losses = run.loss(PairValues.of(batch, logratios))
 
             # 5. Divide by the step's total weight: the gradient cannot depend on how the step is split.
             run.policy.backward((pair_losses * batch.pair_weight_B).sum() / plan.pair_weight)

@@ -39,7 +39,7 @@ def _recorded(kit: Kit, name: str) -> dict[str, Any]:
     about = {"case": name, "dtype": "float32", "kernel": "sdpa", "ranks": kit.num_ranks}
     config = _config(kit, name, "float32", "sdpa")
     if kit.plant == "beta":
-        config["loss"]["beta"] = 2 * case.beta
+        config["loss"]["beta"] *= 2
     try:
         folder = kit.train(_run_name(name, "float32", "sdpa"), config, limit=LAUNCH_SECONDS)
     except Skipped as skipped:

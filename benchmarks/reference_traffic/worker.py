@@ -124,7 +124,7 @@ def one_step(policy: TrainingEngine, reference: Reference, plan: StepPlan, work:
     reference_logps = reference.completion_logps(work)
     for batch in policy.accumulate(work.micro_batches()):
         logratios = policy.completion_logps(batch) - reference_logps[batch.completion_index_C]
-        pair_losses = loss(logratios[batch.pair_chosen_B], logratios[batch.pair_rejected_B])
+        pair_losses = loss(losses.PairValues.of(batch, logratios))
         policy.backward((pair_losses * batch.pair_weight_B).sum() / plan.pair_weight)
     policy.step(1e-4)
 

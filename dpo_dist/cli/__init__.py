@@ -200,8 +200,16 @@ def export(
 
 
 @app.command()
-def schema(table: Annotated[bool, typer.Option("--table", help="A Markdown table of all options.")] = False) -> None:
-    """Print the JSON schema of a run's configuration, for editors and checkers; or all options as a table."""
+def schema(
+    table: Annotated[bool, typer.Option("--table", help="A Markdown table of all options.")] = False,
+    losses: Annotated[bool, typer.Option("--losses", help="A Markdown table of all losses.")] = False,
+) -> None:
+    """Print the JSON schema of a run's configuration, for editors and checkers; or all options or losses as a table."""
+    if losses:
+        from dpo_dist.losses import losses_table
+
+        typer.echo(losses_table().rstrip())
+        return
     typer.echo(options_table().rstrip() if table else json.dumps(json_schema(), indent=2))
 
 

@@ -1,9 +1,10 @@
 """The whole run as frozen pydantic models, and the strict loader.
 
     section.py     what all sections have in common
-    models.py      every option: meaning, unit, default, bounds (adapter.py, reference.py: of these sections)
+    models.py      every option: meaning, unit, default, bounds (adapter.py, loss.py, reference.py: of these sections)
     rules.py       which combinations are impossible, and which keys have no effect in a combination
     source_rules.py the same of the sections adapter and reference
+    loss_rules.py  the same of the section loss
     foreign.py     names that other systems use for our options
     yaml_lines.py  YAML with the line of every key
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
@@ -20,14 +21,13 @@ from dpo_dist.config.adapter import AdapterConfig
 from dpo_dist.config.deepspeed import load_deepspeed
 from dpo_dist.config.files import package_file
 from dpo_dist.config.loader import dump_resolved, json_schema, load_config
+from dpo_dist.config.loss import LOSS_TYPES, LossConfig
 from dpo_dist.config.models import (
-    LOSS_TYPES,
     CheckpointConfig,
     DataConfig,
     DataSource,
     EvaluationConfig,
     LogConfig,
-    LossConfig,
     ModelConfig,
     PackingConfig,
     ParallelConfig,

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from dpo_dist.config.section import Flag, Number, Section, Text
+from dpo_dist.config.section import Flag, Number, Section, Text, one_or_many
 
 
 class AdapterConfig(Section):
@@ -21,7 +21,9 @@ class AdapterConfig(Section):
     """Rank of `lora`."""
     lora_alpha: Annotated[Number, Field(gt=0)] = 32
     """Scale of `lora` and `adalora`: the addition is multiplied by lora_alpha / rank."""
-    lora_target_modules: list[Text] | Literal["all-linear"] = "all-linear"
+    lora_target_modules: Annotated[
+        Annotated[Literal["all-linear"], Tag("one")] | Annotated[list[Text], Tag("many")], Discriminator(one_or_many)
+    ] = "all-linear"
     """Linear layers of the decoder that get an addition (`lora`, `adalora`), by the ends of their names, or all."""
     lora_modules_to_save: list[Text] = []
     """Modules that are trained whole beside `lora` or `adalora`, by the ends of their names (embed_tokens, lm_head)."""

@@ -22,7 +22,7 @@ _TOKENIZER = "the name here is model.tokenizer_name_or_path"
 _CACHE = (
     "the name here is reference.source (auto, live, cache, adapter_off, none); `dpo-dist precompute` fills the cache"
 )
-_WEIGHT = "no loss here has this term; loss has loss_type, beta and label_smoothing"
+_WEIGHT = "no loss here has this term; docs/losses.md lists the losses"
 _HEAD = "log-probabilities are always computed in chunks without keeping the logits"
 _OPTIMIZER = "AdamW is the only optimizer; see train.adam_beta1, adam_beta2, adam_epsilon, weight_decay"
 _PARALLEL = "the model is sharded by ZeRO alone; see parallel.deepspeed"
@@ -90,12 +90,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "rpo_alpha": _WEIGHT,
     "pref_ftx": _WEIGHT,
     "nll_loss_coef": _WEIGHT,
-    "loss_weights": _WEIGHT,
     "ld_alpha": _WEIGHT,
     "use_weighting": _WEIGHT,
-    "f_divergence_type": _WEIGHT,
-    "f_alpha_divergence_coef": _WEIGHT,
-    "discopop_tau": _WEIGHT,
     "router_aux_loss_coef": _WEIGHT,
     "aux_loss_coef": _WEIGHT,
     "simpo_gamma": _WEIGHT,
@@ -246,7 +242,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
         "flex_attention": "auto",
     },
     "model.prefix_sharing": {"true": "on", "false": "off"},
-    "loss.loss_type": {"dpo": "sigmoid"},
+    "loss.loss_type": {"dpo": "sigmoid", "cdpo": "sigmoid", "dpo_norm": "sigmoid_norm", "kto_pair": "bco_pair"},
     "adapter.peft_type": {
         **dict.fromkeys(("qlora", "dora", "rslora"), "lora"),
         "prefix": "prefix_tuning",

@@ -18,7 +18,7 @@ from dpo_dist import __version__
 from dpo_dist.config.deepspeed import dtype_problems, load_deepspeed
 from dpo_dist.config.draft import Draft, read_draft
 from dpo_dist.config.files import find_input, names, package_file
-from dpo_dist.config.messages import SECTIONS, KeyPath, describe, dotted, meant_keys, shown
+from dpo_dist.config.messages import SECTIONS, KeyPath, describe, dotted, key_path, meant_keys, shown
 from dpo_dist.config.models import DataSource, RunConfig
 from dpo_dist.config.rules import broken_rules, is_set, keys_without_effect, value_at
 from dpo_dist.config.yaml_lines import dump
@@ -105,7 +105,7 @@ def _validate(draft: Draft) -> RunConfig:
             elsewhere = {key for details in found for key in meant_keys(details)}
             for details in found:
                 if first_pass and not (details["type"] == "missing" and dotted(details["loc"]) in elsewhere):
-                    draft.blame(details["loc"], describe(details))
+                    draft.blame(key_path(details), describe(details))
                 _repair(values, details["loc"])
             first_pass = False
 

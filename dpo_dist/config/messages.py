@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_SOURCE_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
 from dpo_dist.config.models import DataSource, RunConfig
+from dpo_dist.config.section import UNION_TAGS
 
 KeyPath = tuple[str | int, ...]
 
@@ -43,6 +44,11 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
 
 
+def key_path(error: ErrorDetails) -> KeyPath:
+    """Where an error is, without what pydantic calls the branches of a union."""
+    return tuple(part for part in error["loc"] if part not in UNION_TAGS)
+
+
 def shown(path: KeyPath, value: Any) -> str:
     """`section.key=value`; long values are cut, and what may be a secret by its key or its value is left out."""
     text = value if isinstance(value, str) and value.isprintable() and value.strip() else json.dumps(value, default=str)
@@ -70,7 +76,7 @@ def field_at(path: KeyPath) -> FieldInfo | None:
 
 def describe(error: ErrorDetails) -> str:
     """One line for one error of pydantic's."""
-    path, kind, value = error["loc"], error["type"], error["input"]
+    path, kind, value = key_path(error), error["type"], error["input"]
     if kind == "extra_forbidden":
         return unknown_key(path, value)
     if kind == "missing":
@@ -82,14 +88,15 @@ def describe(error: ErrorDetails) -> str:
 
 def _wrong_value(error: ErrorDetails) -> str:
     """`what is wrong; what would be right` for a value of a known key."""
-    path, kind, value, context = error["loc"], error["type"], error["input"], error.get("ctx", {})
+    path, kind, value, context = key_path(error), error["type"], error["input"], error.get("ctx", {})
     bounds = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">=")}
     bounds |= {"less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
     if kind in bounds:
         name, sign = bounds[kind]
         return f"is out of range; it must be {sign} {context[name]}"
     if kind == "literal_error":
-        return f"is not known; it must be {context['expected']}{_did_you_mean(value, path)}"
+        or_list = ", or a list in brackets" if error["loc"][-1] == "one" else ""
+        return f"is not known; it must be {context['expected']}{or_list}{_did_you_mean(value, path)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         keys = KEYS.get(str(path[-1]), ()) if len(path) == 1 else tuple(DataSource.model_fields)
         example = _as_source(path, value) if len(path) > 1 and isinstance(value, str) else "`key: value`"
@@ -126,7 +133,7 @@ def _did_you_mean(value: Any, path: KeyPath) -> str:
     words = re.findall(r"Literal\[(.*?)\]", str(field.annotation)) if field else []
     choices = re.findall(r"'(.*?)'", words[0]) if words else []
     word = str(value).lower().removeprefix("torch.")
-    foreign = FOREIGN_VALUES.get(dotted(path), {}).get(word)
+    foreign = FOREIGN_VALUES.get(dotted(path[:2]), {}).get(word)
     close = [foreign] if foreign else difflib.get_close_matches(word, choices, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -1,6 +1,6 @@
 """The sections of a run's configuration: every option with its meaning, unit and effect.
 
-What they have in common stands in `section.py`; adapters and reference have files of their own.
+What they have in common stands in `section.py`; adapters, loss and reference have files of their own.
 """
 
 import re
@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dpo_dist.config.adapter import AdapterConfig
+from dpo_dist.config.loss import LossConfig
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.section import Flag, Number, Section, Text
-
-LOSS_TYPES = ("sigmoid",)
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow)(\.gz)?$", re.IGNORECASE)
 
@@ -84,17 +83,6 @@ class DataConfig(Section):
             if len(set(names)) == len(names):
                 return names
         return tuple(source.path + split for source, split in zip(self.evaluation, splits, strict=True))
-
-
-class LossConfig(Section):
-    """The objective."""
-
-    loss_type: Literal["sigmoid"] = "sigmoid"
-    """`sigmoid`: DPO, -log sigmoid(beta * (difference of the log-ratios of chosen and rejected))."""
-    beta: Annotated[Number, Field(gt=0)] = 0.1
-    """Inverse temperature: how strongly the policy is held to the reference. Per nat; larger stays closer."""
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
-    """Probability that a preference label is wrong (conservative DPO)."""
 
 
 class TrainConfig(Section):

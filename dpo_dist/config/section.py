@@ -13,6 +13,14 @@ Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(pattern=r"\S")]
 
 
+UNION_TAGS = ("one", "many")
+
+
+def one_or_many(value: Any) -> str:
+    """Which of `UNION_TAGS` a value is judged as, where an option takes one thing or a list of them."""
+    return "many" if isinstance(value, list | tuple) else "one"
+
+
 class Section(BaseModel):
     """Strict and frozen."""
 

@@ -41,8 +41,8 @@ def _default(option: dict[str, Any]) -> str:
 
 def _values(option: dict[str, Any]) -> str:
     """What may be written: the words, or the type with its bounds."""
-    if "anyOf" in option:
-        return " or ".join(_values(choice) for choice in option["anyOf"])
+    if choices := option.get("anyOf") or option.get("oneOf"):
+        return " or ".join(_values(choice) for choice in choices)
     if words := option.get("enum") or ([option["const"]] if "const" in option else []):
         return ", ".join(f"`{word}`" for word in words)
     if option.get("type") == "array":

@@ -20,7 +20,7 @@ from dpo_dist.batch import AttentionLayout, MicroBatch, RankWork, build_micro_ba
 from dpo_dist.distributed import all_gather_json, require_agreement
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError
-from dpo_dist.losses import PairLoss, at_equality
+from dpo_dist.losses import PairLoss, at_equality, near_equality
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN, RMS_LIMIT, honest, rms
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import ModelReference, Reference
@@ -157,8 +157,7 @@ def check_first_loss(measured: float, loss: PairLoss, proof: Proof) -> str:
     expected = at_equality(loss)
     if not proof.same_weights:
         return f"self-check: first loss: skipped: {proof.skipped}"
-    ends = torch.tensor([proof.margin_bound, -proof.margin_bound], dtype=torch.float64)
-    tolerance = float((loss(ends, torch.zeros_like(ends)) - expected).abs().max()) + 1e-6
+    tolerance = near_equality(loss, proof.margin_bound) + 1e-6
     if abs(measured - expected) > tolerance:
         raise NumericsError(
             f"self-check: first loss is {measured:.6f}; policy and reference are the same weights, so it must be "
@@ -201,6 +200,7 @@ def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
         target_ids_M=torch.tensor(completion),
         completion_of_M=torch.zeros(len(completion), dtype=torch.int64),
         completion_index_C=torch.tensor([index]),
+        completion_length_C=torch.tensor([len(completion)]),
         pair_chosen_B=no_pairs,
         pair_rejected_B=no_pairs,
         pair_weight_B=torch.zeros(0),

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from dpo_dist import __version__
 from dpo_dist.cli import app
 from dpo_dist.cli.progress import as_text, reporting
+from dpo_dist.config import LOSS_TYPES
 from tests.launching import REPOSITORY, launch, succeeded
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -186,6 +187,9 @@ def test_schema_and_version() -> None:
     table = CliRunner().invoke(app, ["schema", "--table"])
     assert table.output == (REPOSITORY / "docs" / "configuration.md").read_text()
     assert "| `beta` | number > 0 | `0.1` | Inverse temperature" in table.output
+    losses = CliRunner().invoke(app, ["schema", "--losses"])
+    assert losses.output == (REPOSITORY / "docs" / "losses.md").read_text()
+    assert all(f"| `{name}` |" in losses.output for name in LOSS_TYPES)
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"dpo-dist {__version__}"
 
 

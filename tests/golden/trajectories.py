@@ -16,7 +16,17 @@ from safetensors import safe_open
 
 FOLDER = Path(__file__).resolve().parent
 CASES = ("sigmoid", "sigmoid_beta_0.5", "sigmoid_ga1", "sigmoid_ga2", "sigmoid_ga4")
+LOSS_CASES = (
+    *("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+    *("forward_kl", "js_divergence", "alpha_divergence"),
+)
+_LOSS_SETTINGS = ("loss_type", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef")
 RELATIVE = 1e-4
+# Adam divides a component of the first gradient by its own size, and in these two cases the clipped gradient has
+# components of the size of Adam's epsilon, 1e-8: float32's rounding decides where they go. TRL's own rounding does;
+# plain torch is as far from it (test_loss_trajectories.py). The first step is held to the tolerances above.
+SLACK = {"sppo_hard": 30.0, "discopop": 30.0}
 # A reward is the small difference of two log-probabilities of about -100 nats, times beta.
 REWARD_ABSOLUTE = 5e-6
 _CLOSE = ("loss", "grad_norm", "logps/chosen", "logps/rejected")
@@ -31,7 +41,7 @@ class Case:
     examples_per_step: int
     steps: int
     learning_rate: float
-    beta: float
+    loss: Mapping[str, Any]  # as the section `loss`
     logs: tuple[Mapping[str, float], ...]
     final_param_norms: Mapping[str, float]
 
@@ -55,13 +65,15 @@ def load_case(name: str) -> Case:
     """A recorded run by its name."""
     cases = {case["name"]: case for case in json.loads((FOLDER / "trl_trajectories.json").read_text())["cases"]}
     settings = cases[name]["settings"]
-    assert settings["loss_type"] == ["sigmoid"]
+    loss = {key: settings[key] for key in _LOSS_SETTINGS if key in settings}
+    loss["loss_type"], *others = loss["loss_type"]
+    assert not others
     return Case(
         name=name,
         examples_per_step=settings["pairs_per_step"],
         steps=settings["steps"],
         learning_rate=settings["learning_rate"],
-        beta=settings["beta"],
+        loss=loss,
         logs=tuple(cases[name]["logs"]),
         final_param_norms=cases[name]["final_param_norms"],
     )
@@ -96,7 +108,7 @@ def base_config(output_dir: Path) -> dict[str, Any]:
 def case_config(case: Case, output_dir: Path) -> dict[str, Any]:
     """The configuration under which a run must equal a case."""
     config = base_config(output_dir)
-    config["loss"]["beta"] = case.beta
+    config["loss"] = dict(case.loss)
     config["train"] |= {
         "examples_per_step": case.examples_per_step,
         "max_steps": case.steps,
@@ -111,13 +123,13 @@ def lines_of(output_dir: Path, split: str | None = None) -> list[dict[str, Any]]
     return [line for line in lines if line.get("split") == split]
 
 
-def compare_step(line: Mapping[str, float], expected: Mapping[str, float]) -> list[str]:
-    """What is not equal in one line."""
+def compare_step(line: Mapping[str, float], expected: Mapping[str, float], slack: float = 1.0) -> list[str]:
+    """What is not equal in one line; `slack` times the tolerances of this file."""
     pairs = {key: (line[key], expected[key]) for key in (*_CLOSE, *_REWARDS)}
     wrong = [
         f"{key}={got!r}, recorded {want!r}"
         for key, (got, want) in pairs.items()
-        if not math.isclose(got, want, rel_tol=RELATIVE, abs_tol=REWARD_ABSOLUTE if key in _REWARDS else 0.0)
+        if not math.isclose(got, want, rel_tol=slack * RELATIVE, abs_tol=slack * REWARD_ABSOLUTE * (key in _REWARDS))
     ]
     key = "rewards/accuracies"
     if line[key] != expected[key]:
@@ -125,14 +137,16 @@ def compare_step(line: Mapping[str, float], expected: Mapping[str, float]) -> li
     return wrong
 
 
-def compare_trajectory(lines: Sequence[Mapping[str, float]], expected: Sequence[Mapping[str, float]]) -> list[str]:
-    """What is not equal in a whole run; empty if the run equals the recorded one."""
+def compare_trajectory(
+    lines: Sequence[Mapping[str, float]], expected: Sequence[Mapping[str, float]], slack: float = 1.0
+) -> list[str]:
+    """What is not equal in a whole run; empty if the run equals the recorded one. The first step knows no slack."""
     if [line["step"] for line in lines] != list(range(1, len(expected) + 1)):
         return [f"steps {[line['step'] for line in lines]}, recorded 1 to {len(expected)}"]
     return [
         f"step {line['step']}: {difference}"
         for line, recorded in zip(lines, expected, strict=True)
-        for difference in compare_step(line, recorded)
+        for difference in compare_step(line, recorded, 1.0 if line["step"] == 1 else slack)
     ]
 
 
@@ -154,6 +168,6 @@ def compare_parameters(model_folder: Path, expected: Mapping[str, float]) -> lis
 def compare_run(output_dir: Path, case: Case) -> list[str]:
     """What is not equal between a finished run and a case: every step, and the exported model."""
     return [
-        *compare_trajectory(lines_of(output_dir), case.logs),
+        *compare_trajectory(lines_of(output_dir), case.logs, SLACK.get(case.name, 1.0)),
         *compare_parameters(output_dir / "model", case.final_param_norms),
     ]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dpo_dist.batch import RankWork
 from dpo_dist.errors import NumericsError
+from dpo_dist.losses import PairValues
 from dpo_dist.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from dpo_dist.selfcheck import check_first_loss
 from dpo_dist.selfcheck.blame import blame_layout
@@ -167,7 +168,7 @@ def sigmoid_at(margins: list[float], beta: float = 0.1) -> float:
 
 
 def bound_loss(beta: float):
-    return lambda chosen, rejected: -F.logsigmoid(beta * (chosen - rejected))
+    return lambda pairs: -F.logsigmoid(beta * (pairs.chosen_logratios - pairs.rejected_logratios))
 
 
 def test_first_loss(case):
@@ -193,7 +194,7 @@ def test_shuffled_reference_moves_the_first_loss(case, beta):
     losses = []
     for batch in work.micro_batches():
         logratios_C = (logps_C - logps_C.roll(1))[batch.completion_index_C]
-        losses.append(bound_loss(beta)(logratios_C[batch.pair_chosen_B], logratios_C[batch.pair_rejected_B]))
+        losses.append(bound_loss(beta)(PairValues.of(batch, logratios_C)))
     with pytest.raises(NumericsError, match="first loss is"):
         check_first_loss(float(torch.cat(losses).mean()), bound_loss(beta), proof)
 

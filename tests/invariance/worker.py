@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
 def _require_checked_calls() -> None:
     import torch
 
-    from dpo_dist.losses import sigmoid
+    from dpo_dist.losses.formulas import sigmoid
 
     try:
         sigmoid(torch.zeros(3), torch.zeros(4), beta=0.1)

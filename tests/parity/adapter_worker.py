@@ -30,7 +30,7 @@ from dpo_dist.checkpoint import (
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
-from dpo_dist.losses import sigmoid
+from dpo_dist.losses.formulas import sigmoid
 from dpo_dist.model import attach_adapter, four_bits, load_config, load_model
 from tests.parity.adapter_cases import (
     BETA,

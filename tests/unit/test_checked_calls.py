@@ -7,10 +7,12 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from dpo_dist.losses import sigmoid
+from dpo_dist.losses.formulas import sigmoid
 from tests.launching import REPOSITORY, environment
 
-WRONG_SHAPE = "import torch; from dpo_dist.losses import sigmoid; sigmoid(torch.zeros(3), torch.zeros(4), beta=0.1)"
+WRONG_SHAPE = (
+    "import torch; from dpo_dist.losses.formulas import sigmoid; sigmoid(torch.zeros(3), torch.zeros(4), beta=0.1)"
+)
 
 
 def test_a_wrong_shape_raises_in_this_process() -> None:

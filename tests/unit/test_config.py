@@ -145,7 +145,16 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("train.output_dir=7", "train.output_dir=7 is not text", "in quotes"),
         ("loss.beta=0", "loss.beta=0 is out of range", "must be > 0"),
         ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5 is out of range", "must be < 0.5"),
-        ("loss.loss_type=sigmiod", "loss.loss_type=sigmiod is not known", "must be 'sigmoid' (did you mean sigmoid?)"),
+        ("loss.loss_type=sigmiod", "loss.loss_type=sigmiod is not known", "must be 'sigmoid', 'hinge'"),
+        ("loss.loss_type=sigmiod", "loss.loss_type=sigmiod is not known", "a list in brackets (did you mean sigmoid?)"),
+        ("loss.loss_type=dpo", "loss.loss_type=dpo is not known", "(did you mean sigmoid?)"),
+        ("loss.loss_type=[hing]", "loss.loss_type.0=hing is not known", "(did you mean hinge?)"),
+        ("loss.loss_type=[dpo]", "loss.loss_type.0=dpo is not known", "(did you mean sigmoid?)"),
+        ("loss.loss_type=[]", "loss.loss_type=[] is empty", "give at least one element"),
+        ("loss.loss_type=3", "loss.loss_type=3 is not known", "a list in brackets"),
+        ("adapter.lora_target_modules=q_proj", "adapter.lora_target_modules=q_proj is not known", "a list in brackets"),
+        ("adapter.lora_target_modules=[3]", "adapter.lora_target_modules.0=3 is not text", "write text"),
+        ("loss.discopop_tau=0", "loss.discopop_tau=0 is out of range", "must be > 0"),
         ("model.dtype=int8", "model.dtype=int8 is not known", "'bfloat16', 'float32' or 'float16'"),
         ("model.dtype=torch.half", "model.dtype=torch.half is not known", "(did you mean float16?)"),
         ("model.prefix_sharing=true", "model.prefix_sharing=true is not known", "(did you mean on?)"),
@@ -169,7 +178,7 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("data.train=[3]", "data.train.0=3 is not a mapping", "keys path, split, limit"),
         ("data.train.0.limit=0", "data.train.0.limit=0 is out of range", "must be >= 1"),
         ("data.max_length=1", "data.max_length=1 is out of range", "must be >= 2"),
-        ("loss=3", "loss=3 is not a mapping", "keys loss_type, beta, label_smoothing"),
+        ("loss=3", "loss=3 is not a mapping", "keys loss_type, loss_weights, beta, label_smoothing"),
     ],
 )
 def test_wrong_values(minimal, override, wrong, right):
@@ -240,7 +249,7 @@ def test_values_that_may_be_secrets_are_not_shown(minimal, key, value, is_secret
         ("evaluation.train=x", "evaluation.train=x is not a key in section evaluation; write data.train"),
         ("deepspeed=x.json", "deepspeed=x.json is not a key at top level; write parallel.deepspeed"),
         ("log.learnin_rate=1", "did you mean train.learning_rate?"),
-        ("loss.zzz=1", "there are loss_type, beta, label_smoothing"),
+        ("loss.zzz=1", "there are loss_type, loss_weights, beta, label_smoothing"),
         ("zzz=1", "there are model, adapter, data, loss,"),
         ("data.train.0.splt=x", "data.train.0.splt=x is not a key of a data set; did you mean split?"),
         ("data.train.0.columns=x", "columns are recognised by their names"),
@@ -263,7 +272,7 @@ def test_unknown_keys(minimal, override, fragment):
         ("padding_free", "packing.max_tokens"),
         ("max_prompt_length", "data.max_length"),
         ("sequence_len", "data.max_length"),
-        ("rpo_alpha", "loss_type, beta and label_smoothing"),
+        ("rpo_alpha", "docs/losses.md lists the losses"),
         ("torch_dtype", "model.dtype"),
         ("bf16", "model.dtype"),
         ("fp16", "model.dtype"),
@@ -893,7 +902,7 @@ def test_committed_schema_is_current():
 
 
 def test_loss_types_are_the_options_of_the_field():
-    assert get_args(LossConfig.model_fields["loss_type"].annotation) == LOSS_TYPES
+    assert LossConfig.model_json_schema()["properties"]["loss_type"]["oneOf"][0]["enum"] == list(LOSS_TYPES)
 
 
 def test_public_names():

@@ -1,0 +1,76 @@
+"""Rules of the section `loss`, as in `rules.py`: a parameter that no chosen loss reads is an error."""
+
+from collections.abc import Iterator
+
+from dpo_dist.config.loss import LOSS_TYPES, LossConfig
+from dpo_dist.config.models import RunConfig
+from dpo_dist.config.source_rules import Broken, KeyPath
+
+# Parameters of losses -> the losses that read them; every loss reads beta. Equal to the table in `losses` by a test.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "beta": LOSS_TYPES,
+    "label_smoothing": ("sigmoid", "exo_pair", "robust"),
+    "discopop_tau": ("discopop",),
+}
+# Losses of the difference of two scores: what an f-divergence leaves undetermined is the same for both of a prompt's
+# completions, and cancels in nothing else.
+OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+
+
+def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
+    """As `rules.keys_without_effect`, of this section."""
+    loss, cause = config.loss, ("loss", "loss_type")
+    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+    chosen = " and ".join(loss.loss_types)
+    for key, readers in READ_BY.items():
+        if not set(readers) & set(loss.loss_types):
+            why = f"has no effect with loss.loss_type={chosen}; {_listed(readers)} {_read(readers)} it: leave this out"
+            found["loss", key] = (cause, why)
+    if len(loss.loss_types) == 1:
+        found["loss", "loss_weights"] = (
+            cause,
+            f"has no effect with one loss; leave this out, or let loss.loss_type be a list: [{chosen}, ...]",
+        )
+    if loss.f_divergence_type != "alpha_divergence":
+        found["loss", "f_alpha_divergence_coef"] = (
+            ("loss", "f_divergence_type"),
+            f"has no effect with loss.f_divergence_type={loss.f_divergence_type}; alpha_divergence reads it: leave "
+            "this out",
+        )
+    return found
+
+
+def loss_rules(config: RunConfig) -> Iterator[Broken]:
+    """Every rule of this section that a configuration of valid values breaks."""
+    loss, cause = config.loss, ("loss", "loss_type")
+    if len(set(loss.loss_types)) != len(loss.loss_types):
+        yield cause, (), "names a loss twice; name each once, and set loss.loss_weights"
+    if loss.loss_weights is not None and 1 < len(loss.loss_types) != len(loss.loss_weights):
+        numbers = f"{len(loss.loss_weights)} weights for {len(loss.loss_types)} losses"
+        yield ("loss", "loss_weights"), (cause,), f"gives {numbers}; give one for each, or leave it out"
+    yield from _smoothing_rules(loss)
+    others = [name for name in loss.loss_types if name not in OF_A_DIFFERENCE]
+    if loss.f_divergence_type != "reverse_kl" and others:
+        yield (
+            ("loss", "f_divergence_type"),
+            (cause,),
+            f"does not go with {_listed(others)}: only for losses of a difference of two scores does a divergence "
+            f"other than reverse_kl say anything ({', '.join(OF_A_DIFFERENCE)}); leave it out",
+        )
+
+
+def _smoothing_rules(loss: LossConfig) -> Iterator[Broken]:
+    if "exo_pair" in loss.loss_types and loss.label_smoothing == 0:
+        yield (
+            ("loss", "loss_type"),
+            (("loss", "label_smoothing"),),
+            "needs loss.label_smoothing above 0 for exo_pair, whose loss is infinite without it; set it, say to 0.001",
+        )
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _read(names: tuple[str, ...]) -> str:
+    return "reads" if len(names) == 1 else "read"

@@ -1,0 +1,99 @@
+"""Preference losses: pure functions of what two completions of a prompt are worth to the policy.
+
+Every tensor is (B,), one value per pair. A log-ratio is log pi_policy - log pi_reference of a completion, in nats; a
+score is the log-ratio, or what another f-divergence puts in its place; lengths are tokens. Every function gives the
+loss of each pair. It knows nothing of weights, batches or ranks: whoever calls it multiplies by the pairs' weights and
+divides by the weight of the whole step. Names and formulas are TRL's; sources stand in `table.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Values = Float[Tensor, " B"]
+
+
+def sigmoid(chosen_scores: Values, rejected_scores: Values, *, beta: float, label_smoothing: float = 0.0) -> Values:
+    """-(1 - eps) log s(m) - eps log s(-m), m = beta (chosen - rejected), eps = label_smoothing, s the logistic one.
+
+    log 2 where the policy equals the reference. eps > 0 is conservative DPO.
+    """
+    return _logistic(beta * (chosen_scores - rejected_scores), label_smoothing)
+
+
+def hinge(chosen_scores: Values, rejected_scores: Values, *, beta: float) -> Values:
+    """max(0, 1 - beta (chosen - rejected))."""
+    return torch.relu(1.0 - beta * (chosen_scores - rejected_scores))
+
+
+def ipo(
+    chosen_scores: Values, rejected_scores: Values, chosen_lengths: Values, rejected_lengths: Values, *, beta: float
+) -> Values:
+    """(chosen / its length - rejected / its length - 1 / (2 beta))^2: means per token, as in TRL.
+
+    The paper's h is a difference of sums, which would make the target depend on the lengths.
+    """
+    difference = chosen_scores / chosen_lengths - rejected_scores / rejected_lengths
+    return (difference - 1.0 / (2.0 * beta)) ** 2
+
+
+def exo_pair(chosen_scores: Values, rejected_scores: Values, *, beta: float, label_smoothing: float) -> Values:
+    """KL of (s(m), s(-m)) from (1 - eps, eps), m = beta (chosen - rejected), eps = label_smoothing > 0."""
+    margins = beta * (chosen_scores - rejected_scores)
+    of_chosen = margins.sigmoid() * (F.logsigmoid(margins) - math.log1p(-label_smoothing))
+    of_rejected = (-margins).sigmoid() * (F.logsigmoid(-margins) - math.log(label_smoothing))
+    return of_chosen + of_rejected
+
+
+def nca_pair(chosen_logratios: Values, rejected_logratios: Values, *, beta: float) -> Values:
+    """-log s(r_c) - (log s(-r_c) + log s(-r_r)) / 2, r = beta log-ratio."""
+    chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def robust(chosen_scores: Values, rejected_scores: Values, *, beta: float, label_smoothing: float) -> Values:
+    """(-(1 - eps) log s(m) + eps log s(-m)) / (1 - 2 eps): unbiased where a share eps of labels is flipped."""
+    margins = beta * (chosen_scores - rejected_scores)
+    kept, flipped = -F.logsigmoid(margins), -F.logsigmoid(-margins)
+    return ((1.0 - label_smoothing) * kept - label_smoothing * flipped) / (1.0 - 2.0 * label_smoothing)
+
+
+def bco_pair(chosen_logratios: Values, rejected_logratios: Values, *, beta: float) -> Values:
+    """-log s(r_c) - log s(-r_r), r = beta log-ratio; the paper's shift delta is 0, as in TRL."""
+    return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
+
+
+def sppo_hard(chosen_logratios: Values, rejected_logratios: Values, *, beta: float) -> Values:
+    """(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2: the winner wins with probability 1."""
+    return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
+
+
+def apo_zero(chosen_logratios: Values, rejected_logratios: Values, *, beta: float) -> Values:
+    """1 - s(r_c) + s(r_r), r = beta log-ratio: chosen up, rejected down."""
+    return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
+
+
+def apo_down(chosen_logratios: Values, rejected_logratios: Values, *, beta: float) -> Values:
+    """s(r_c) + 1 - s(r_c - r_r), r = beta log-ratio: both down, rejected more."""
+    return (beta * chosen_logratios).sigmoid() + (beta * (rejected_logratios - chosen_logratios)).sigmoid()
+
+
+def discopop(chosen_scores: Values, rejected_scores: Values, *, beta: float, discopop_tau: float) -> Values:
+    """-(1 - w) log s(m) + w exp(-m), m = beta (chosen - rejected), w = s(m / tau)."""
+    margins = beta * (chosen_scores - rejected_scores)
+    share = (margins / discopop_tau).sigmoid()
+    return -(1.0 - share) * F.logsigmoid(margins) + share * (-margins).exp()
+
+
+def sigmoid_norm(
+    chosen_scores: Values, rejected_scores: Values, chosen_lengths: Values, rejected_lengths: Values, *, beta: float
+) -> Values:
+    """-log s(beta (chosen / its length - rejected / its length)): DPO of means per token."""
+    return _logistic(beta * (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths), 0.0)
+
+
+def _logistic(margins: Values, label_smoothing: float) -> Values:
+    return -(1.0 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)

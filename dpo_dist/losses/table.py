@@ -1,0 +1,144 @@
+"""Every loss: its function, what it asks for, which settings it takes, where it comes from, and when to use it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from dpo_dist.losses import formulas
+
+_SCORES = ("chosen_scores", "rejected_scores")
+_LOGRATIOS = ("chosen_logratios", "rejected_logratios")
+_LENGTHS = ("chosen_lengths", "rejected_lengths")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss, and what one value of it belongs to."""
+
+    fn: Callable[..., Tensor]
+    unit: Literal["pair"]  # one value for each; the step divides by the weight of all of these
+    needs: tuple[str, ...]  # what it is called with, in this order
+    parameters: tuple[str, ...]  # fields of `loss` in the configuration, bound by name
+    formula: str  # for people: m = beta (chosen - rejected score), r_c and r_r = beta log-ratio
+    source: str
+    use: str
+
+    @property
+    def is_of_a_difference(self) -> bool:
+        """Whether a score may take the place of the log-ratio (f-divergences)."""
+        return set(_SCORES) <= set(self.needs)
+
+
+LOSSES: dict[str, LossSpec] = {
+    "sigmoid": LossSpec(
+        formulas.sigmoid,
+        "pair",
+        _SCORES,
+        ("beta", "label_smoothing"),
+        "-(1 - eps) log s(m) - eps log s(-m)",
+        "DPO: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps > 0, conservative DPO: Mitchell 2023, "
+        '"A note on DPO with noisy preferences & relationship to IPO", eq. 3',
+        "The default. eps where labels are noisy; TRL's `sigmoid` has no eps.",
+    ),
+    "hinge": LossSpec(
+        formulas.hinge,
+        "pair",
+        _SCORES,
+        ("beta",),
+        "max(0, 1 - m)",
+        "SLiC as in RSO: Liu et al. 2023, arXiv:2309.06657",
+        "Pairs that are told apart by 1 / beta nats stop pulling.",
+    ),
+    "ipo": LossSpec(
+        formulas.ipo,
+        "pair",
+        (*_SCORES, *_LENGTHS),
+        ("beta",),
+        "(chosen / length - rejected / length - 1 / (2 beta))^2",
+        "Azar et al. 2023, arXiv:2310.12036, eq. 17, with means per token as in TRL (OpenRLHF takes sums)",
+        "Aims at a fixed margin instead of an ever larger one; labels without noise. beta is the paper's tau.",
+    ),
+    "exo_pair": LossSpec(
+        formulas.exo_pair,
+        "pair",
+        _SCORES,
+        ("beta", "label_smoothing"),
+        "s(m) (log s(m) - log(1 - eps)) + s(-m) (log s(-m) - log eps)",
+        "EXO: Ji et al. 2024, arXiv:2402.00856, eq. 16",
+        "Reverse KL to the preference instead of forward KL: seeks a mode. eps about 0.001.",
+    ),
+    "nca_pair": LossSpec(
+        formulas.nca_pair,
+        "pair",
+        _LOGRATIOS,
+        ("beta",),
+        "-log s(r_c) - (log s(-r_c) + log s(-r_r)) / 2",
+        "NCA for two completions: Chen et al. 2024, arXiv:2402.05369",
+        "Holds the chosen completion's own likelihood up, not only its distance from the rejected one's.",
+    ),
+    "robust": LossSpec(
+        formulas.robust,
+        "pair",
+        _SCORES,
+        ("beta", "label_smoothing"),
+        "(-(1 - eps) log s(m) + eps log s(-m)) / (1 - 2 eps)",
+        "Chowdhury et al. 2024, arXiv:2403.00409",
+        "A known share eps of labels is flipped: unbiased, where sigmoid with eps is not. Not bounded below.",
+    ),
+    "bco_pair": LossSpec(
+        formulas.bco_pair,
+        "pair",
+        _LOGRATIOS,
+        ("beta",),
+        "-log s(r_c) - log s(-r_r)",
+        "BCO: Jung et al. 2024, arXiv:2404.04656, without its shift delta, as in TRL (ms-swift has one)",
+        "Absolute judgement of each completion; mixed with others (MPO).",
+    ),
+    "sppo_hard": LossSpec(
+        formulas.sppo_hard,
+        "pair",
+        _LOGRATIOS,
+        ("beta",),
+        "(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2",
+        "SPPO: Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with probabilities 1 and 0",
+        "Rounds of self-play; pushes either completion to a fixed log-ratio.",
+    ),
+    "apo_zero": LossSpec(
+        formulas.apo_zero,
+        "pair",
+        _LOGRATIOS,
+        ("beta",),
+        "1 - s(r_c) + s(r_r)",
+        "APO: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7",
+        "Chosen completions are better than what the model writes.",
+    ),
+    "apo_down": LossSpec(
+        formulas.apo_down,
+        "pair",
+        _LOGRATIOS,
+        ("beta",),
+        "s(r_c) + 1 - s(r_c - r_r)",
+        "APO: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8",
+        "Chosen completions are worse than what the model writes.",
+    ),
+    "discopop": LossSpec(
+        formulas.discopop,
+        "pair",
+        _SCORES,
+        ("beta", "discopop_tau"),
+        "-(1 - w) log s(m) + w exp(-m), w = s(m / tau)",
+        "DiscoPOP: Lu et al. 2024, arXiv:2406.08414, eq. 5",
+        "Found by search; not convex, and its best beta and tau go together.",
+    ),
+    "sigmoid_norm": LossSpec(
+        formulas.sigmoid_norm,
+        "pair",
+        (*_SCORES, *_LENGTHS),
+        ("beta",),
+        "-log s(beta (chosen / length - rejected / length))",
+        "Length-normalised DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124",
+        "Where answers grow longer. beta is per token here, so larger: Tulu 3 takes 5.",
+    ),
+}

@@ -1,0 +1,94 @@
+"""Rules of the section `loss`: what has no effect, or does not go together, is refused with a way out."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo_dist.config import load_config
+from dpo_dist.errors import ConfigError
+
+MINIMAL = {
+    "model": {"model_name_or_path": "m"},
+    "data": {"train": [{"path": "d.jsonl"}]},
+    "train": {"output_dir": "out", "examples_per_step": 4},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def with_loss(*settings: str) -> list[str]:
+    return [f"loss.{setting}" for setting in settings]
+
+
+MISTAKES = [
+    (["loss_type=hinge", "label_smoothing=0.1"], "label_smoothing=0.1", "sigmoid, exo_pair and robust read it"),
+    (["discopop_tau=0.1"], "discopop_tau=0.1", "with loss.loss_type=sigmoid; discopop reads it: leave this out"),
+    (["loss_type=[ipo, hinge]", "label_smoothing=0.1"], "label_smoothing=0.1", "with loss.loss_type=ipo and hinge"),
+    (["loss_weights=[2]"], "loss_weights=[2.0]", "has no effect with one loss; leave this out, or let loss.loss_type"),
+    (["loss_type=[ipo]", "loss_weights=[2]"], "loss_weights=[2.0]", "has no effect with one loss"),
+    (["f_alpha_divergence_coef=0.3"], "f_alpha_divergence_coef=0.3", "alpha_divergence reads it"),
+    (
+        ["f_divergence_type=forward_kl", "f_alpha_divergence_coef=0.3"],
+        "f_alpha_divergence_coef=0.3",
+        "no effect with loss.f_divergence_type=forward_kl",
+    ),
+    (["loss_type=[ipo, ipo]"], "loss_type=", "names a loss twice; name each once, and set loss.loss_weights"),
+    (
+        ["loss_type=[ipo, hinge]", "loss_weights=[1, 2, 3]"],
+        "loss_weights=[1.0,2.0,3.0]",
+        "gives 3 weights for 2 losses; give one for each, or leave it out",
+    ),
+    (["loss_type=[ipo, hinge]", "loss_weights=[1, 0]"], "loss_weights.1=0", "must be > 0"),
+    (["loss_type=exo_pair"], "loss_type=exo_pair", "needs loss.label_smoothing above 0 for exo_pair"),
+    (["loss_type=exo_pair", "label_smoothing=0"], "loss_type=exo_pair", "set it, say to 0.001"),
+    (
+        ["loss_type=bco_pair", "f_divergence_type=js_divergence"],
+        "f_divergence_type=js_divergence",
+        "does not go with bco_pair",
+    ),
+    (
+        ["loss_type=[sigmoid, apo_zero, nca_pair]", "f_divergence_type=forward_kl"],
+        "f_divergence_type=forward_kl",
+        "does not go with apo_zero and nca_pair",
+    ),
+    (["f_divergence_type=jensen"], "f_divergence_type=jensen", "'reverse_kl', 'forward_kl', 'js_divergence'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "key", "reason"), MISTAKES)
+def test_mistakes(path: Path, settings: list[str], key: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, with_loss(*settings))
+    (line,) = str(caught.value).splitlines()
+    assert line.split(": ", 1)[1].replace(", ", ",").startswith(f"loss.{key}")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["loss_type=robust", "label_smoothing=0.1"],
+        ["loss_type=[sigmoid, exo_pair]", "label_smoothing=0.1", "loss_weights=[1, 0.2]"],
+        ["loss_type=[ipo]"],
+        ["loss_type=[discopop, bco_pair]", "discopop_tau=0.1"],
+        ["f_divergence_type=alpha_divergence", "f_alpha_divergence_coef=-1.5"],
+        ["loss_type=[hinge, sigmoid_norm]", "f_divergence_type=js_divergence"],
+        ["loss_type=bco_pair", "f_divergence_type=reverse_kl"],
+    ],
+)
+def test_what_goes_together(path: Path, settings: list[str]) -> None:
+    load_config(path, with_loss(*settings))
+
+
+def test_a_list_and_a_name(path: Path) -> None:
+    one, many = (load_config(path, with_loss(text)).loss for text in ("loss_type=ipo", "loss_type=[ipo, hinge]"))
+    assert (one.loss_types, one.weights) == (("ipo",), (1.0,))
+    assert (many.loss_types, many.weights) == (("ipo", "hinge"), (1.0, 1.0))
+    weighted = load_config(path, with_loss("loss_type=[ipo, hinge]", "loss_weights=[0.5, 2]")).loss
+    assert weighted.weights == (0.5, 2.0)

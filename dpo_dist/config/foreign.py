@@ -242,7 +242,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
         "flex_attention": "auto",
     },
     "model.prefix_sharing": {"true": "on", "false": "off"},
-    "loss.loss_type": {"dpo": "sigmoid", "cdpo": "sigmoid", "dpo_norm": "sigmoid_norm", "kto_pair": "bco_pair"},
+    "loss.loss_type": {"dpo": "sigmoid", "cdpo": "sigmoid", "dpo_norm": "sigmoid_norm"},
     "adapter.peft_type": {
         **dict.fromkeys(("qlora", "dora", "rslora"), "lora"),
         "prefix": "prefix_tuning",

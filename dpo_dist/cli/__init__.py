@@ -205,6 +205,8 @@ def schema(
     losses: Annotated[bool, typer.Option("--losses", help="A Markdown table of all losses.")] = False,
 ) -> None:
     """Print the JSON schema of a run's configuration, for editors and checkers; or all options or losses as a table."""
+    if table and losses:
+        raise typer.BadParameter("--table and --losses are two pages; ask for one of them")
     if losses:
         from dpo_dist.losses import losses_table
 

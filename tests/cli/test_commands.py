@@ -190,6 +190,8 @@ def test_schema_and_version() -> None:
     losses = CliRunner().invoke(app, ["schema", "--losses"])
     assert losses.output == (REPOSITORY / "docs" / "losses.md").read_text()
     assert all(f"| `{name}` |" in losses.output for name in LOSS_TYPES)
+    both = CliRunner().invoke(app, ["schema", "--table", "--losses"])
+    assert both.exit_code == 2 and "ask for one of them" in both.output and "| `beta` |" not in both.output
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"dpo-dist {__version__}"
 
 

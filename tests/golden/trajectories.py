@@ -24,9 +24,9 @@ LOSS_CASES = (
 _LOSS_SETTINGS = ("loss_type", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef")
 RELATIVE = 1e-4
 # Adam divides a component of the first gradient by its own size, and in these two cases the clipped gradient has
-# components of the size of Adam's epsilon, 1e-8: float32's rounding decides where they go. TRL's own rounding does;
-# plain torch is as far from it (test_loss_trajectories.py). The first step is held to the tolerances above.
-SLACK = {"sppo_hard": 30.0, "discopop": 30.0}
+# components of the size of Adam's epsilon, 1e-8: TRL's own rounding in float32 decided where they went. Not even exact
+# arithmetic is within the tolerance above (test_loss_trajectories.py), to which the first step alone is held.
+SLACK = {"sppo_hard": 10.0, "discopop": 30.0}
 # A reward is the small difference of two log-probabilities of about -100 nats, times beta.
 REWARD_ABSOLUTE = 5e-6
 _CLOSE = ("loss", "grad_norm", "logps/chosen", "logps/rejected")

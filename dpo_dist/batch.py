@@ -78,8 +78,11 @@ class MicroBatch:
     pair_chosen_B: Int[Tensor, " B"]  # index into the C completions
     pair_rejected_B: Int[Tensor, " B"]
     pair_weight_B: Float[Tensor, " B"]
+    chosen_weight_C: Float[Tensor, " C"]  # of each completion, the weights of the pairs that it is chosen in
     num_tokens: int  # T, or 0 for a filler
     num_unshared_tokens: int  # sum over pairs of 2 P + C + R: every pair on its own, nothing shared
+    partners_3B: Float[Tensor, "3 B"] | None = None  # what each pair is matched with (`matching.py`), nats: instead of
+    # its own the reference's chosen - rejected, the log-ratio of a rejected, and of a chosen completion
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device, all of it by one copy."""
@@ -236,6 +239,9 @@ class _Parts:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
 
     def finish(self, is_filler: bool) -> MicroBatch:
+        chosen_weights = [0.0] * len(self.completion_index)
+        for chosen, _, weight in self.pairs:
+            chosen_weights[chosen] += weight
         layout = build_layout(self.q_lengths, self.k_lengths, self.kv_index, len(self.ids))
         return MicroBatch(
             input_ids_T=_indices(self.ids),
@@ -249,6 +255,7 @@ class _Parts:
             pair_chosen_B=_indices([pair[0] for pair in self.pairs]),
             pair_rejected_B=_indices([pair[1] for pair in self.pairs]),
             pair_weight_B=torch.tensor([pair[2] for pair in self.pairs], dtype=torch.float32),
+            chosen_weight_C=torch.tensor(chosen_weights, dtype=torch.float32),
             num_tokens=0 if is_filler else len(self.ids),
             num_unshared_tokens=self.num_unshared_tokens,
         )

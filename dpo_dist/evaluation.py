@@ -11,7 +11,8 @@ import torch
 from dpo_dist.batch import RankWork
 from dpo_dist.distributed import sum_over_ranks
 from dpo_dist.engine import TrainingEngine
-from dpo_dist.losses import PairLoss, PairValues
+from dpo_dist.losses import Objective
+from dpo_dist.matching import matched
 from dpo_dist.metrics import SUMS, Window, step_sums
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
@@ -26,7 +27,7 @@ def evaluate(
     reference: Reference,
     dataset: TokenizedDataset,
     packer: Packer,
-    loss: PairLoss,
+    loss: Objective,
     beta: float,
 ) -> dict[str, float]:
     """The metrics of a training step, over a whole data set and without an update. Every rank must call it.
@@ -39,12 +40,14 @@ def evaluate(
     for plan in _plans(dataset, packer):
         work = RankWork(plan, rank, dataset, packer.share_prompts)
         reference_logps = reference.completion_logps(work)
-        for batch in work.reference_bins():  # no activations are kept, so the policy takes the large bins too
+        # No activations are kept, so the policy takes the large bins too. What is matched over a step is matched here
+        # over a chunk.
+        for batch in matched(loss, policy, plan, work.reference_bins(), reference_logps):
             on_device = batch.to(policy.ranks.device)
             logps = policy.completion_logps(on_device)
             logratios = logps - reference_logps[on_device.completion_index_C]
-            pair_losses = loss(PairValues.of(on_device, logratios))
-            sums += step_sums(on_device, logps, logratios, pair_losses, beta)
+            losses = loss(on_device, logps, logratios)
+            sums += step_sums(on_device, logps, logratios, losses, beta)
     window = Window(dict(zip(SUMS, sum_over_ranks(sums).tolist(), strict=True)))
     return {**window.means(), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from dpo_dist.batch import MicroBatch
 from dpo_dist.errors import NumericsError
 
-# What a step adds up. The first two belong to the loss, the next seven are per pair, the last two are counts of tokens.
+# What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
+# and the last two belong to the loss of tokens.
 SUMS = (
     "loss",
     "pair_weight",
@@ -31,6 +32,8 @@ SUMS = (
     "logps/rejected",
     "tokens_processed",
     "tokens_unshared",
+    "token_loss",
+    "token_weight",
 )
 PER_PAIR = SUMS[3:9]
 COUNTS = ("tokens_processed", "tokens_unshared", "tokens_padded")
@@ -43,7 +46,7 @@ def step_sums(
     batch: MicroBatch,
     logps_C: Float[Tensor, " C"],
     logratios_C: Float[Tensor, " C"],
-    pair_losses_B: Float[Tensor, " B"],
+    losses_U: Float[Tensor, " U"],
     beta: float,
 ) -> Float[Tensor, " K"]:
     """The sums of one micro-batch in the order of `SUMS`, float64, on the batch's device; no host synchronisation."""
@@ -53,8 +56,6 @@ def step_sums(
         margins_B = rewards_C[chosen_B] - rewards_C[rejected_B]
         per_pair_KB = torch.stack(
             [
-                pair_losses_B.double() * batch.pair_weight_B,
-                batch.pair_weight_B.double(),
                 torch.ones_like(margins_B),
                 rewards_C[chosen_B],
                 rewards_C[rejected_B],
@@ -65,7 +66,26 @@ def step_sums(
             ]
         )
         tokens = torch.tensor([batch.num_tokens, batch.num_unshared_tokens], dtype=torch.float64)
-        return torch.cat([per_pair_KB.sum(1), tokens.to(margins_B.device)])
+        of_pairs, of_tokens = losses_U.double().unbind()
+        weights = (
+            batch.pair_weight_B.double().sum(),
+            (batch.chosen_weight_C.double() * batch.completion_length_C).sum(),
+        )
+        return torch.cat(
+            [
+                torch.stack([of_pairs, weights[0]]),
+                per_pair_KB.sum(1),
+                tokens.to(margins_B.device),
+                torch.stack([of_tokens, weights[1]]),
+            ]
+        )
+
+
+def loss_of(sums: Mapping[str, float]) -> float:
+    """The loss of whatever was added up: of pairs per weight of pairs, and of tokens per weight of tokens."""
+    # A window that an earlier version saved knows of pairs only.
+    of_tokens = sums.get("token_loss", 0.0) / (sums.get("token_weight", 0.0) or 1.0)
+    return sums["loss"] / sums["pair_weight"] + of_tokens
 
 
 class Window:
@@ -91,9 +111,9 @@ class Window:
         return cls(values["sums"], values["num_steps"])
 
     def means(self) -> dict[str, float]:
-        """Loss per unit of pair weight, everything else per pair."""
-        pairs, weight = self.sums["num_pairs"], self.sums["pair_weight"]
-        return {"loss": self.sums["loss"] / weight, **{name: self.sums[name] / pairs for name in PER_PAIR}}
+        """Loss per unit of weight, everything else per pair."""
+        pairs = self.sums["num_pairs"]
+        return {"loss": loss_of(self.sums), **{name: self.sums[name] / pairs for name in PER_PAIR}}
 
     def counts(self) -> dict[str, int]:
         """Token counts of the interval."""

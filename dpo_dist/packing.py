@@ -36,6 +36,11 @@ class ExampleSize:
         return math.fsum(pair.weight for pair in self.pairs)
 
     @property
+    def demonstrated_tokens(self) -> float:
+        """Tokens of the chosen completions, each times the weight of the pairs that it is chosen in."""
+        return math.fsum(pair.weight * self.completions[pair.chosen] for pair in self.pairs)
+
+    @property
     def longest_rows(self) -> list[int]:
         """For every pair, tokens of the prompt with its longer completion."""
         return [
@@ -56,12 +61,18 @@ class StepPlan:
     examples: tuple[int, ...]  # rows of the data set, in the sampler's order
     micro_batches: tuple[Bins, ...]  # [rank][micro-batch]: positions in `examples`; () is a filler
     reference_bins: tuple[Bins, ...]  # the same for the reference, under its own token budget
-    pair_weight: float  # sum of pair weights over all ranks: the denominator of the loss
+    pair_weight: float  # sum of pair weights over all ranks: the denominator of losses of a pair
+    token_weight: float  # the same of `demonstrated_tokens`: the denominator of losses of a token
     num_pairs: int
 
     def examples_of_rank(self, rank: int) -> tuple[int, ...]:
         """Positions (in `examples`) of the rank's share of the step, ascending."""
         return tuple(sorted(position for batch in self.micro_batches[rank] for position in batch))
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The denominators, in the order of `losses.UNITS`."""
+        return self.pair_weight, self.token_weight
 
     @property
     def fingerprint(self) -> str:
@@ -88,6 +99,7 @@ class Packer:
             micro_batches=_bins_of_ranks(shares, tokens, self.max_tokens),
             reference_bins=_bins_of_ranks(shares, tokens, self.reference_max_tokens),
             pair_weight=math.fsum(size.pair_weight for size in sizes),
+            token_weight=math.fsum(size.demonstrated_tokens for size in sizes),
             num_pairs=sum(len(size.pairs) for size in sizes),
         )
 

@@ -21,8 +21,9 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.evaluation import evaluate
-from dpo_dist.losses import PairLoss, PairValues
-from dpo_dist.metrics import SUMS, MetricsFile, Window, padded_tokens, require_finite, step_sums
+from dpo_dist.losses import Objective, mean_loss
+from dpo_dist.matching import matched
+from dpo_dist.metrics import SUMS, MetricsFile, Window, loss_of, padded_tokens, require_finite, step_sums
 from dpo_dist.optim import learning_rate_at
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
@@ -46,7 +47,7 @@ class Run:
     policy: TrainingEngine
     reference: Reference
     reference_identity: str
-    loss: PairLoss
+    loss: Objective
     num_steps: int
     metrics_file: MetricsFile
     store: CheckpointStore
@@ -86,7 +87,10 @@ def train(run: Run, progress: Progress) -> None:
         # 1. How likely is every completion under the frozen reference?  (no gradient, large bins)
         reference_logps = run.reference.completion_logps(work)
 
-        for batch in run.policy.accumulate(work.micro_batches()):
+        # Where a loss compares the step's pairs with each other: what each is matched with.  (no gradient; AOT only)
+        batches = matched(run.loss, run.policy, plan, work.micro_batches(), reference_logps)
+
+        for batch in run.policy.accumulate(batches):
             # 2. How likely is it under the policy?
             logps = run.policy.completion_logps(batch)
 
@@ -94,11 +98,11 @@ def train(run: Run, progress: Progress) -> None:
             logratios = logps - reference_logps[batch.completion_index_C]
 
             # 4. The loss prefers moving towards the chosen completion over the rejected one.  (eq. 7)
-            pair_losses = run.loss(PairValues.of(batch, logratios))
+            losses = run.loss(batch, logps, logratios)
 
             # 5. Divide by the step's total weight: the gradient cannot depend on how the step is split.
-            run.policy.backward((pair_losses * batch.pair_weight_B).sum() / plan.pair_weight)
-            sums += step_sums(batch, logps, logratios, pair_losses, beta)
+            run.policy.backward(mean_loss(losses, plan.weights))
+            sums += step_sums(batch, logps, logratios, losses, beta)
 
         # 6. Update theta; then, once in a while: log, evaluate, save.
         learning_rate = learning_rate_at(progress.step, run.config.train, run.num_steps)
@@ -116,7 +120,7 @@ def _finish_step(
     progress.step += 1
     run.after_update(progress.step)
     step, is_last = progress.step, progress.step == run.num_steps
-    step_loss = totals["loss"] / totals["pair_weight"]
+    step_loss = loss_of(totals)
     require_finite(step, {"loss": step_loss, "grad_norm": grad_norm})
     if step == 1 and run.proof is not None:
         verdict = check_first_loss(step_loss, run.loss, run.proof)

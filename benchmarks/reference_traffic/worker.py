@@ -123,9 +123,9 @@ def one_step(policy: TrainingEngine, reference: Reference, plan: StepPlan, work:
     loss = losses.bind(LossConfig())
     reference_logps = reference.completion_logps(work)
     for batch in policy.accumulate(work.micro_batches()):
-        logratios = policy.completion_logps(batch) - reference_logps[batch.completion_index_C]
-        pair_losses = loss(losses.PairValues.of(batch, logratios))
-        policy.backward((pair_losses * batch.pair_weight_B).sum() / plan.pair_weight)
+        logps = policy.completion_logps(batch)
+        sums = loss(batch, logps, logps - reference_logps[batch.completion_index_C])
+        policy.backward(losses.mean_loss(sums, plan.weights))
     policy.step(1e-4)
 
 

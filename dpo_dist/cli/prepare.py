@@ -71,7 +71,7 @@ class Prepared:
     @property
     def unlike(self) -> str:
         """Why policy and reference are not the same function at the start; "" where they are."""
-        if self.config.reference.source == "none":
+        if not self.config.has_reference:
             return "there is no reference"
         if not self.same_base:
             return "reference differs"
@@ -84,7 +84,7 @@ class Prepared:
     @cached_property
     def reference_identity(self) -> str:
         """Hash of the reference's weights, and of what else decides what it computes."""
-        if self.config.reference.source == "none":
+        if not self.config.has_reference:
             return "none"
         adapter = self.config.adapter
         parts = [identity(self.reference_folder)]

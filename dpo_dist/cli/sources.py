@@ -74,7 +74,8 @@ def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
     folder = cache_folder(prepared, cache_dir)
     cache = None
     # Nodes may have caches and memory of their own, and what follows is collective: the first rank decides.
-    if config.source == "cache" or (config.source == "auto" and broadcast_json(folder.exists())):
+    looks = config.source == "auto" and prepared.config.has_reference
+    if config.source == "cache" or (looks and broadcast_json(folder.exists())):
         cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
     source, reason = broadcast_json(choose_source(config, _situation(prepared, ranks, cache)))
     if source == "cache" and cache is None:
@@ -191,6 +192,11 @@ def require_reference(config: RunConfig) -> None:
     """
     if config.reference.source == "none":
         raise ConfigError("reference.source=none: there is nothing to compute; use auto, live, cache or adapter_off")
+    if not config.has_reference:
+        raise ConfigError(
+            f"loss.loss_type={' and '.join(config.loss.loss_types)} reads no reference: there is nothing to compute; "
+            "set reference.source=cache if the metrics are to be told from one"
+        )
 
 
 def _kind(prepared: Prepared) -> tuple[str, str]:
@@ -215,6 +221,7 @@ def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -
     if config.adapter.is_used:
         state = share["weights"]  # what is trained is small
     return Situation(
+        has_reference=config.has_reference,
         has_adapters=config.adapter.is_used,
         base_is_reference=prepared.same_base,
         passes=_passes(prepared),

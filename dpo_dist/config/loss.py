@@ -19,8 +19,17 @@ LossType = Literal[
     "apo_down",
     "discopop",
     "sigmoid_norm",
+    "aot",
+    "aot_unpaired",
+    "dpop",
+    "simpo",
+    "cpo",
+    "orpo",
+    "sft",
 ]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+# Losses of the policy's own log-probabilities. Equal to the table in `losses` by a test.
+NO_REFERENCE = ("simpo", "cpo", "orpo", "sft")
 
 
 class LossConfig(Section):
@@ -36,7 +45,8 @@ class LossConfig(Section):
     beta: Annotated[Number, Field(gt=0)] = 0.1
     """Inverse temperature: how strongly the policy is held to the reference. Per nat; larger stays closer."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
-    """Probability that a preference label is wrong: `sigmoid` (conservative DPO), `robust`; `exo_pair` needs it."""
+    """Probability that a preference label is wrong: `sigmoid` (conservative DPO), `robust`, `aot`,
+    `aot_unpaired`; `exo_pair` needs it."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """What keeps the policy near the reference (f-DPO). The score f'(ratio) of a completion takes the place of its
     log-ratio, for losses of the difference of two scores."""
@@ -44,11 +54,25 @@ class LossConfig(Section):
     """alpha of `alpha_divergence`; 1 is reverse_kl."""
     discopop_tau: Annotated[Number, Field(gt=0)] = 0.05
     """Temperature at which `discopop` goes from its logistic to its exponential part."""
+    rdpo_alpha: Annotated[Number, Field(ge=0)] = 0.0
+    """R-DPO, for `sigmoid`: nats that the margin of a pair is given for each token that its chosen completion is longer
+    than the rejected one, so that a longer answer need not be told apart by its length."""
+    dpop_lambda: Annotated[Number, Field(gt=0)] = 50.0
+    """`dpop`: cost of each nat that a chosen completion lies below the reference, in nats of the log-ratio."""
+    simpo_gamma: Annotated[Number, Field(ge=0)] = 0.5
+    """`simpo`: margin that is aimed at, after beta."""
+    cpo_alpha: Annotated[Number, Field(ge=0)] = 1.0
+    """`cpo`: factor of its likelihood term. 0: none."""
 
     @property
     def loss_types(self) -> tuple[str, ...]:
         """The losses that are added up."""
         return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+
+    @property
+    def reads_a_reference(self) -> bool:
+        """Whether any of them compares the policy with a reference."""
+        return not set(self.loss_types) <= set(NO_REFERENCE)
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -6,11 +6,15 @@ from dpo_dist.config.loss import LOSS_TYPES, LossConfig
 from dpo_dist.config.models import RunConfig
 from dpo_dist.config.source_rules import Broken, KeyPath
 
-# Parameters of losses -> the losses that read them; every loss reads beta. Equal to the table in `losses` by a test.
+# Parameters of losses -> the losses that read them. Equal to the table in `losses` by a test.
 READ_BY: dict[str, tuple[str, ...]] = {
-    "beta": LOSS_TYPES,
-    "label_smoothing": ("sigmoid", "exo_pair", "robust"),
+    "beta": tuple(name for name in LOSS_TYPES if name != "sft"),
+    "label_smoothing": ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"),
     "discopop_tau": ("discopop",),
+    "rdpo_alpha": ("sigmoid",),
+    "dpop_lambda": ("dpop",),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
 }
 # Losses of the difference of two scores: what an f-divergence leaves undetermined is the same for both of a prompt's
 # completions, and cancels in nothing else.

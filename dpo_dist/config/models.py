@@ -194,3 +194,15 @@ class RunConfig(Section):
     """When the held-out data sets are evaluated."""
     log: LogConfig = LogConfig()
     """Where the run's numbers go; `metrics.jsonl` is always written."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the policy is compared with anything.
+
+        With `auto` not where no loss reads a reference, unless one was asked for: metrics tell how far the policy has
+        moved from it.
+        """
+        if self.reference.source != "auto":
+            return self.reference.source != "none"
+        asked = self.reference != ReferenceConfig() or self.model.reference_name_or_path is not None
+        return asked or self.loss.reads_a_reference

@@ -13,7 +13,8 @@ class ReferenceConfig(Section):
     source: Literal["auto", "live", "cache", "adapter_off", "none"] = "auto"
     """`live`: a second, sharded engine in the same step; `cache`: computed once and kept on disk, row by row;
     `adapter_off`: the policy with its adapters switched off; `none`: no reference, its log-probabilities count as 0;
-    `auto`: the cheapest of the first three for this run, chosen from epochs, adapters, memory and existing cache."""
+    `auto`: the cheapest of the first three for this run, chosen from epochs, adapters, memory and existing cache;
+    `none` where no loss reads a reference and no other option asks for one."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
     """Number format of the reference's forward pass, for `live` and `cache`. null: model.dtype. In another format the
     first loss is not exactly its closed form."""

@@ -16,12 +16,23 @@ from torch import Tensor
 Values = Float[Tensor, " B"]
 
 
-def sigmoid(chosen_scores: Values, rejected_scores: Values, *, beta: float, label_smoothing: float = 0.0) -> Values:
-    """-(1 - eps) log s(m) - eps log s(-m), m = beta (chosen - rejected), eps = label_smoothing, s the logistic one.
+def sigmoid(
+    chosen_scores: Values,
+    rejected_scores: Values,
+    chosen_lengths: Values,
+    rejected_lengths: Values,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    rdpo_alpha: float = 0.0,
+) -> Values:
+    """-(1 - eps) log s(m) - eps log s(-m), m = beta (chosen - rejected) + alpha (chosen length - rejected length).
 
-    log 2 where the policy equals the reference. eps > 0 is conservative DPO.
+    eps = label_smoothing, alpha = rdpo_alpha, s the logistic function. log 2 where the policy equals the reference and
+    alpha is 0. eps > 0 is conservative DPO, alpha > 0 R-DPO.
     """
-    return _logistic(beta * (chosen_scores - rejected_scores), label_smoothing)
+    margins = beta * (chosen_scores - rejected_scores) + rdpo_alpha * (chosen_lengths - rejected_lengths)
+    return _logistic(margins, label_smoothing)
 
 
 def hinge(chosen_scores: Values, rejected_scores: Values, *, beta: float) -> Values:
@@ -93,6 +104,81 @@ def sigmoid_norm(
 ) -> Values:
     """-log s(beta (chosen / its length - rejected / its length)): DPO of means per token."""
     return _logistic(beta * (chosen_scores / chosen_lengths - rejected_scores / rejected_lengths), 0.0)
+
+
+def aot(
+    chosen_logps: Values,
+    rejected_logps: Values,
+    partner_margins: Values,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Values:
+    """As `sigmoid`, with the policy's chosen - rejected against the reference's of the same rank in the step."""
+    return _logistic(beta * (chosen_logps - rejected_logps - partner_margins), label_smoothing)
+
+
+def aot_unpaired(
+    chosen_logratios: Values,
+    rejected_logratios: Values,
+    partner_rejected: Values,
+    partner_chosen: Values,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Values:
+    """As `sigmoid`, with every chosen log-ratio against the rejected one of the same rank in the step.
+
+    Each match has two ends, in two pairs: its value counts at the chosen end, its gradient at both.
+    """
+    of_chosen = _logistic(beta * (chosen_logratios - partner_rejected), label_smoothing)
+    of_rejected = _logistic(beta * (partner_chosen - rejected_logratios), label_smoothing)
+    return of_chosen + (of_rejected - of_rejected.detach())
+
+
+def dpop(chosen_logratios: Values, rejected_logratios: Values, *, beta: float, dpop_lambda: float) -> Values:
+    """-log s(beta (chosen - rejected - lambda max(0, -chosen))): a chosen completion below the reference costs."""
+    below = torch.relu(-chosen_logratios)
+    return _logistic(beta * (chosen_logratios - rejected_logratios - dpop_lambda * below), 0.0)
+
+
+def simpo(
+    chosen_logps: Values,
+    rejected_logps: Values,
+    chosen_lengths: Values,
+    rejected_lengths: Values,
+    *,
+    beta: float,
+    simpo_gamma: float,
+) -> Values:
+    """-log s(beta (chosen / its length - rejected / its length) - gamma), of the policy's own log-probabilities."""
+    return _logistic(beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - simpo_gamma, 0.0)
+
+
+def cpo(chosen_logps: Values, rejected_logps: Values, *, beta: float) -> Values:
+    """-log s(beta (chosen - rejected)), of the policy's own log-probabilities; its likelihood term stands apart."""
+    return _logistic(beta * (chosen_logps - rejected_logps), 0.0)
+
+
+def orpo(
+    chosen_logps: Values, rejected_logps: Values, chosen_lengths: Values, rejected_lengths: Values, *, beta: float
+) -> Values:
+    """-beta log s(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), p = exp(log-probability / length).
+
+    Its likelihood term stands apart.
+    """
+    return beta * _logistic(
+        _log_odds(chosen_logps / chosen_lengths) - _log_odds(rejected_logps / rejected_lengths), 0.0
+    )
+
+
+def sft(completion_logps: Values) -> Values:
+    """-log-probability of each completion; the step divides by tokens."""
+    return -completion_logps
+
+
+def _log_odds(logps: Values) -> Values:
+    return logps - torch.log(-torch.expm1(logps))
 
 
 def _logistic(margins: Values, label_smoothing: float) -> Values:

@@ -1,54 +1,119 @@
-"""The configured objective: a sum of losses, each with its factor and its settings."""
+"""The configured objective: a sum of losses, each with its factor, its settings and its unit."""
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from dpo_dist.batch import MicroBatch
 from dpo_dist.config import LossConfig
 from dpo_dist.losses.divergences import scores
-from dpo_dist.losses.table import LOSSES, LossSpec
+from dpo_dist.losses.table import LOSSES, UNITS, LossSpec
 from dpo_dist.losses.values import PairValues
 
-PairLoss = Callable[[PairValues], Tensor]
+Term = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def bind(config: LossConfig) -> PairLoss:
-    """The configured losses as one function: what pairs are worth -> the loss of each pair, (B,)."""
-    terms = [
-        (weight, _bound(LOSSES[name], config)) for name, weight in zip(config.loss_types, config.weights, strict=True)
-    ]
+@dataclass(frozen=True)
+class Objective:
+    """The losses of a configuration as one function."""
 
-    def loss(pairs: PairValues) -> Tensor:
+    config: LossConfig
+    pair_terms: tuple[tuple[float, Term], ...]
+    token_terms: tuple[tuple[float, Term], ...]
+
+    @property
+    def needs_matching(self) -> bool:
+        """Whether any of them compares the pairs of a whole step with each other; see `matching.py`."""
+        return any(LOSSES[name].needs_matching for name in self.config.loss_types)
+
+    def __call__(
+        self, batch: MicroBatch, logps_C: Float[Tensor, " C"], logratios_C: Float[Tensor, " C"]
+    ) -> Float[Tensor, " U"]:
+        """The sums of weight * loss over a micro-batch, one for each of `UNITS`; see `mean_loss`.
+
+        Args:
+            batch: which completions are chosen and rejected, and the weights of pairs.
+            logps_C: log pi_policy of every completion, nats.
+            logratios_C: the same less log pi_reference.
+        """
+        pairs = self.pair_losses(PairValues.of(batch, logps_C, logratios_C))
+        tokens = _added(self.token_terms, {"completion_logps": logps_C}, logps_C)
+        # float64: the sums are also what is written down, and every pair is a value of its own there.
+        weighted = (pairs.double() * batch.pair_weight_B, tokens.double() * batch.chosen_weight_C)
+        return torch.stack([values.sum() for values in weighted])
+
+    def pair_losses(self, pairs: PairValues) -> Float[Tensor, " B"]:
+        """What belongs to pairs, of each pair."""
+        config = self.config
         given = {
             **vars(pairs),
             "chosen_scores": scores(config, pairs.chosen_logratios),
             "rejected_scores": scores(config, pairs.rejected_logratios),
         }
-        return sum((weight * term(given) for weight, term in terms), torch.zeros_like(pairs.chosen_logratios))
-
-    return loss
+        return _added(self.pair_terms, given, pairs.chosen_logratios)
 
 
-def at_equality(loss: PairLoss) -> float:
-    """The closed form of a pair's loss where policy and reference are the same weights: log 2 for `sigmoid`."""
-    return float(loss(_alike(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))))
+def bind(config: LossConfig) -> Objective:
+    """The configured losses as one function."""
+    terms: dict[str, list[tuple[float, Term]]] = {unit: [] for unit in UNITS}
+    for name, weight in zip(config.loss_types, config.weights, strict=True):
+        spec = LOSSES[name]
+        terms[spec.unit].append((weight, _bound(spec, config)))
+        likelihood = getattr(config, spec.likelihood) if isinstance(spec.likelihood, str) else spec.likelihood
+        if likelihood:
+            terms["token"].append((weight * likelihood, _bound(LOSSES["sft"], config)))
+    return Objective(config, tuple(terms["pair"]), tuple(terms["token"]))
 
 
-def near_equality(loss: PairLoss, noise: float) -> float:
+def mean_loss(sums_U: Tensor, weights: Sequence[float]) -> Tensor:
+    """The loss of a step or a set, or a micro-batch's part in it: every unit's sum by the weight of all of its kind.
+
+    Args:
+        sums_U: as from `Objective`.
+        weights: `StepPlan.weights`.
+    """
+    parts = [part / weight for part, weight in zip(sums_U, weights, strict=True) if weight]
+    return torch.stack([sums_U.new_zeros(()), *parts]).sum().float()
+
+
+def at_equality(objective: Objective) -> float:
+    """The closed form of the loss where policy and reference are the same weights: log 2 for `sigmoid`.
+
+    NaN where it depends on what the policy itself finds likely, or on lengths.
+    """
+    compares = all(LOSSES[name].reads_a_reference for name in objective.config.loss_types)
+    if not compares or objective.config.rdpo_alpha:
+        return math.nan
+    zero = torch.zeros(1, dtype=torch.float64)
+    return float(objective.pair_losses(_alike(zero, zero)))
+
+
+def near_equality(objective: Objective, noise: float) -> float:
     """How far the loss of a pair may be from its closed form if its two log-ratios together are off by so many nats.
 
     Together: the noise of a margin, chosen - rejected, is at most that, and so is the noise of either.
     """
     ends = noise * torch.tensor([(1, 0), (-1, 0), (0, 1), (0, -1)], dtype=torch.float64)
-    return float((loss(_alike(ends[:, 0], ends[:, 1])) - at_equality(loss)).abs().max())
+    moved = objective.pair_losses(_alike(ends[:, 0], ends[:, 1]))
+    return float((moved - at_equality(objective)).abs().max())
 
 
 def _alike(chosen: Tensor, rejected: Tensor) -> PairValues:
     """Pairs of one token each: where a loss divides by lengths, none is further from its closed form."""
-    return PairValues(chosen, rejected, torch.ones_like(chosen), torch.ones_like(chosen))
+    one, zero = torch.ones_like(chosen), torch.zeros_like(chosen)
+    return PairValues(chosen, rejected, one, one, chosen, rejected, zero, rejected, chosen)
 
 
-def _bound(spec: LossSpec, config: LossConfig) -> Callable[[dict[str, Tensor]], Tensor]:
-    settings = {name: getattr(config, name) for name in spec.parameters}
+def _added(terms: Sequence[tuple[float, Term]], given: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    return sum((weight * term(given) for weight, term in terms), torch.zeros_like(like))
+
+
+def _bound(spec: LossSpec, config: LossConfig) -> Term:
+    accepted = inspect.signature(spec.fn).parameters
+    settings = {name: getattr(config, name) for name in spec.parameters if name in accepted}
     return lambda given: spec.fn(*(given[name] for name in spec.needs), **settings)

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from dpo_dist.losses import formulas
 
+UNITS = ("pair", "token")
+
 _SCORES = ("chosen_scores", "rejected_scores")
 _LOGRATIOS = ("chosen_logratios", "rejected_logratios")
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
+_LOGPS = ("chosen_logps", "rejected_logps")  # of the policy alone
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,23 @@ class LossSpec:
     """A loss, and what one value of it belongs to."""
 
     fn: Callable[..., Tensor]
-    unit: Literal["pair"]  # one value for each; the step divides by the weight of all of these
+    unit: Literal["pair", "token"]  # the step divides by the weight of all of these
     needs: tuple[str, ...]  # what it is called with, in this order
-    parameters: tuple[str, ...]  # fields of `loss` in the configuration, bound by name
+    parameters: tuple[str, ...]  # fields of `loss` in the configuration, bound by name where its function has them
     formula: str  # for people: m = beta (chosen - rejected score), r_c and r_r = beta log-ratio
     source: str
     use: str
+    likelihood: str | float = 0.0  # factor of `sft`, which is part of it: a number, or the setting that holds it
+
+    @property
+    def reads_a_reference(self) -> bool:
+        """Whether it is asked about log-ratios."""
+        return bool({*_SCORES, *_LOGRATIOS, "partner_margins"} & set(self.needs))
+
+    @property
+    def needs_matching(self) -> bool:
+        """Whether it compares the pairs of a whole step with each other."""
+        return any(name.startswith("partner_") for name in self.needs)
 
     @property
     def is_of_a_difference(self) -> bool:
@@ -35,12 +49,13 @@ LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(
         formulas.sigmoid,
         "pair",
-        _SCORES,
-        ("beta", "label_smoothing"),
-        "-(1 - eps) log s(m) - eps log s(-m)",
+        (*_SCORES, *_LENGTHS),
+        ("beta", "label_smoothing", "rdpo_alpha"),
+        "-(1 - eps) log s(m') - eps log s(-m'), m' = m + rdpo_alpha (chosen length - rejected length)",
         "DPO: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps > 0, conservative DPO: Mitchell 2023, "
-        '"A note on DPO with noisy preferences & relationship to IPO", eq. 3',
-        "The default. eps where labels are noisy; TRL's `sigmoid` has no eps.",
+        '"A note on DPO with noisy preferences & relationship to IPO", eq. 3; rdpo_alpha > 0, R-DPO: Park et al. 2024, '
+        "arXiv:2403.19159",
+        "The default. eps where labels are noisy (TRL's `sigmoid` has none); rdpo_alpha where answers grow longer.",
     ),
     "hinge": LossSpec(
         formulas.hinge,
@@ -140,5 +155,72 @@ LOSSES: dict[str, LossSpec] = {
         "-log s(beta (chosen / length - rejected / length))",
         "Length-normalised DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124",
         "Where answers grow longer. beta is per token here, so larger: Tulu 3 takes 5.",
+    ),
+    "aot": LossSpec(
+        formulas.aot,
+        "pair",
+        (*_LOGPS, "partner_margins"),
+        ("beta", "label_smoothing"),
+        "as sigmoid; policy's and reference's logp_c - logp_r are sorted over the step, and matched by rank",
+        "AOT: Melnyk et al. 2024, arXiv:2406.05882, paired",
+        "Margins are to be larger as a distribution. One more forward without gradient in each step.",
+    ),
+    "aot_unpaired": LossSpec(
+        formulas.aot_unpaired,
+        "pair",
+        (*_LOGRATIOS, "partner_rejected", "partner_chosen"),
+        ("beta", "label_smoothing"),
+        "as sigmoid; chosen and rejected log-ratios are sorted over the step, and matched by rank",
+        "AOT: Melnyk et al. 2024, arXiv:2406.05882, unpaired",
+        "Chosen completions better than rejected ones as a distribution, whatever the prompt. One more forward without "
+        "gradient in each step.",
+    ),
+    "dpop": LossSpec(
+        formulas.dpop,
+        "pair",
+        _LOGRATIOS,
+        ("beta", "dpop_lambda"),
+        "-log s(m - beta dpop_lambda max(0, -chosen))",
+        "DPO-positive: Pal et al. 2024 (Smaug), arXiv:2402.13228",
+        "Chosen and rejected differ in a few tokens, and the chosen one's likelihood would fall.",
+    ),
+    "simpo": LossSpec(
+        formulas.simpo,
+        "pair",
+        (*_LOGPS, *_LENGTHS),
+        ("beta", "simpo_gamma"),
+        "-log s(beta (logp_c / length - logp_r / length) - simpo_gamma)",
+        "SimPO: Meng et al. 2024, arXiv:2405.14734",
+        "No reference. beta is per token, so large: 2 to 10; simpo_gamma about half of it.",
+    ),
+    "cpo": LossSpec(
+        formulas.cpo,
+        "pair",
+        _LOGPS,
+        ("beta", "cpo_alpha"),
+        "-log s(beta (logp_c - logp_r)) + cpo_alpha sft",
+        "CPO: Xu et al. 2024, arXiv:2401.08417; its likelihood term is a mean over tokens here, as in TRL",
+        "No reference. Translation, and wherever the chosen completion is good in itself.",
+        likelihood="cpo_alpha",
+    ),
+    "orpo": LossSpec(
+        formulas.orpo,
+        "pair",
+        (*_LOGPS, *_LENGTHS),
+        ("beta",),
+        "sft - beta log s(log(p_c / (1 - p_c)) - log(p_r / (1 - p_r))), p = exp(logp / length)",
+        "ORPO: Hong et al. 2024, arXiv:2403.07691; beta is the paper's lambda, and sft is of completions only",
+        "No reference, and no supervised stage before it.",
+        likelihood=1.0,
+    ),
+    "sft": LossSpec(
+        formulas.sft,
+        "token",
+        ("completion_logps",),
+        (),
+        "-logp_c, as a mean over all tokens of chosen completions in the step",
+        "Maximum likelihood; as a term beside a preference loss: Pang et al. 2024, arXiv:2404.19733 (RPO)",
+        "A first stage, or added to another loss to hold the chosen completion's likelihood up. Alone it needs no "
+        "reference.",
     ),
 }

@@ -13,16 +13,23 @@ from dpo_dist.batch import MicroBatch
 
 @dataclass(frozen=True, eq=False)
 class PairValues:
-    """Log-ratios log pi_policy - log pi_reference of whole completions, in nats, and lengths in tokens."""
+    """What the policy and the reference say of whole completions, in nats, and lengths in tokens."""
 
-    chosen_logratios: Float[Tensor, " B"]
+    chosen_logratios: Float[Tensor, " B"]  # log pi_policy - log pi_reference
     rejected_logratios: Float[Tensor, " B"]
     chosen_lengths: Float[Tensor, " B"]
     rejected_lengths: Float[Tensor, " B"]
+    chosen_logps: Float[Tensor, " B"]  # log pi_policy
+    rejected_logps: Float[Tensor, " B"]
+    # What they are matched with in the whole step, without gradient: see `MicroBatch.partners_3B`.
+    partner_margins: Float[Tensor, " B"] | None = None
+    partner_rejected: Float[Tensor, " B"] | None = None
+    partner_chosen: Float[Tensor, " B"] | None = None
 
     @classmethod
-    def of(cls, batch: MicroBatch, logratios_C: Float[Tensor, " C"]) -> "PairValues":
+    def of(cls, batch: MicroBatch, logps_C: Float[Tensor, " C"], logratios_C: Float[Tensor, " C"]) -> "PairValues":
         """The pairs of a micro-batch."""
-        chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
         lengths_C = batch.completion_length_C.to(logratios_C.dtype)
-        return cls(logratios_C[chosen_B], logratios_C[rejected_B], lengths_C[chosen_B], lengths_C[rejected_B])
+        ends = (batch.pair_chosen_B, batch.pair_rejected_B)
+        partners = () if batch.partners_3B is None else batch.partners_3B.to(logratios_C.dtype).unbind()
+        return cls(*(values_C[end_B] for values_C in (logratios_C, lengths_C, logps_C) for end_B in ends), *partners)

@@ -15,6 +15,7 @@ STATE_SHARE = 0.8
 class Situation:
     """What the choice depends on."""
 
+    has_reference: bool  # a loss reads one, or the user asks for it
     has_adapters: bool
     base_is_reference: bool  # the policy without its adapters (or with a frozen copy of them) is the reference
     passes: float  # how often an example's reference log-probability is asked for, evaluation included
@@ -34,6 +35,8 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
     """
     if config.source != "auto":
         return config.source, "as configured"
+    if not situation.has_reference:
+        return "none", "no loss reads one"
     if config.sync_ref_model:
         return "live", "reference.sync_ref_model lets it follow the policy"
     if config.per_microbatch:
@@ -46,12 +49,15 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
         return "cache", f"every example is asked for {situation.passes:.3g} times and computed once"
     if situation.has_adapters and situation.base_is_reference and config.dtype is None:
         return "adapter_off", "the policy holds its reference, and no second model is needed"
-    if situation.device_gib is not None:
-        room = STATE_SHARE * situation.device_gib
-        both = situation.policy_gib + situation.reference_gib
-        if both > room:
-            return "cache", (
-                f"policy and reference need {both:.3g} GiB of each device's {situation.device_gib:.3g} GiB before any "
-                "activation; computed before the policy is loaded"
-            )
+    if both := _too_large(situation):
+        return "cache", (
+            f"policy and reference need {both:.3g} GiB of each device's {situation.device_gib:.3g} GiB before any "
+            "activation; computed before the policy is loaded"
+        )
     return "live", "every example is asked for once, and two models fit"
+
+
+def _too_large(situation: Situation) -> float | None:
+    both = situation.policy_gib + situation.reference_gib
+    known = situation.device_gib is not None
+    return both if known and both > STATE_SHARE * situation.device_gib else None

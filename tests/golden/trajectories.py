@@ -20,8 +20,18 @@ LOSS_CASES = (
     *("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
     *("forward_kl", "js_divergence", "alpha_divergence"),
+    *("aot", "aot_unpaired", "sft", "mpo"),
 )
-_LOSS_SETTINGS = ("loss_type", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef")
+_LOSS_SETTINGS = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+)
 RELATIVE = 1e-4
 # Adam divides a component of the first gradient by its own size, and in these two cases the clipped gradient has
 # components of the size of Adam's epsilon, 1e-8: TRL's own rounding in float32 decided where they went. Not even exact
@@ -66,8 +76,8 @@ def load_case(name: str) -> Case:
     cases = {case["name"]: case for case in json.loads((FOLDER / "trl_trajectories.json").read_text())["cases"]}
     settings = cases[name]["settings"]
     loss = {key: settings[key] for key in _LOSS_SETTINGS if key in settings}
-    loss["loss_type"], *others = loss["loss_type"]
-    assert not others
+    if len(loss["loss_type"]) == 1:
+        (loss["loss_type"],) = loss["loss_type"]
     return Case(
         name=name,
         examples_per_step=settings["pairs_per_step"],

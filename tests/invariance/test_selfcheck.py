@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dpo_dist.batch import RankWork
 from dpo_dist.errors import NumericsError
-from dpo_dist.losses import PairValues
+from dpo_dist.losses import mean_loss
 from dpo_dist.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from dpo_dist.selfcheck import check_first_loss
 from dpo_dist.selfcheck.blame import blame_layout
@@ -194,9 +194,9 @@ def test_shuffled_reference_moves_the_first_loss(case, beta):
     losses = []
     for batch in work.micro_batches():
         logratios_C = (logps_C - logps_C.roll(1))[batch.completion_index_C]
-        losses.append(bound_loss(beta)(PairValues.of(batch, logratios_C)))
+        losses.append(mean_loss(bound_loss(beta)(batch, logratios_C, logratios_C), plan.weights))
     with pytest.raises(NumericsError, match="first loss is"):
-        check_first_loss(float(torch.cat(losses).mean()), bound_loss(beta), proof)
+        check_first_loss(float(torch.stack(losses).sum()), bound_loss(beta), proof)
 
 
 # ---- the statistics

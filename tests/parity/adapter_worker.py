@@ -30,7 +30,7 @@ from dpo_dist.checkpoint import (
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
-from dpo_dist.losses.formulas import sigmoid
+from dpo_dist.losses.formulas import cpo
 from dpo_dist.model import attach_adapter, four_bits, load_config, load_model
 from tests.parity.adapter_cases import (
     BETA,
@@ -91,7 +91,7 @@ def one_step(engine: TrainingEngine, step: int, share: bool = True) -> dict[str,
     for batch in engine.accumulate(batches(step, ranks, share)):
         reference = batch.completion_sums(engine.reference_token_logps(batch))
         ratios = engine.completion_logps(batch) - reference
-        losses = sigmoid(ratios[batch.pair_chosen_B], ratios[batch.pair_rejected_B], beta=BETA, label_smoothing=0.0)
+        losses = cpo(ratios[batch.pair_chosen_B], ratios[batch.pair_rejected_B], beta=BETA)  # DPO, of log-ratios
         loss = losses.sum() / pairs_of_step(step)
         engine.backward(loss)
         loss_sum += loss.item()

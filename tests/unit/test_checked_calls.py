@@ -7,23 +7,23 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from dpo_dist.losses.formulas import sigmoid
+from dpo_dist.losses.formulas import hinge
 from tests.launching import REPOSITORY, environment
 
 WRONG_SHAPE = (
-    "import torch; from dpo_dist.losses.formulas import sigmoid; sigmoid(torch.zeros(3), torch.zeros(4), beta=0.1)"
+    "import torch; from dpo_dist.losses.formulas import hinge; hinge(torch.zeros(3), torch.zeros(4), beta=0.1)"
 )
 
 
 def test_a_wrong_shape_raises_in_this_process() -> None:
-    assert sigmoid(torch.zeros(4), torch.zeros(4), beta=0.1).shape == (4,)
+    assert hinge(torch.zeros(4), torch.zeros(4), beta=0.1).shape == (4,)
     with pytest.raises(TypeCheckError):
-        sigmoid(torch.zeros(4), torch.zeros(4, 1), beta=0.1)
+        hinge(torch.zeros(4), torch.zeros(4, 1), beta=0.1)
 
 
 def test_a_wrong_dtype_raises_in_this_process() -> None:
     with pytest.raises(TypeCheckError):
-        sigmoid(torch.zeros(4, dtype=torch.int64), torch.zeros(4), beta=0.1)
+        hinge(torch.zeros(4, dtype=torch.int64), torch.zeros(4), beta=0.1)
 
 
 def test_the_entry_point_of_launched_ranks_checks_calls() -> None:

@@ -27,7 +27,11 @@ def with_loss(*settings: str) -> list[str]:
 
 
 MISTAKES = [
-    (["loss_type=hinge", "label_smoothing=0.1"], "label_smoothing=0.1", "sigmoid, exo_pair and robust read it"),
+    (
+        ["loss_type=hinge", "label_smoothing=0.1"],
+        "label_smoothing=0.1",
+        "sigmoid, exo_pair, robust, aot and aot_unpaired read it",
+    ),
     (["discopop_tau=0.1"], "discopop_tau=0.1", "with loss.loss_type=sigmoid; discopop reads it: leave this out"),
     (["loss_type=[ipo, hinge]", "label_smoothing=0.1"], "label_smoothing=0.1", "with loss.loss_type=ipo and hinge"),
     (["loss_weights=[2]"], "loss_weights=[2.0]", "has no effect with one loss; leave this out, or let loss.loss_type"),

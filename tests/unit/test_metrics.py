@@ -22,6 +22,7 @@ from dpo_dist.metrics import (
     TRACKERS,
     MetricsFile,
     Window,
+    loss_of,
     padded_tokens,
     require_finite,
     step_sums,
@@ -36,13 +37,17 @@ LOGPS = [-3.0, -4.0, -1.0, -2.5, -2.0]
 LOGRATIOS = [0.5, -0.25, 1.0, 1.0, -1.0]  # the second pair (3 over 2) is a tie
 PAIRS = [(0, 1, 2.0), (3, 2, 1.0), (4, 3, 0.5)]
 LOSSES = [0.25, 0.5, 4.0]
+TOKEN_LOSS = 1.5  # a sum, as that of pairs
+TOKEN_WEIGHT = 2 * 2.0 + 2 * 1.0 + 0.5  # tokens of each pair's chosen completion, times its weight
 BETA = 0.2
 
 
 def sums_of(examples: list[TokenizedExample], logps: list[float], logratios: list[float], losses: list[float]):
     batch = build_micro_batch(examples, list(range(0, 2 * len(examples), 2)), share_prompts=True)
-    tensors = (torch.tensor(values, dtype=torch.float32) for values in (logps, logratios, losses))
-    return dict(zip(SUMS, step_sums(batch, *tensors, BETA).tolist(), strict=True))
+    given = (torch.tensor(values, dtype=torch.float32) for values in (logps, logratios))
+    weighted = sum(loss * pair[2] for loss, pair in zip(losses, PAIRS, strict=False))
+    losses_U = torch.tensor([weighted, TOKEN_LOSS * bool(examples)], dtype=torch.float64)
+    return dict(zip(SUMS, step_sums(batch, *given, losses_U, BETA).tolist(), strict=True))
 
 
 def test_sums_of_a_micro_batch() -> None:
@@ -60,6 +65,8 @@ def test_sums_of_a_micro_batch() -> None:
         "logps/rejected": sum(LOGPS[r] for _, r, _ in PAIRS),
         "tokens_processed": 8,
         "tokens_unshared": 11 + 5 + 5,
+        "token_loss": TOKEN_LOSS,
+        "token_weight": TOKEN_WEIGHT,
     }
     assert list(sums) == list(expected)
     assert sums == pytest.approx(expected, rel=1e-12)
@@ -77,13 +84,19 @@ def test_means_of_an_interval_are_not_means_of_means() -> None:
         window.add({**step, "tokens_padded": 20.0})
     means = window.means()
     assert list(means) == ["loss", *PER_PAIR]
-    assert means["loss"] == pytest.approx((0.25 * 2 + 0.5 + 4 * 0.5 + 7 * 2) / 5.5)
+    of_tokens = 2 * TOKEN_LOSS / (TOKEN_WEIGHT + 2 * 2.0)
+    assert means["loss"] == pytest.approx((0.25 * 2 + 0.5 + 4 * 0.5 + 7 * 2) / 5.5 + of_tokens)
     assert means["rewards/accuracies"] == 2 / 4
     assert means["logps/chosen"] == pytest.approx((-3.0 - 2.5 - 2.0 - 1.0) / 4)
     assert means["rewards/margins"] == pytest.approx(BETA * (0.75 + 0.0 - 2.0 + 2.0) / 4)
     assert window.counts() == {"tokens_processed": 8 + 6, "tokens_unshared": 21 + 11, "tokens_padded": 40}
     assert tuple(window.counts()) == COUNTS
     assert window.num_steps == 2
+
+
+def test_the_loss_of_an_interval_that_an_earlier_version_saved() -> None:
+    """It knows of pairs only."""
+    assert loss_of({"loss": 3.0, "pair_weight": 2.0}) == 1.5
 
 
 def test_an_interval_survives_a_checkpoint_bit_for_bit() -> None:

@@ -8,6 +8,7 @@ from dpo_dist.config import ReferenceConfig
 from dpo_dist.reference import Situation, choose_source
 
 ONCE = Situation(
+    has_reference=True,
     has_adapters=False,
     base_is_reference=True,
     passes=1.0,

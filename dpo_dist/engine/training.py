@@ -64,6 +64,19 @@ class TrainingEngine:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
         return self.engine(batch.to(self.device))
 
+    def token_scores(
+        self, batch: MicroBatch, statistics: tuple[str, ...]
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
+        """The same, and `logprobs.STATISTICS` of those names at every scored token, which have no gradient.
+
+        The log-probabilities and their gradient are the same bits whatever is asked for. Every rank must call it:
+        ZeRO-3 gathers.
+        """
+        if not statistics:
+            logps_M = self.token_logps(batch)
+            return logps_M, logps_M.new_empty(0, len(logps_M))
+        return self.engine(batch.to(self.device), statistics)
+
     @torch.no_grad()
     def reference_token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """The same of the reference that an adapted model holds (`ScoringModel.as_reference`), without gradient.

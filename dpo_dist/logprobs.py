@@ -161,11 +161,13 @@ def _take_statistics(
     if {"entropy", "log_sum_sq_probs"} & set(names):
         log_probs_mV = logits_mV.sub_(lse_m[:, None])
         probs_mV = log_probs_mV.exp()
+        # Not quite 1: lse is rounded, by more than all else together where logits are far from 0.
+        total_m = probs_mV.sum(-1)
         if "entropy" in names:
-            found["entropy"] = log_probs_mV.mul_(probs_mV).sum(-1).neg_()
+            found["entropy"] = total_m.log() - log_probs_mV.mul_(probs_mV).sum(-1) / total_m
         if "log_sum_sq_probs" in names:
             # Squares that underflow do not count: the sum is at least 1 / V.
-            found["log_sum_sq_probs"] = probs_mV.square_().sum(-1).log_()
+            found["log_sum_sq_probs"] = probs_mV.square_().sum(-1).log_() - 2.0 * total_m.log()
     return torch.stack([found[name] for name in names])
 
 

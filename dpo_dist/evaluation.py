@@ -13,7 +13,7 @@ from dpo_dist.distributed import sum_over_ranks
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.losses import Objective
 from dpo_dist.matching import matched
-from dpo_dist.metrics import SUMS, Window, step_sums
+from dpo_dist.metrics import LOGGED_STATISTICS, SUMS, Window, step_sums
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
 from dpo_dist.tokenization import TokenizedDataset
@@ -33,21 +33,23 @@ def evaluate(
     """The metrics of a training step, over a whole data set and without an update. Every rank must call it.
 
     Returns:
-        `loss`, `rewards/*`, `logps/*` as means over all pairs, `num_pairs`, and the token counts; equal on every rank.
+        `loss`, `rewards/*`, `logps/*` as means over all pairs, `entropy`, `logits/*`, `mean_token_accuracy` as means
+        over tokens, `num_pairs`, and the token counts; equal on every rank.
     """
     rank = policy.ranks.rank
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=policy.ranks.device)
     for plan in _plans(dataset, packer):
-        work = RankWork(plan, rank, dataset, packer.share_prompts)
+        work = RankWork(plan, rank, dataset, packer.share_prompts, loss.config.ld_alpha)
         reference_logps = reference.completion_logps(work)
         # No activations are kept, so the policy takes the large bins too. What is matched over a step is matched here
         # over a chunk.
         for batch in matched(loss, policy, plan, work.reference_bins(), reference_logps):
             on_device = batch.to(policy.ranks.device)
-            logps = policy.completion_logps(on_device)
+            tokens = policy.token_scores(on_device, (*loss.statistics, *LOGGED_STATISTICS))
+            logps = on_device.completion_sums(tokens.logps_M)
             logratios = logps - reference_logps[on_device.completion_index_C]
-            losses = loss(on_device, logps, logratios)
-            sums += step_sums(on_device, logps, logratios, losses, beta)
+            losses = loss(on_device, logps, logratios, tokens)
+            sums += step_sums(on_device, logps, logratios, losses, beta, tokens)
     window = Window(dict(zip(SUMS, sum_over_ranks(sums).tolist(), strict=True)))
     return {**window.means(), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}
 

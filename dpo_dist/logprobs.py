@@ -1,12 +1,13 @@
-"""log pi(token given prefix) without keeping the logits.
+"""log pi(token given prefix), and statistics of the distribution it is of, without keeping the logits.
 
-    M scored tokens   m tokens of one chunk   D model dimension   V vocabulary
+    M scored tokens   m tokens of one chunk   D model dimension   V vocabulary   K statistics
 
 The head is a module that owns `lm_head`'s parameter, so that ZeRO-3's hooks gather and prefetch it; reading
 `lm_head.weight` from outside would see an empty tensor. Logits exist for one chunk of tokens at a time, in forward and
 again in backward.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,26 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 CHUNK_TOKENS = 2048  # a chunk of float32 logits of a 128k vocabulary is 1 GiB
+
+# Of the distribution p of the next token, with z the transformed logits:
+#   entropy           -sum_v p_v log p_v, nats; log V where p is uniform
+#   mean_logit        sum_v z_v / V
+#   is_top1           1 where the target is argmax_v z_v, the first of equals as in TRL's accuracy; else 0
+#   log_sum_sq_probs  log sum_v p_v^2; -log V where p is uniform, 0 where it is certain (arXiv:2406.11827, eq. 2)
+STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What the policy says of every scored token."""
+
+    logps_M: Float[Tensor, " M"]  # nats
+    statistics_KM: Float[Tensor, "K M"]  # without gradient
+    names: tuple[str, ...] = ()  # of the K statistics, out of `STATISTICS`
+
+    def of(self, name: str) -> Float[Tensor, " M"]:
+        """One of the statistics."""
+        return self.statistics_KM[self.names.index(name)]
 
 
 @dataclass(frozen=True)
@@ -56,15 +77,27 @@ class LogProbHead(nn.Module):
         self.transform = transform
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, hidden: Tensor, targets_M: Int[Tensor, " M"] | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, targets_M: Int[Tensor, " M"] | None = None, statistics: Sequence[str] = ()
+    ) -> Tensor | tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
         """Token log-probabilities in nats, float32, of `targets_M` given `hidden` (M, D); or logits (..., V).
 
         Equals:
             torch.log_softmax(transform((hidden @ weight.T + bias).float()), -1)[range(M), targets]
+
+        Args:
+            hidden: the decoder's last hidden states.
+            targets_M: which token's log-probability is asked for.
+            statistics: names out of `STATISTICS`. With some, the log-probabilities come with their values in the order
+                of the names, which have no gradient and are float32, too. They are taken from the same logits.
         """
         if targets_M is None:
+            assert not statistics, "logits come alone"
             return F.linear(hidden, self.weight, self.bias)
-        return _ChunkedLogProbs.apply(hidden, self.weight, self.bias, targets_M, self.transform, self.chunk_tokens)
+        assert set(statistics) <= set(STATISTICS), statistics
+        return _ChunkedLogProbs.apply(
+            hidden, self.weight, self.bias, targets_M, self.transform, self.chunk_tokens, tuple(statistics)
+        )
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -79,22 +112,29 @@ class _ChunkedLogProbs(torch.autograd.Function):
         targets_M: Int[Tensor, " M"],
         transform: LogitTransform,
         chunk_tokens: int,
-    ) -> Float[Tensor, " M"]:
+        names: tuple[str, ...],
+    ) -> Float[Tensor, " M"] | tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
         precision = torch.promote_types(hidden_MD.dtype, torch.float32)
         logps_M, lse_M = (hidden_MD.new_empty(len(hidden_MD), dtype=precision) for _ in range(2))
+        statistics_KM = logps_M.new_empty(len(names), len(logps_M))
         for chunk in _chunks(len(hidden_MD), chunk_tokens):
             logits_mV = transform(F.linear(hidden_MD[chunk], weight_VD, bias_V).to(precision))
             lse_M[chunk] = logits_mV.logsumexp(-1)
             logps_M[chunk] = logits_mV.gather(-1, targets_M[chunk, None])[:, 0] - lse_M[chunk]
+            if names:
+                statistics_KM[:, chunk] = _take_statistics(names, logits_mV, targets_M[chunk], lse_M[chunk])
         ctx.save_for_backward(hidden_MD, targets_M, lse_M)
         # The parameters themselves, not saved tensors: ZeRO-3 has released the data by now and gathers it into the
         # same objects before backward.
         ctx.weight, ctx.bias, ctx.transform, ctx.chunk_tokens = weight_VD, bias_V, transform, chunk_tokens
-        return logps_M
+        if not names:
+            return logps_M
+        ctx.mark_non_differentiable(statistics_KM)
+        return logps_M, statistics_KM
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_M,) = grad_outputs
+        grad_M = grad_outputs[0]
         hidden_MD, targets_M, lse_M = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weight_VD = ctx.weight
@@ -118,7 +158,30 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _take_statistics(
+    names: tuple[str, ...], logits_mV: Float[Tensor, "m V"], targets_m: Int[Tensor, " m"], lse_m: Float[Tensor, " m"]
+) -> Float[Tensor, "K m"]:
+    """Statistics of a chunk. They overwrite the logits, and take as much memory once more, as logsumexp did."""
+    found = {}
+    if "mean_logit" in names:
+        found["mean_logit"] = logits_mV.mean(-1)
+    if "is_top1" in names:
+        found["is_top1"] = (logits_mV.argmax(-1) == targets_m).to(lse_m.dtype)
+    if {"entropy", "log_sum_sq_probs"} & set(names):
+        log_probs_mV = logits_mV.sub_(lse_m[:, None])
+        probs_mV = log_probs_mV.exp()
+        # Not quite 1: lse is rounded, by more than all else together where logits are far from 0.
+        total_m = probs_mV.sum(-1)
+        if "entropy" in names:
+            found["entropy"] = total_m.log() - log_probs_mV.mul_(probs_mV).sum(-1) / total_m
+        if "log_sum_sq_probs" in names:
+            # Squares that underflow do not count: the sum is at least 1 / V.
+            found["log_sum_sq_probs"] = probs_mV.square_().sum(-1).log_() - 2.0 * total_m.log()
+    return torch.stack([found[name] for name in names])
 
 
 def _grad_logits(

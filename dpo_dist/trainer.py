@@ -23,7 +23,16 @@ from dpo_dist.engine import TrainingEngine
 from dpo_dist.evaluation import evaluate
 from dpo_dist.losses import Objective, mean_loss
 from dpo_dist.matching import matched
-from dpo_dist.metrics import SUMS, MetricsFile, Window, loss_of, padded_tokens, require_finite, step_sums
+from dpo_dist.metrics import (
+    LOGGED_STATISTICS,
+    SUMS,
+    MetricsFile,
+    Window,
+    loss_of,
+    padded_tokens,
+    require_finite,
+    step_sums,
+)
 from dpo_dist.optim import learning_rate_at
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
@@ -63,6 +72,14 @@ class Run:
         rows = self.sampler.examples_of(step)
         return self.packer.plan(step, rows, sizes_of(self.dataset, rows))
 
+    def statistics_of(self, step: int) -> tuple[str, ...]:
+        """What global step `step` asks the head for beside log-probabilities: most of it where a line is written."""
+        return self.loss.statistics + (LOGGED_STATISTICS if self.is_logged(step + 1) else ())
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a line is written after update `step`."""
+        return step % self.config.log.logging_steps == 0 or step == self.num_steps
+
 
 @dataclass
 class Progress:
@@ -81,7 +98,7 @@ def train(run: Run, progress: Progress) -> None:
     beta, device = run.config.loss.beta, run.ranks.device
     while progress.step < run.num_steps and not progress.stopped:
         plan = run.plan(progress.step)
-        work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts)
+        work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts, run.config.loss.ld_alpha)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
 
         # 1. How likely is every completion under the frozen reference?  (no gradient, large bins)
@@ -92,17 +109,18 @@ def train(run: Run, progress: Progress) -> None:
 
         for batch in run.policy.accumulate(batches):
             # 2. How likely is it under the policy?
-            logps = run.policy.completion_logps(batch)
+            tokens = run.policy.token_scores(batch, run.statistics_of(progress.step))
+            logps = batch.completion_sums(tokens.logps_M)
 
             # 3. Log-ratios: how far the policy has moved from the reference on each completion.
             logratios = logps - reference_logps[batch.completion_index_C]
 
             # 4. The loss prefers moving towards the chosen completion over the rejected one.  (eq. 7)
-            losses = run.loss(batch, logps, logratios)
+            losses = run.loss(batch, logps, logratios, tokens)
 
             # 5. Divide by the step's total weight: the gradient cannot depend on how the step is split.
             run.policy.backward(mean_loss(losses, plan.weights))
-            sums += step_sums(batch, logps, logratios, losses, beta)
+            sums += step_sums(batch, logps, logratios, losses, beta, tokens)
 
         # 6. Update theta; then, once in a while: log, evaluate, save.
         learning_rate = learning_rate_at(progress.step, run.config.train, run.num_steps)
@@ -131,7 +149,7 @@ def _finish_step(
     rows = [length for size in sizes_of(run.dataset, plan.examples) for length in size.longest_rows]
     progress.window.add({**totals, "tokens_padded": padded_tokens(rows)})
 
-    if step % run.config.log.logging_steps == 0 or is_last:
+    if run.is_logged(step):
         _write_train_line(run, progress, grad_norm, learning_rate)
     if evaluation_is_due(run, step) and not progress.stopped:  # who asks for a stop may not wait; `restore` makes up
         evaluate_all(run, progress)

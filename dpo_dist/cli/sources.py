@@ -74,7 +74,7 @@ def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
     folder = cache_folder(prepared, cache_dir)
     cache = None
     # Nodes may have caches and memory of their own, and what follows is collective: the first rank decides.
-    looks = config.source == "auto" and prepared.config.has_reference
+    looks = config.source == "auto" and prepared.config.has_reference and prepared.config.loss.ld_alpha is None
     if config.source == "cache" or (looks and broadcast_json(folder.exists())):
         cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
     source, reason = broadcast_json(choose_source(config, _situation(prepared, ranks, cache)))
@@ -222,6 +222,7 @@ def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -
         state = share["weights"]  # what is trained is small
     return Situation(
         has_reference=config.has_reference,
+        needs_tokens=config.loss.ld_alpha is not None,
         has_adapters=config.adapter.is_used,
         base_is_reference=prepared.same_base,
         passes=_passes(prepared),

@@ -22,6 +22,7 @@ _TOKENIZER = "the name here is model.tokenizer_name_or_path"
 _CACHE = (
     "the name here is reference.source (auto, live, cache, adapter_off, none); `dpo-dist precompute` fills the cache"
 )
+_LIKELIHOOD = "add the loss `sft`: loss.loss_type=[sigmoid, sft] with loss.loss_weights=[1, 1]; docs/losses.md"
 _WEIGHT = "no loss here has this term; docs/losses.md lists the losses"
 _HEAD = "log-probabilities are always computed in chunks without keeping the logits"
 _OPTIMIZER = "AdamW is the only optimizer; see train.adam_beta1, adam_beta2, adam_epsilon, weight_decay"
@@ -87,14 +88,11 @@ FOREIGN_KEYS: dict[str, str] = {
     "kl_coef": _TEMPERATURE,
     "pref_loss": "the name here is loss.loss_type",
     "dpo_label_smoothing": "the name here is loss.label_smoothing",
-    "rpo_alpha": _WEIGHT,
-    "pref_ftx": _WEIGHT,
-    "nll_loss_coef": _WEIGHT,
-    "ld_alpha": _WEIGHT,
-    "use_weighting": _WEIGHT,
+    "rpo_alpha": _LIKELIHOOD,
+    "pref_ftx": _LIKELIHOOD,
+    "nll_loss_coef": _LIKELIHOOD,
     "router_aux_loss_coef": _WEIGHT,
     "aux_loss_coef": _WEIGHT,
-    "simpo_gamma": _WEIGHT,
     "use_logits_to_keep": _HEAD,
     "use_liger_loss": _HEAD,
     "use_liger_kernel": _HEAD,
@@ -242,7 +240,13 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
         "flex_attention": "auto",
     },
     "model.prefix_sharing": {"true": "on", "false": "off"},
-    "loss.loss_type": {"dpo": "sigmoid", "cdpo": "sigmoid", "dpo_norm": "sigmoid_norm"},
+    "loss.loss_type": {
+        "dpo": "sigmoid",
+        "cdpo": "sigmoid",
+        "dpo_norm": "sigmoid_norm",
+        "aot_pair": "aot",
+        "nll": "sft",
+    },
     "adapter.peft_type": {
         **dict.fromkeys(("qlora", "dora", "rslora"), "lora"),
         "prefix": "prefix_tuning",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
-from dpo_dist.config.section import Number, Section, one_or_many
+from dpo_dist.config.section import Flag, Number, Section, one_or_many
 
 LossType = Literal[
     "sigmoid",
@@ -54,6 +54,12 @@ class LossConfig(Section):
     """alpha of `alpha_divergence`; 1 is reverse_kl."""
     discopop_tau: Annotated[Number, Field(gt=0)] = 0.05
     """Temperature at which `discopop` goes from its logistic to its exponential part."""
+    ld_alpha: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """LD-DPO (arXiv:2409.06411): weight of the tokens that a completion has beyond the shorter one of its pair, for
+    policy and reference, metrics included. null: 1, all of them count alike."""
+    use_weighting: Flag = False
+    """WPO (arXiv:2406.11827, eq. 2): multiply the loss of a pair by how likely the policy is to write its completions
+    itself: exp(mean over tokens of log p(token) - log sum of p^2), of chosen times rejected, without gradient."""
     rdpo_alpha: Annotated[Number, Field(ge=0)] = 0.0
     """R-DPO, for `sigmoid`: nats that the margin of a pair is given for each token that its chosen completion is longer
     than the rejected one, so that a longer answer need not be told apart by its length."""

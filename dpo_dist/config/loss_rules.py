@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dpo_dist.config.loss import LOSS_TYPES, LossConfig
+from dpo_dist.config.loss import LOSS_TYPES, NO_REFERENCE, LossConfig
 from dpo_dist.config.models import RunConfig
 from dpo_dist.config.source_rules import Broken, KeyPath
 
@@ -19,6 +19,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
 # Losses of the difference of two scores: what an f-divergence leaves undetermined is the same for both of a prompt's
 # completions, and cancels in nothing else.
 OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+# Losses of which not everything belongs to a single pair.
+NOT_WEIGHTED = ("aot", "aot_unpaired", "cpo", "orpo", "sft")
 
 
 def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
@@ -53,6 +55,7 @@ def loss_rules(config: RunConfig) -> Iterator[Broken]:
         numbers = f"{len(loss.loss_weights)} weights for {len(loss.loss_types)} losses"
         yield ("loss", "loss_weights"), (cause,), f"gives {numbers}; give one for each, or leave it out"
     yield from _smoothing_rules(loss)
+    yield from _token_rules(config)
     others = [name for name in loss.loss_types if name not in OF_A_DIFFERENCE]
     if loss.f_divergence_type != "reverse_kl" and others:
         yield (
@@ -69,6 +72,30 @@ def _smoothing_rules(loss: LossConfig) -> Iterator[Broken]:
             ("loss", "loss_type"),
             (("loss", "label_smoothing"),),
             "needs loss.label_smoothing above 0 for exo_pair, whose loss is infinite without it; set it, say to 0.001",
+        )
+
+
+def _token_rules(config: RunConfig) -> Iterator[Broken]:
+    """Of what looks at single tokens."""
+    loss, cause = config.loss, ("loss", "loss_type")
+    if loss.ld_alpha is not None:
+        if others := [name for name in loss.loss_types if name in NO_REFERENCE]:
+            yield (
+                ("loss", "ld_alpha"),
+                (cause,),
+                f"does not go with {_listed(others)}, which asks for whole log-probabilities; leave one out",
+            )
+        if config.reference.source == "cache" or config.reference.cache_dir is not None:
+            yield (
+                ("loss", "ld_alpha"),
+                (("reference", "source"),),
+                "needs the reference's value of every token, and a cache gives sums; use live, adapter_off or auto",
+            )
+    if loss.use_weighting and (others := [name for name in loss.loss_types if name in NOT_WEIGHTED]):
+        yield (
+            ("loss", "use_weighting"),
+            (cause,),
+            f"does not go with {_listed(others)}: only the loss of a single pair has a weight; leave one out",
         )
 
 

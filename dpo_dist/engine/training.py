@@ -17,6 +17,7 @@ from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import named_full_parameters
 from dpo_dist.errors import ConfigError
+from dpo_dist.logprobs import TokenScores
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
 
@@ -63,6 +64,18 @@ class TrainingEngine:
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
         return self.engine(batch.to(self.device))
+
+    def token_scores(self, batch: MicroBatch, statistics: tuple[str, ...]) -> TokenScores:
+        """The same, and `logprobs.STATISTICS` of those names at every scored token, which have no gradient.
+
+        The log-probabilities and their gradient are the same bits whatever is asked for. Every rank must call it:
+        ZeRO-3 gathers.
+        """
+        if not statistics:
+            logps_M = self.token_logps(batch)
+            return TokenScores(logps_M, logps_M.new_empty(0, len(logps_M)))
+        logps_M, statistics_KM = self.engine(batch.to(self.device), statistics)
+        return TokenScores(logps_M, statistics_KM, statistics)
 
     @torch.no_grad()
     def reference_token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from dpo_dist.batch import MicroBatch
 from dpo_dist.config import LossConfig
+from dpo_dist.logprobs import TokenScores
 from dpo_dist.losses.divergences import scores
 from dpo_dist.losses.table import LOSSES, UNITS, LossSpec
 from dpo_dist.losses.values import PairValues
+from dpo_dist.losses.weighting import wpo_weights
 
 Term = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -31,8 +33,17 @@ class Objective:
         """Whether any of them compares the pairs of a whole step with each other; see `matching.py`."""
         return any(LOSSES[name].needs_matching for name in self.config.loss_types)
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What every forward must give beside log-probabilities (`logprobs.STATISTICS`)."""
+        return ("log_sum_sq_probs",) if self.config.use_weighting else ()
+
     def __call__(
-        self, batch: MicroBatch, logps_C: Float[Tensor, " C"], logratios_C: Float[Tensor, " C"]
+        self,
+        batch: MicroBatch,
+        logps_C: Float[Tensor, " C"],
+        logratios_C: Float[Tensor, " C"],
+        tokens: TokenScores | None = None,
     ) -> Float[Tensor, " U"]:
         """The sums of weight * loss over a micro-batch, one for each of `UNITS`; see `mean_loss`.
 
@@ -40,11 +51,14 @@ class Objective:
             batch: which completions are chosen and rejected, and the weights of pairs.
             logps_C: log pi_policy of every completion, nats.
             logratios_C: the same less log pi_reference.
+            tokens: of which `logps_C` are the sums; for WPO.
         """
         pairs = self.pair_losses(PairValues.of(batch, logps_C, logratios_C))
-        tokens = _added(self.token_terms, {"completion_logps": logps_C}, logps_C)
+        if self.config.use_weighting and tokens is not None:
+            pairs = pairs * wpo_weights(batch, tokens)
+        of_completions = _added(self.token_terms, {"completion_logps": logps_C}, logps_C)
         # float64: the sums are also what is written down, and every pair is a value of its own there.
-        weighted = (pairs.double() * batch.pair_weight_B, tokens.double() * batch.chosen_weight_C)
+        weighted = (pairs.double() * batch.pair_weight_B, of_completions.double() * batch.chosen_weight_C)
         return torch.stack([values.sum() for values in weighted])
 
     def pair_losses(self, pairs: PairValues) -> Float[Tensor, " B"]:
@@ -86,8 +100,9 @@ def at_equality(objective: Objective) -> float:
 
     NaN where it depends on what the policy itself finds likely, or on lengths.
     """
-    compares = all(LOSSES[name].reads_a_reference for name in objective.config.loss_types)
-    if not compares or objective.config.rdpo_alpha:
+    config = objective.config
+    compares = all(LOSSES[name].reads_a_reference for name in config.loss_types)
+    if not compares or config.rdpo_alpha or config.use_weighting:
         return math.nan
     zero = torch.zeros(1, dtype=torch.float64)
     return float(objective.pair_losses(_alike(zero, zero)))

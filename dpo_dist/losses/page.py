@@ -14,15 +14,28 @@ eps = label_smoothing, tau = discopop_tau. The score is the log-ratio, or f'(rat
 `alpha_divergence` (u^(a - 1) - 1) / (a - 1) with a = f_alpha_divergence_coef, where log u is the log-ratio. Losses that
 are not of a difference of scores take `reverse_kl` only.
 
-The loss of a step is the sum over its pairs of weight * loss, divided by the sum of all pairs' weights in the step.
-`rewards/*` are beta * log-ratio with every loss.
+logp is the policy's own log-probability, likewise. The loss of a step is the sum over its pairs of weight * loss,
+divided by the sum of all pairs' weights in the step; of `sft`, and of the likelihood terms of `cpo` and `orpo`, the sum
+over tokens of chosen completions, divided by the number of these in the step (each times the weight of its pairs).
+`rewards/*` are beta * log-ratio with every loss; without a reference, beta * logp.
+
+A run whose losses read no reference has none, unless `reference.source` or another option asks for one, for its metrics.
+
+`aot` and `aot_unpaired` sort over the whole global step, so that neither micro-batches nor the number of ranks changes
+what is compared (TRL sorts within a batch). For that the policy runs forward over the step once more, without gradient:
+about a third more of its arithmetic, and under ZeRO-3 two steps' worth of weights that are not fetched ahead. Evaluation
+sorts within 1024 examples.
+
+For every pairwise loss: `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length
+of the shorter one, and `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the policy is to
+write them. Weights that come from the policy are in no denominator.
 """
 
 
 def losses_table() -> str:
     """Markdown: a row for each loss."""
     head = [
-        "| loss_type | loss of a pair | settings | other divergences | source | when |",
+        "| loss_type | loss | settings | other divergences | source | when |",
         "|---|---|---|---|---|---|",
     ]
     rows = [

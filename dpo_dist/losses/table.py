@@ -218,7 +218,7 @@ LOSSES: dict[str, LossSpec] = {
         "token",
         ("completion_logps",),
         (),
-        "-logp_c, as a mean over all tokens of chosen completions in the step",
+        "-logp_c, a mean over all tokens of chosen completions in the step",
         "Maximum likelihood; as a term beside a preference loss: Pang et al. 2024, arXiv:2404.19733 (RPO)",
         "A first stage, or added to another loss to hold the chosen completion's likelihood up. Alone it needs no "
         "reference.",

@@ -1,9 +1,9 @@
 """Weights in memory, sharded as they are read, that answer with log-probabilities.
 
-T packed tokens   M scored tokens   D model dimension
+T packed tokens   M scored tokens   D model dimension   K statistics
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -60,15 +60,17 @@ class ScoringModel(nn.Module):
         if adapter.is_prompt_learning:
             self.prompt_encoder = adapter.peft.prompt_encoder  # a module of ours, so that DeepSpeed sees its parameters
 
-    def forward(self, batch: MicroBatch) -> Float[Tensor, " M"]:
-        """log pi(token | prefix) of every scored token, nats, float32."""
+    def forward(
+        self, batch: MicroBatch, statistics: Sequence[str] = ()
+    ) -> Float[Tensor, " M"] | tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
+        """log pi(token | prefix) of every scored token, nats, float32; with `statistics`, theirs too (`logprobs`)."""
         packed = as_packed(batch) if self.adapter is None else self.adapter.pack(batch)
         packed.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
         decoder = self.model.get_decoder()
         hidden_TD = decoder(**packed.inputs, use_cache=False, dpo_layout=packed.layout).last_hidden_state[0]
         _require_reached(packed.layout, self.model.config)
         head: Any = self.model.get_output_embeddings()
-        return head(hidden_TD[packed.score_index_M], batch.target_ids_M)
+        return head(hidden_TD[packed.score_index_M], batch.target_ids_M, statistics)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

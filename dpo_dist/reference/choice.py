@@ -16,6 +16,7 @@ class Situation:
     """What the choice depends on."""
 
     has_reference: bool  # a loss reads one, or the user asks for it
+    needs_tokens: bool  # a sum for each completion is not enough, and a cache has no more
     has_adapters: bool
     base_is_reference: bool  # the policy without its adapters (or with a frozen copy of them) is the reference
     passes: float  # how often an example's reference log-probability is asked for, evaluation included
@@ -35,19 +36,15 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
     """
     if config.source != "auto":
         return config.source, "as configured"
-    if not situation.has_reference:
-        return "none", "no loss reads one"
-    if config.sync_ref_model:
-        return "live", "reference.sync_ref_model lets it follow the policy"
-    if config.per_microbatch:
-        return "live", "reference.per_microbatch asks for it"
+    if given := _only_way(config, situation):
+        return given
     if config.cache_dir is not None:
         return "cache", "reference.cache_dir is given"
     if situation.num_rows and situation.num_cached == situation.num_rows:
         return "cache", "it is complete"
     if situation.passes > 1:
         return "cache", f"every example is asked for {situation.passes:.3g} times and computed once"
-    if situation.has_adapters and situation.base_is_reference and config.dtype is None:
+    if _holds_reference(config, situation):
         return "adapter_off", "the policy holds its reference, and no second model is needed"
     if both := _too_large(situation):
         return "cache", (
@@ -57,7 +54,24 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
     return "live", "every example is asked for once, and two models fit"
 
 
+def _only_way(config: ReferenceConfig, situation: Situation) -> tuple[Source, str] | None:
+    if not situation.has_reference:
+        return "none", "no loss reads one"
+    if config.sync_ref_model:
+        return "live", "reference.sync_ref_model lets it follow the policy"
+    if config.per_microbatch:
+        return "live", "reference.per_microbatch asks for it"
+    if situation.needs_tokens:
+        source = "adapter_off" if _holds_reference(config, situation) else "live"
+        return source, "loss.ld_alpha asks for the value of every token"
+    return None
+
+
+def _holds_reference(config: ReferenceConfig, situation: Situation) -> bool:
+    return situation.has_adapters and situation.base_is_reference and config.dtype is None
+
+
 def _too_large(situation: Situation) -> float | None:
     both = situation.policy_gib + situation.reference_gib
-    known = situation.device_gib is not None
-    return both if known and both > STATE_SHARE * situation.device_gib else None
+    device = situation.device_gib
+    return both if device is not None and both > STATE_SHARE * device else None

@@ -20,7 +20,7 @@ LOSS_CASES = (
     *("hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
     *("forward_kl", "js_divergence", "alpha_divergence"),
-    *("aot", "aot_unpaired", "sft", "mpo"),
+    *("aot", "aot_unpaired", "sft", "mpo", "ld_dpo", "wpo"),
 )
 _LOSS_SETTINGS = (
     "loss_type",
@@ -133,6 +133,12 @@ def lines_of(output_dir: Path, split: str | None = None) -> list[dict[str, Any]]
     return [line for line in lines if line.get("split") == split]
 
 
+# TRL takes means over batches of what is a mean over tokens: comparable where a step is one batch.
+TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+_SEVERAL_BATCHES = ("sigmoid_ga2", "sigmoid_ga4")
+TOKEN_ABSOLUTE = 2e-5
+
+
 def compare_step(line: Mapping[str, float], expected: Mapping[str, float], slack: float = 1.0) -> list[str]:
     """What is not equal in one line; `slack` times the tolerances of this file."""
     pairs = {key: (line[key], expected[key]) for key in (*_CLOSE, *_REWARDS)}
@@ -160,6 +166,19 @@ def compare_trajectory(
     ]
 
 
+def compare_tokens(lines: Sequence[Mapping[str, float]], case: Case) -> list[str]:
+    """What is not equal in the means over tokens; within the slack of the case after the first step."""
+    wrong = []
+    for line, recorded in zip(lines, case.logs, strict=True):
+        slack = 1.0 if line["step"] == 1 else SLACK.get(case.name, 1.0)
+        wrong += [
+            f"step {line['step']}: {key}={line[key]!r}, recorded {recorded[key]!r}"
+            for key in TOKEN_METRICS
+            if not math.isclose(line[key], recorded[key], rel_tol=slack * RELATIVE, abs_tol=slack * TOKEN_ABSOLUTE)
+        ]
+    return wrong
+
+
 def compare_parameters(model_folder: Path, expected: Mapping[str, float]) -> list[str]:
     """What is not equal in the norms of an exported model's parameters."""
     norms: dict[str, float] = {}
@@ -177,7 +196,9 @@ def compare_parameters(model_folder: Path, expected: Mapping[str, float]) -> lis
 
 def compare_run(output_dir: Path, case: Case) -> list[str]:
     """What is not equal between a finished run and a case: every step, and the exported model."""
+    lines = lines_of(output_dir)
     return [
-        *compare_trajectory(lines_of(output_dir), case.logs, SLACK.get(case.name, 1.0)),
+        *compare_trajectory(lines, case.logs, SLACK.get(case.name, 1.0)),
+        *(compare_tokens(lines, case) if case.name not in _SEVERAL_BATCHES else ()),
         *compare_parameters(output_dir / "model", case.final_param_norms),
     ]

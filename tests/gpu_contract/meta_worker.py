@@ -8,13 +8,13 @@ once more for every FAULT, a mistake that this must show.
 """
 
 import json
-import statistics
 import sys
 import time
 import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tests.gpu_contract.interpreted import PACKAGES
@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from dpo_dist.attention import register  # noqa: E402
 from dpo_dist.batch import MicroBatch  # noqa: E402
+from dpo_dist.logprobs import STATISTICS  # noqa: E402
 from dpo_dist.model import ScoringModel  # noqa: E402
 from tests.parity.oracle import packed, random_example  # noqa: E402
 
@@ -104,7 +105,7 @@ def careless(model: ScoringModel, batch: MicroBatch) -> Tensor:
     return model(batch) * weight
 
 
-def observe(recompute: bool, fault: str | None) -> dict[str, Any]:
+def observe(recompute: bool, fault: str | None, statistics: tuple[str, ...] = ()) -> dict[str, Any]:
     """One micro-batch forward and backward."""
     model, host_batch = build(recompute), packed(EXAMPLES, share=True)
     if fault == "float32 weights":
@@ -113,7 +114,8 @@ def observe(recompute: bool, fault: str | None) -> dict[str, Any]:
         batch = move(host_batch, fault)
     with Recorder() as running:
         try:
-            logps_M = careless(model, batch) if fault == "careless" else model(batch)
+            answer = careless(model, batch) if fault == "careless" else model(batch, statistics)
+            logps_M, *rest = answer if statistics else (answer,)
             logps_M.sum().backward()
         except (RuntimeError, AssertionError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
@@ -121,6 +123,8 @@ def observe(recompute: bool, fault: str | None) -> dict[str, Any]:
         "tokens": len(batch.input_ids_T),
         "scored": [len(batch.target_ids_M), *logps_M.shape],
         "dtype": str(logps_M.dtype),
+        "statistics": [[list(one.shape), str(one.dtype), one.device.type, one.requires_grad] for one in rest],
+        "matrix_products": running.calls["aten.mm"],
         "copies": dict(moving.copies),
         "strangers": dict(running.strangers),
         "copies_inside": dict(running.copies),
@@ -143,14 +147,15 @@ def host_seconds(model: ScoringModel, batch: MicroBatch) -> float:
         started = time.perf_counter()
         model(batch).sum().backward()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return median(seconds)
 
 
 def main() -> None:
-    """With and without recomputation, and with each fault."""
+    """With and without recomputation, asked for statistics, and with each fault."""
     torch.cuda.get_device_capability = lambda device=None: (8, 0)  # type: ignore[assignment]
     out, *faults = sys.argv[1:]
     results = {name: observe(name == "recompute", None) for name in ("keep", "recompute")}
+    results["statistics"] = observe(False, None, STATISTICS)
     results |= {fault: observe(recompute=False, fault=fault) for fault in faults}
     Path(out).write_text(json.dumps(results, indent=1))
 

@@ -22,14 +22,16 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(("recompute", "forwards"), [("keep", LAYERS), ("recompute", 2 * LAYERS)])
+@pytest.mark.parametrize(
+    ("recompute", "forwards"), [("keep", LAYERS), ("recompute", 2 * LAYERS), ("statistics", LAYERS)]
+)
 def test_one_kernel_call_for_each_layer(seen: dict[str, Any], recompute: str, forwards: int) -> None:
     found = seen[recompute]
     assert (found["forward_calls"], found["backward_calls"]) == (forwards, LAYERS)
     assert found["flash_dtypes"] == ["torch.bfloat16"]
 
 
-@pytest.mark.parametrize("recompute", ["keep", "recompute"])
+@pytest.mark.parametrize("recompute", ["keep", "recompute", "statistics"])
 def test_nothing_leaves_the_device_or_comes_to_it(seen: dict[str, Any], recompute: str) -> None:
     found = seen[recompute]
     assert found["strangers"] == found["copies_inside"] == {}
@@ -45,6 +47,14 @@ def test_what_comes_out(seen: dict[str, Any]) -> None:
     assert found["wrong_gradients"] == []
     # On one core of a slow server: a GPU needs about a second for these 8600 tokens.
     assert 0 < found["host_seconds"] < 5
+
+
+def test_statistics_come_from_the_same_logits(seen: dict[str, Any]) -> None:
+    silent, asked = seen["keep"], seen["statistics"]
+    assert silent["statistics"] == []
+    assert asked["statistics"] == [[[4, asked["scored"][0]], "torch.float32", "meta", False]]
+    assert asked["scored"] == silent["scored"] and asked["wrong_gradients"] == []
+    assert asked["matrix_products"] == silent["matrix_products"] > 2 * LAYERS
 
 
 def test_planted_faults_show(seen: dict[str, Any]) -> None:

@@ -25,10 +25,14 @@ from tests.parity.adapter_cases import (
 FILE = "adapter_model.safetensors"
 
 
-def token_logps(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+def token_logits(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
     ids = torch.tensor([[*prompt, *completion]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
-    rows = logits[-len(completion) - 1 : -1].log_softmax(-1)  # virtual tokens may stand in front
+    return logits[-len(completion) - 1 : -1]  # virtual tokens may stand in front
+
+
+def token_logps(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+    rows = token_logits(model, prompt, completion).log_softmax(-1)
     return rows[torch.arange(len(completion)), torch.tensor(completion)]
 
 

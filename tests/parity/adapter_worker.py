@@ -30,6 +30,7 @@ from dpo_dist.checkpoint import (
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
+from dpo_dist.logprobs import STATISTICS
 from dpo_dist.losses.formulas import cpo
 from dpo_dist.model import attach_adapter, four_bits, load_config, load_model
 from tests.parity.adapter_cases import (
@@ -90,7 +91,9 @@ def one_step(engine: TrainingEngine, step: int, share: bool = True) -> dict[str,
     loss_sum = torch.zeros(1, dtype=torch.float64)
     for batch in engine.accumulate(batches(step, ranks, share)):
         reference = batch.completion_sums(engine.reference_token_logps(batch))
-        ratios = engine.completion_logps(batch) - reference
+        # Asking for statistics in every second step: it must not matter for what is trained.
+        logps_M = engine.token_scores(batch, STATISTICS if step % 2 else ()).logps_M
+        ratios = batch.completion_sums(logps_M) - reference
         losses = cpo(ratios[batch.pair_chosen_B], ratios[batch.pair_rejected_B], beta=BETA)  # DPO, of log-ratios
         loss = losses.sum() / pairs_of_step(step)
         engine.backward(loss)
@@ -100,11 +103,15 @@ def one_step(engine: TrainingEngine, step: int, share: bool = True) -> dict[str,
     return {"loss": float(total[0]), "grad_norm": float(total[1])}
 
 
-def probe(engine: TrainingEngine) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reference and policy answer on a step's examples; the same micro-batch on every rank."""
+def probe(engine: TrainingEngine) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What reference and policy answer on a step's examples, with statistics; the same micro-batch on every rank."""
     batch = build_micro_batch(examples_of_step(99), [0, 2, 5, 7], True)
     with torch.no_grad():
-        return engine.reference_token_logps(batch).clone(), engine.token_logps(batch).clone()
+        reference, policy = engine.reference_token_logps(batch).clone(), engine.token_logps(batch).clone()
+        scores = engine.token_scores(batch, STATISTICS)
+        again, statistics = scores.logps_M, scores.statistics_KM
+    assert torch.equal(policy, again)
+    return reference, policy, statistics
 
 
 def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, ranks: Ranks) -> None:
@@ -112,7 +119,7 @@ def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, 
     out = results / f"{case_name}-zero{stage}"
     engine = build(case, stage, folder, ranks)
     flags = {name: (p.requires_grad, p.dtype) for name, p in engine.model.named_parameters()}
-    reference, policy = probe(engine)
+    reference, policy, _ = probe(engine)
     history = []
     for step in range(STEPS):
         if resumes and step == STEPS - 2:
@@ -121,7 +128,7 @@ def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, 
         if engine.allocation is not None and step == STEPS - 3 and ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
             save_file(engine.allocation.state()[0], out / "averages.safetensors")
-    reference_after, policy_after = probe(engine)
+    reference_after, policy_after, statistics = probe(engine)
     if resumes:
         store = CheckpointStore(out / "run", ranks)
         store.save(
@@ -139,7 +146,8 @@ def run(case_name: str, stage: int, resumes: bool, folder: Path, results: Path, 
             "same_flags": flags == {n: (p.requires_grad, p.dtype) for n, p in engine.model.named_parameters()},
         }
         (out / "result.json").write_text(json.dumps(result))
-        save_file({"policy": policy_after, "reference": reference_after}, out / "probe.safetensors")
+        answers = {"policy": policy_after, "reference": reference_after, "statistics": statistics}
+        save_file(answers, out / "probe.safetensors")
     engine.engine.destroy()
 
 

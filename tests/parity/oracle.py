@@ -65,14 +65,31 @@ def with_exact_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def naive_token_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
-    """log softmax(logits)[target] of each completion token, from one plain forward over prompt + completion."""
+def naive_logits(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    """The logits that each completion token is drawn by, from one plain forward over prompt + completion."""
     ids = torch.tensor([[*prompt, *completion]])
     logits = model(input_ids=ids, use_cache=False).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     first = len(prompt) - 1  # the position that predicts the completion's first token
-    rows = logits[first : first + len(completion)].log_softmax(-1)
+    return logits[first : first + len(completion)]
+
+
+def naive_token_logps(model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    """log softmax(logits)[target] of each completion token."""
+    rows = naive_logits(model, prompt, completion).log_softmax(-1)
     return rows[torch.arange(len(completion)), torch.tensor(completion)]
+
+
+def naive_statistics(logits: Tensor, targets: Tensor) -> Tensor:
+    """Entropy, mean logit, whether the target is the argmax, and log sum p^2, a row of each."""
+    return torch.stack(
+        [
+            torch.distributions.Categorical(logits=logits).entropy(),
+            logits.mean(-1),
+            (logits.argmax(-1) == targets).to(logits.dtype),
+            (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1),
+        ]
+    )
 
 
 def naive_logps(model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> Tensor:

@@ -23,6 +23,7 @@ from dpo_dist.model import load_config, load_model
 from tests.launching import launch, succeeded
 from tests.parity import adapter_oracle
 from tests.parity.adapter_cases import CASES, NO_MERGE, STARTS, examples_of_step, save_base, save_start
+from tests.parity.oracle import naive_statistics
 from tests.tiny_engine import QUIET
 
 # PEFT does not know its own rank pattern again.
@@ -151,12 +152,27 @@ def plain_answer(model: Any) -> torch.Tensor:
         )
 
 
+def plain_statistics(model: Any) -> torch.Tensor:
+    """Those of the same tokens."""
+    with torch.no_grad():
+        return torch.cat(
+            [
+                naive_statistics(adapter_oracle.token_logits(model, example.prompt_ids, ids), torch.tensor(ids))
+                for example in examples_of_step(99)
+                for ids in example.completion_ids
+            ],
+            dim=1,
+        )
+
+
 @pytest.mark.parametrize(("launched", "name", "stage"), POINTS)
 def test_the_exported_adapter_is_the_policy_in_plain_peft(folder, outcome, launched, name, stage):
     out, _ = outcome(launched, name, stage)
     base = adapter_oracle.plain(folder / CASES[name].base, CASES[name].quantised)
     loaded = PeftModel.from_pretrained(base, str(out / "adapter"), autocast_adapter_dtype=False)
     assert torch.allclose(plain_answer(loaded), load_file(out / "probe.safetensors")["policy"], rtol=0, atol=1e-4)
+    statistics = load_file(out / "probe.safetensors")["statistics"]
+    assert torch.allclose(plain_statistics(loaded), statistics, rtol=0, atol=1e-4)
     settings = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder / CASES[name].base) and settings["inference_mode"]
     assert not list(out.glob(".tmp*"))

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist import batch as batch_file
 from dpo_dist.batch import RankWork, build_micro_batch
+from dpo_dist.batch import micro_batch as batch_file
 from dpo_dist.data import Pair
 from dpo_dist.packing import ExampleSize, Packer
 from dpo_dist.tokenization import TokenizedExample

@@ -272,7 +272,7 @@ def test_unknown_keys(minimal, override, fragment):
         ("padding_free", "packing.max_tokens"),
         ("max_prompt_length", "data.max_length"),
         ("sequence_len", "data.max_length"),
-        ("rpo_alpha", "docs/losses.md lists the losses"),
+        ("rpo_alpha", "add the loss `sft`: loss.loss_type=[sigmoid, sft]"),
         ("torch_dtype", "model.dtype"),
         ("bf16", "model.dtype"),
         ("fp16", "model.dtype"),

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from dpo_dist.config import load_config
+from dpo_dist.config.loss import NO_REFERENCE
 from dpo_dist.errors import ConfigError
 
 MINIMAL = {
@@ -32,6 +33,14 @@ MISTAKES = [
         "label_smoothing=0.1",
         "sigmoid, exo_pair, robust, aot and aot_unpaired read it",
     ),
+    (["simpo_gamma=1"], "simpo_gamma=1.0", "simpo reads it: leave this out"),
+    (["dpop_lambda=1"], "dpop_lambda=1.0", "dpop reads it: leave this out"),
+    (["cpo_alpha=0"], "cpo_alpha=0.0", "cpo reads it: leave this out"),
+    (["loss_type=hinge", "rdpo_alpha=0.1"], "rdpo_alpha=0.1", "sigmoid reads it: leave this out"),
+    (["loss_type=sft", "beta=0.2"], "beta=0.2", "has no effect with loss.loss_type=sft"),
+    (["loss_type=[sigmoid, sft]", "ld_alpha=0.5"], "ld_alpha=0.5", "does not go with sft, which asks for whole"),
+    (["loss_type=aot", "use_weighting=true"], "use_weighting=true", "does not go with aot: only the loss of a"),
+    (["ld_alpha=1.5"], "ld_alpha=1.5", "must be <= 1"),
     (["discopop_tau=0.1"], "discopop_tau=0.1", "with loss.loss_type=sigmoid; discopop reads it: leave this out"),
     (["loss_type=[ipo, hinge]", "label_smoothing=0.1"], "label_smoothing=0.1", "with loss.loss_type=ipo and hinge"),
     (["loss_weights=[2]"], "loss_weights=[2.0]", "has no effect with one loss; leave this out, or let loss.loss_type"),
@@ -96,3 +105,21 @@ def test_a_list_and_a_name(path: Path) -> None:
     assert (many.loss_types, many.weights) == (("ipo", "hinge"), (1.0, 1.0))
     weighted = load_config(path, with_loss("loss_type=[ipo, hinge]", "loss_weights=[0.5, 2]")).loss
     assert weighted.weights == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("asked", ["source=cache", "cache_dir=somewhere"])
+def test_ld_alpha_needs_more_than_a_cache_has(path: Path, asked: str) -> None:
+    with pytest.raises(ConfigError, match=r"loss.ld_alpha=0.5 needs the reference's value of every token"):
+        load_config(path, ["loss.ld_alpha=0.5", f"reference.{asked}"])
+
+
+def test_a_run_has_a_reference_where_a_loss_or_the_user_asks_for_one(path: Path) -> None:
+    def has(*overrides: str) -> bool:
+        return load_config(path, list(overrides)).has_reference
+
+    assert has() and has("loss.loss_type=[sigmoid, sft]") and not has("reference.source=none")
+    for name in NO_REFERENCE:
+        assert not has(f"loss.loss_type={name}")
+    assert has("loss.loss_type=sft", "reference.source=live")
+    assert has("loss.loss_type=sft", "model.reference_name_or_path=other")
+    assert has("loss.loss_type=sft", "reference.cache_dir=there")

@@ -18,6 +18,7 @@ from dpo_dist.config import LOSS_TYPES, LossConfig
 from dpo_dist.config.loss import NO_REFERENCE, LossType
 from dpo_dist.config.loss_rules import OF_A_DIFFERENCE, READ_BY
 from dpo_dist.data import Pair
+from dpo_dist.logprobs import TokenScores
 from dpo_dist.losses import LOSSES, PairValues, at_equality, bind, mean_loss, near_equality
 from dpo_dist.losses.formulas import sigmoid
 from dpo_dist.tokenization import TokenizedExample
@@ -363,6 +364,38 @@ def test_the_likelihood_term_of_a_loss_is_sft(name: str, factor: float) -> None:
     assert step_loss([name, "hinge"], loss_weights=[0.5, 1.0])[0] == pytest.approx(
         0.5 * value + step_loss("hinge")[0], rel=1e-6
     )
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it() -> None:
+    batch = build_micro_batch(EXAMPLES, [0, 2], share_prompts=True)
+    logps = torch.tensor(LOGPS, dtype=torch.float64)
+    of_tokens = [-0.1 * m for m in range(len(batch.target_ids_M))]
+    squares = [-0.05 * m - 0.3 for m in range(len(of_tokens))]
+    tokens = TokenScores(
+        torch.tensor(of_tokens, dtype=torch.float64, requires_grad=True),
+        torch.tensor([squares], dtype=torch.float64),
+        ("log_sum_sq_probs",),
+    )
+    config = LossConfig(loss_type="hinge", use_weighting=True, beta=0.35)
+    value = bind(config)(batch, logps, torch.tensor(LOGRATIOS, dtype=torch.float64), tokens)[0]
+    assert not value.requires_grad
+    aligned: dict[int, list[float]] = {c: [] for c in range(len(LENGTHS))}
+    for m, c in enumerate(batch.completion_of_M.tolist()):
+        aligned[c].append(of_tokens[m] - squares[m])
+    likely = {c: math.exp(sum(x) / len(x)) for c, x in aligned.items()}
+    expected_value = sum(
+        w * likely[c] * likely[r] * max(0.0, 1 - 0.35 * (LOGRATIOS[c] - LOGRATIOS[r]))
+        for c, r, w in [(0, 1, 2.0), (3, 2, 1.0), (4, 2, 0.5)]
+    )
+    assert float(value) == pytest.approx(expected_value, rel=1e-12)
+    assert math.isnan(at_equality(bind(config)))
+
+
+def test_ld_alpha_weighs_what_the_longer_completion_has_beyond_the_shorter_one() -> None:
+    batch = build_micro_batch(EXAMPLES[:1], [0], share_prompts=True, ld_alpha=0.25)
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)  # two tokens, then three
+    assert batch.completion_sums(values).tolist() == [3.0, 4.0 + 8.0 + 0.25 * 16.0]
+    assert batch.completion_sums(values, weighted=False).tolist() == [3.0, 28.0]
 
 
 def test_without_its_likelihood_term_cpo_is_dpo_without_a_reference() -> None:

@@ -14,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dpo_dist.batch import build_micro_batch
 from dpo_dist.data import Pair
 from dpo_dist.errors import NumericsError
+from dpo_dist.logprobs import TokenScores
 from dpo_dist.metrics import (
     COUNTS,
+    LOGGED_STATISTICS,
     PER_PAIR,
     SUMS,
     TRACKER_PACKAGES,
@@ -67,9 +69,34 @@ def test_sums_of_a_micro_batch() -> None:
         "tokens_unshared": 11 + 5 + 5,
         "token_loss": TOKEN_LOSS,
         "token_weight": TOKEN_WEIGHT,
+        **dict.fromkeys(SUMS[13:], 0.0),  # nobody asked for statistics
     }
     assert list(sums) == list(expected)
     assert sums == pytest.approx(expected, rel=1e-12)
+
+
+def test_statistics_are_means_over_tokens() -> None:
+    """Of both completions, or of those of each pair's chosen or rejected one, whatever the lengths."""
+    batch = build_micro_batch(EXAMPLES, [0, 2], share_prompts=True)
+    owners = batch.completion_of_M.tolist()
+    rows = {name: [(k + 1) * 0.5 + owner for k, owner in enumerate(owners)] for name in LOGGED_STATISTICS}
+    rows["is_top1"] = [float(k % 3 == 0) for k in range(len(owners))]
+    values = torch.tensor([rows[name] for name in LOGGED_STATISTICS])
+    tokens = TokenScores(torch.zeros(len(owners)), values, LOGGED_STATISTICS)
+    zeros = torch.zeros(len(LOGPS))
+    sums = step_sums(batch, zeros, zeros, torch.zeros(2, dtype=torch.float64), BETA, tokens)
+    window = Window()
+    window.add({**dict(zip(SUMS, sums.tolist(), strict=True)), "tokens_padded": 0.0})
+
+    def mean(name: str, completions: list[int]) -> float:
+        found = [rows[name][m] for c in completions for m in range(len(owners)) if owners[m] == c]
+        return sum(found) / len(found)
+
+    means = window.means()
+    assert means["entropy"] == pytest.approx(mean("entropy", [0, 1, 2, 3, 4]))
+    assert means["mean_token_accuracy"] == pytest.approx(mean("is_top1", [0, 3, 4]))
+    assert means["logits/chosen"] == pytest.approx(mean("mean_logit", [0, 3, 4]))
+    assert means["logits/rejected"] == pytest.approx(mean("mean_logit", [1, 2, 3]))
 
 
 def test_a_filler_counts_nothing() -> None:

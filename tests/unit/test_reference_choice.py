@@ -9,6 +9,7 @@ from dpo_dist.reference import Situation, choose_source
 
 ONCE = Situation(
     has_reference=True,
+    needs_tokens=False,
     has_adapters=False,
     base_is_reference=True,
     passes=1.0,
@@ -51,3 +52,14 @@ def test_choice(settings: dict, situation: dict, source: str, reason: str) -> No
     found, why = choose_source(ReferenceConfig(**settings), replace(ONCE, **situation))
     assert found == source
     assert reason in why
+
+
+def test_without_a_loss_that_reads_one_there_is_no_reference() -> None:
+    assert choose_source(ReferenceConfig(), replace(ONCE, has_reference=False))[0] == "none"
+    assert choose_source(ReferenceConfig(source="live"), replace(ONCE, has_reference=False))[0] == "live"
+
+
+def test_a_loss_of_tokens_takes_no_cache() -> None:
+    often = replace(ONCE, needs_tokens=True, passes=3.0)
+    assert choose_source(ReferenceConfig(), often)[0] == "live"
+    assert choose_source(ReferenceConfig(), replace(often, has_adapters=True))[0] == "adapter_off"

@@ -1,4 +1,4 @@
-"""One micro-batch as flat tensors: shared prompts, scored positions, pairs.
+"""One packed forward and what to score in it.
 
 An example is laid out as [prompt | completion 0 | completion 1 | ...] without padding, positions of every completion
 restarting after the prompt. Segment s is what attention computes at once: its queries are its own tokens (the first one
@@ -10,57 +10,14 @@ Knows nothing of models, ranks or losses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dpo_dist.packing import StepPlan
+from dpo_dist.batch.layout import AttentionLayout, build_layout
 from dpo_dist.tokenization import TokenizedExample
-
-
-@runtime_checkable
-class Examples(Protocol):
-    """Anything that gives an example by its row."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> TokenizedExample: ...
-
-
-@dataclass(frozen=True)
-class AttentionLayout:
-    """Which queries see which keys; travels through the model as one keyword argument.
-
-    Query i of a segment sees key j where j <= i + (its keys - its queries): causal, aligned at the bottom right.
-    """
-
-    cu_q: Int[Tensor, " S_plus_1"]  # int32, where each segment's queries begin among the T tokens
-    cu_k: Int[Tensor, " S_plus_1"]  # int32, where each segment's keys begin among the U gathered keys
-    kv_index_U: Int[Tensor, " U"] | None  # which token each gathered key is; None: every token once, in order
-    q_lengths: tuple[int, ...]
-    k_lengths: tuple[int, ...]
-    # The inverse of kv_index_U: where each token's first copy is, and the second, third, ... copies of those that have
-    # one, copy after copy; a token is at most once among the n-th copies.
-    first_copy_T: Int[Tensor, " T"] | None = None
-    further_token_F: Int[Tensor, " F"] | None = None
-    further_place_F: Int[Tensor, " F"] | None = None
-    further_lengths: tuple[int, ...] = ()
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)  # kept for the layers
-    reached: set[int] = field(default_factory=set, repr=False)  # ids of the attention modules that were handed this
-
-    @property
-    def max_q(self) -> int:
-        """Longest segment, in queries."""
-        return max(self.q_lengths)
-
-    @property
-    def max_k(self) -> int:
-        """Longest segment, in keys."""
-        return max(self.k_lengths)
 
 
 @dataclass(frozen=True)
@@ -81,6 +38,7 @@ class MicroBatch:
     chosen_weight_C: Float[Tensor, " C"]  # of each completion, the weights of the pairs that it is chosen in
     num_tokens: int  # T, or 0 for a filler
     num_unshared_tokens: int  # sum over pairs of 2 P + C + R: every pair on its own, nothing shared
+    token_weight_M: Float[Tensor, " M"] | None = None  # of each scored token in its completion's sum; None: 1
     partners_3B: Float[Tensor, "3 B"] | None = None  # what each pair is matched with (`matching.py`), nats: instead of
     # its own the reference's chosen - rejected, the log-ratio of a rejected, and of a chosen completion
 
@@ -94,8 +52,15 @@ class MicroBatch:
         of_layout = dict(zip(of_layout, moved[len(own) :], strict=True))
         return replace(self, layout=replace(self.layout, masks={}, reached=set(), **of_layout), **own)
 
-    def completion_sums(self, values_M: Float[Tensor, " M"]) -> Float[Tensor, " C"]:
-        """Add up one value per scored token to one value per completion, in the values' own precision."""
+    def completion_sums(self, values_M: Float[Tensor, " M"], weighted: bool = True) -> Float[Tensor, " C"]:
+        """Add up one value per scored token to one value per completion, in the values' own precision.
+
+        Args:
+            values_M: log-probabilities, for instance.
+            weighted: by `token_weight_M`.
+        """
+        if weighted and self.token_weight_M is not None:
+            values_M = values_M * self.token_weight_M.to(values_M.dtype)
         return values_M.new_zeros(len(self.completion_index_C)).index_add(0, self.completion_of_M, values_M)
 
 
@@ -103,6 +68,7 @@ def build_micro_batch(
     examples: Sequence[TokenizedExample],
     completion_offsets: Sequence[int],
     share_prompts: bool,
+    ld_alpha: float | None = None,
 ) -> MicroBatch:
     """Lay out examples as one packed forward.
 
@@ -111,80 +77,18 @@ def build_micro_batch(
             work still takes part in ZeRO-3's gathers.
         completion_offsets: for each example, the index of its first completion among all of the rank's step.
         share_prompts: compute each prompt once, or once per completion.
+        ld_alpha: weight of the tokens that a completion has beyond the shortest one of its example (LD-DPO). None: 1.
     """
     parts = _Parts()
     for example, offset in zip(examples, completion_offsets, strict=True):
         parts.add_pairs(example)
         for k, completion_ids in enumerate(example.completion_ids):
             parts.add_completion(example.prompt_ids, completion_ids, offset + k, share_prompts and k > 0)
+        if ld_alpha is not None:
+            parts.weigh_tokens(example, ld_alpha)
     if not examples:
         parts.add_filler()
     return parts.finish(is_filler=not examples)
-
-
-def build_layout(
-    q_lengths: Sequence[int], k_lengths: Sequence[int], kv_index: Sequence[int], num_tokens: int
-) -> AttentionLayout:
-    """The layout of segments that follow one another.
-
-    Args:
-        q_lengths, k_lengths: queries and keys of each segment.
-        kv_index: which token each key is, segment after segment; every token is at least one key.
-        num_tokens: that have keys.
-    """
-    return AttentionLayout(
-        cu_q=_cumulative(q_lengths),
-        cu_k=_cumulative(k_lengths),
-        q_lengths=tuple(q_lengths),
-        k_lengths=tuple(k_lengths),
-        **_gathering(kv_index, num_tokens),
-    )
-
-
-class RankWork:
-    """One rank's share of a planned step, as micro-batches for the policy and bins for the reference.
-
-    Args:
-        plan: the step, the same on every rank.
-        rank: whose share.
-        dataset: indexed by the rows the plan names.
-        share_prompts: compute each prompt once, or once per completion.
-
-    Attributes:
-        rows: of the data set, of the rank's examples; their completions, one row after another, are in the order of
-            `MicroBatch.completion_index_C`.
-        num_completions: of all these rows.
-    """
-
-    def __init__(self, plan: StepPlan, rank: int, dataset: Examples, share_prompts: bool) -> None:
-        self._plan, self._rank, self.share_prompts = plan, rank, share_prompts
-        self.dataset = dataset
-        self.rows = tuple(plan.examples[position] for position in plan.examples_of_rank(rank))
-        self._examples: dict[int, TokenizedExample] = {}
-        self._offsets: dict[int, int] = {}
-        self.num_completions = 0
-        for position in plan.examples_of_rank(rank):
-            example = dataset[plan.examples[position]]
-            self._examples[position] = example
-            self._offsets[position] = self.num_completions
-            self.num_completions += len(example.completion_ids)
-
-    def micro_batches(self) -> list[MicroBatch]:
-        """What the policy runs forward and backward on; equally many on every rank."""
-        return [self.build(positions, self.share_prompts) for positions in self._plan.micro_batches[self._rank]]
-
-    def reference_bins(self) -> list[MicroBatch]:
-        """The same examples in the larger bins of a forward without gradient; equally many on every rank."""
-        return [self.build(positions, self.share_prompts) for positions in self._plan.reference_bins[self._rank]]
-
-    def example(self, position: int) -> TokenizedExample:
-        """One of the rank's examples, by its position in the step."""
-        return self._examples[position]
-
-    def build(self, positions: Sequence[int], share_prompts: bool) -> MicroBatch:
-        """A micro-batch of some of the rank's examples; none gives a filler."""
-        examples = [self._examples[position] for position in positions]
-        return build_micro_batch(examples, [self._offsets[position] for position in positions], share_prompts)
 
 
 class _Parts:
@@ -201,6 +105,7 @@ class _Parts:
         self.completion_of: list[int] = []
         self.completion_index: list[int] = []
         self.completion_lengths: list[int] = []
+        self.token_weights: list[float] = []
         self.pairs: list[tuple[int, int, float]] = []
         self.num_unshared_tokens = 0
         self.prompt_start = 0
@@ -235,6 +140,11 @@ class _Parts:
         self.completion_index.append(index)
         self.completion_lengths.append(len(completion))
 
+    def weigh_tokens(self, example: TokenizedExample, ld_alpha: float) -> None:
+        public = min(map(len, example.completion_ids))
+        for ids in example.completion_ids:
+            self.token_weights += [1.0] * public + [ld_alpha] * (len(ids) - public)
+
     def add_filler(self) -> None:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
 
@@ -258,34 +168,12 @@ class _Parts:
             chosen_weight_C=torch.tensor(chosen_weights, dtype=torch.float32),
             num_tokens=0 if is_filler else len(self.ids),
             num_unshared_tokens=self.num_unshared_tokens,
+            token_weight_M=torch.tensor(self.token_weights, dtype=torch.float32) if self.token_weights else None,
         )
 
 
 def _indices(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def _gathering(kv_index: Sequence[int], num_tokens: int) -> dict[str, Any]:
-    """The fields of a layout that say which token is read where; none if every token is read once, in order."""
-    tokens = np.asarray(kv_index)
-    if len(tokens) == num_tokens and (tokens == np.arange(num_tokens)).all():
-        return {"kv_index_U": None}
-    places = np.argsort(tokens, kind="stable")  # by token, and a token's copies in their order
-    counts = np.bincount(tokens, minlength=num_tokens)
-    copy = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
-    rounds = [places[copy == number] for number in range(counts.max())]
-    further = np.concatenate([places[:0], *rounds[1:]])
-    return {
-        "kv_index_U": torch.from_numpy(tokens),
-        "first_copy_T": torch.from_numpy(rounds[0]),
-        "further_token_F": torch.from_numpy(tokens[further]),
-        "further_place_F": torch.from_numpy(further),
-        "further_lengths": tuple(len(one) for one in rounds[1:]),
-    }
 
 
 def _tensors_of(container: "MicroBatch | AttentionLayout") -> dict[str, Tensor]:

@@ -1,0 +1,38 @@
+"""Implicit rewards of a step, and where numbers are written.
+
+sums.py  what a step adds up, and means over any number of steps
+file.py  metrics.jsonl, and trackers
+"""
+
+from dpo_dist.metrics.file import TRACKER_PACKAGES, TRACKERS, MetricsFile, Tracker
+from dpo_dist.metrics.sums import (
+    COUNTS,
+    LOGGED_STATISTICS,
+    PER_PAIR,
+    PER_TOKEN,
+    SUMS,
+    WALL_CLOCK,
+    Window,
+    loss_of,
+    padded_tokens,
+    require_finite,
+    step_sums,
+)
+
+__all__ = [
+    "COUNTS",
+    "LOGGED_STATISTICS",
+    "PER_PAIR",
+    "PER_TOKEN",
+    "SUMS",
+    "TRACKERS",
+    "TRACKER_PACKAGES",
+    "WALL_CLOCK",
+    "MetricsFile",
+    "Tracker",
+    "Window",
+    "loss_of",
+    "padded_tokens",
+    "require_finite",
+    "step_sums",
+]

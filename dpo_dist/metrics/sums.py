@@ -1,0 +1,189 @@
+"""Implicit rewards and other numbers of a step, added up.
+
+Names and meanings are TRL's: `rewards/*` = beta * log-ratio summed over completion tokens, for every loss; a tie
+counts as wrong; `logps/*` are sums over a completion. Everything is summed over pairs on the device, added up over
+micro-batches and ranks once per step, and divided once when a line is written: never a mean of means.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_dist.batch import MicroBatch
+from dpo_dist.errors import NumericsError
+from dpo_dist.logprobs import TokenScores
+
+# What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
+# two belong to the loss of tokens. The
+# rest is 0 where nobody asked for statistics of tokens: their sums, and numbers of tokens that they are of.
+SUMS = (
+    "loss",
+    "pair_weight",
+    "num_pairs",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "tokens_processed",
+    "tokens_unshared",
+    "token_loss",
+    "token_weight",
+    "num_scored",
+    "entropy",
+    "num_chosen_tokens",
+    "mean_token_accuracy",
+    "logits/chosen",
+    "num_rejected_tokens",
+    "logits/rejected",
+)
+PER_PAIR = SUMS[3:9]
+# Means over tokens: of both completions, or of those of a pair's chosen or rejected one.
+PER_TOKEN = {
+    "entropy": "num_scored",
+    "mean_token_accuracy": "num_chosen_tokens",
+    "logits/chosen": "num_chosen_tokens",
+    "logits/rejected": "num_rejected_tokens",
+}
+LOGGED_STATISTICS = ("entropy", "mean_logit", "is_top1")
+COUNTS = ("tokens_processed", "tokens_unshared", "tokens_padded")
+
+# Keys that depend on the clock or the machine; all other keys are reproducible bit for bit.
+WALL_CLOCK = ("pairs_per_second", "tokens_per_second", "time/step", "memory/peak_gib")
+
+
+def step_sums(
+    batch: MicroBatch,
+    logps_C: Float[Tensor, " C"],
+    logratios_C: Float[Tensor, " C"],
+    losses_U: Float[Tensor, " U"],
+    beta: float,
+    tokens: TokenScores | None = None,
+) -> Float[Tensor, " K"]:
+    """The sums of one micro-batch in the order of `SUMS`, float64, on the batch's device; no host synchronisation."""
+    with torch.no_grad():
+        chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
+        rewards_C = beta * logratios_C.double()
+        margins_B = rewards_C[chosen_B] - rewards_C[rejected_B]
+        per_pair_KB = torch.stack(
+            [
+                torch.ones_like(margins_B),
+                rewards_C[chosen_B],
+                rewards_C[rejected_B],
+                margins_B,
+                (margins_B > 0).double(),
+                logps_C.double()[chosen_B],
+                logps_C.double()[rejected_B],
+            ]
+        )
+        counts = torch.tensor([batch.num_tokens, batch.num_unshared_tokens], dtype=torch.float64)
+        of_pairs, of_tokens = losses_U.double().unbind()
+        weights = (
+            batch.pair_weight_B.double().sum(),
+            (batch.chosen_weight_C.double() * batch.completion_length_C).sum(),
+        )
+        return torch.cat(
+            [
+                torch.stack([of_pairs, weights[0]]),
+                per_pair_KB.sum(1),
+                counts.to(margins_B.device),
+                torch.stack([of_tokens, weights[1]]),
+                _token_sums(batch, tokens),
+            ]
+        )
+
+
+def _token_sums(batch: MicroBatch, tokens: TokenScores | None) -> Float[Tensor, " 7"]:
+    """The last seven of `SUMS`."""
+    device = batch.pair_weight_B.device
+    if tokens is None or not set(LOGGED_STATISTICS) <= set(tokens.names):
+        return torch.zeros(7, dtype=torch.float64, device=device)
+    logits_C, correct_C = (
+        batch.completion_sums(tokens.of(name).double(), weighted=False) for name in ("mean_logit", "is_top1")
+    )
+    lengths_C = batch.completion_length_C.double()
+    chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
+    return torch.stack(
+        [
+            lengths_C.sum(),
+            tokens.of("entropy").double().sum(),
+            lengths_C[chosen_B].sum(),
+            correct_C[chosen_B].sum(),
+            logits_C[chosen_B].sum(),
+            lengths_C[rejected_B].sum(),
+            logits_C[rejected_B].sum(),
+        ]
+    )
+
+
+def loss_of(sums: Mapping[str, float]) -> float:
+    """The loss of whatever was added up: of pairs per weight of pairs, and of tokens per weight of tokens."""
+    # A window that an earlier version saved knows of pairs only.
+    of_tokens = sums.get("token_loss", 0.0) / (sums.get("token_weight", 0.0) or 1.0)
+    return sums["loss"] / sums["pair_weight"] + of_tokens
+
+
+class Window:
+    """Sums over the steps since the last written line."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None, num_steps: int = 0) -> None:
+        self.sums: dict[str, float] = dict(sums or {})
+        self.num_steps = num_steps
+
+    def add(self, step_values: Mapping[str, float]) -> None:
+        """Add the sums of one step."""
+        self.num_steps += 1
+        for name, value in step_values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of an interval that is not over; JSON keeps every bit of a float."""
+        return {"num_steps": self.num_steps, "sums": self.sums}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Window":
+        """What `to_json` gave."""
+        return cls(values["sums"], values["num_steps"])
+
+    def means(self) -> dict[str, float]:
+        """Loss per unit of weight, everything else per pair, or per token where statistics were asked for."""
+        pairs = self.sums["num_pairs"]
+        per_token = {
+            name: self.sums[name] / self.sums[count] for name, count in PER_TOKEN.items() if self.sums.get(count)
+        }
+        return {"loss": loss_of(self.sums), **{name: self.sums[name] / pairs for name in PER_PAIR}, **per_token}
+
+    def counts(self) -> dict[str, int]:
+        """Token counts of the interval."""
+        return {name: int(self.sums[name]) for name in COUNTS if name in self.sums}
+
+
+def padded_tokens(pair_lengths: Sequence[int], rows_per_batch: int = 8) -> int:
+    """Tokens TRL's layout would run: per 8 consecutive pairs 16 rows, each as long as the longest row among them.
+
+    Args:
+        pair_lengths: for every pair, prompt plus its longer completion, in the sampler's order.
+        rows_per_batch: pairs in one of TRL's batches (its default per-device batch size).
+    """
+    batches = [pair_lengths[i : i + rows_per_batch] for i in range(0, len(pair_lengths), rows_per_batch)]
+    return sum(2 * len(batch) * max(batch) for batch in batches)
+
+
+def require_finite(step: int, values: Mapping[str, float]) -> None:
+    """Stop where a number has become NaN or infinite.
+
+    Raises:
+        NumericsError: naming the step and the values.
+    """
+    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if broken:
+        listed = ", ".join(f"{name}={value}" for name, value in broken.items())
+        raise NumericsError(
+            f"step {step}: {listed}; checkpoints written before are intact. "
+            "Lower train.learning_rate, or use model.dtype=bfloat16 or float32"
+        )

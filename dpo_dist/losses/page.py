@@ -19,12 +19,12 @@ divided by the sum of all pairs' weights in the step; of `sft`, and of the likel
 over tokens of chosen completions, divided by the number of these in the step (each times the weight of its pairs).
 `rewards/*` are beta * log-ratio with every loss; without a reference, beta * logp.
 
-A run whose losses read no reference has none, unless `reference.source` or another option asks for one, for its metrics.
+A run whose losses read no reference has none, unless `reference.source` or another option asks for one, for metrics.
 
 `aot` and `aot_unpaired` sort over the whole global step, so that neither micro-batches nor the number of ranks changes
 what is compared (TRL sorts within a batch). For that the policy runs forward over the step once more, without gradient:
-about a third more of its arithmetic, and under ZeRO-3 two steps' worth of weights that are not fetched ahead. Evaluation
-sorts within 1024 examples.
+about a third more of its arithmetic, and under ZeRO-3 weights are then not fetched ahead. Evaluation sorts within 1024
+examples.
 
 For every pairwise loss: `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length
 of the shorter one, and `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the policy is to

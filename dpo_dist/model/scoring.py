@@ -133,6 +133,7 @@ def load_model(
                 f"{needed}, since they are stored as {dtype}"
             )
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
+    _keep_as_stored(model)
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
@@ -166,6 +167,17 @@ def _by_transformers(
             f"{missing[0]}; they would be random numbers. Give a complete model"
         )
     return model
+
+
+def _keep_as_stored(model: PreTrainedModel) -> None:
+    """Keep weights in 4 bits as they are stored.
+
+    On CPUs with AVX512-BF16 bitsandbytes would repack them in place at the first forward without gradient: a layout
+    that needs rows in multiples of 32, and that no gather of ZeRO-3 knows.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _is_partitioned(deepspeed_config: dict[str, Any]) -> bool:

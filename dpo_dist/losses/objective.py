@@ -57,8 +57,7 @@ class Objective:
         if self.config.use_weighting and tokens is not None:
             pairs = pairs * wpo_weights(batch, tokens)
         of_completions = _added(self.token_terms, {"completion_logps": logps_C}, logps_C)
-        # float64: the sums are also what is written down, and every pair is a value of its own there.
-        weighted = (pairs.double() * batch.pair_weight_B, of_completions.double() * batch.chosen_weight_C)
+        weighted = (pairs * batch.pair_weight_B, of_completions * batch.chosen_weight_C)
         return torch.stack([values.sum() for values in weighted])
 
     def pair_losses(self, pairs: PairValues) -> Float[Tensor, " B"]:
@@ -92,7 +91,7 @@ def mean_loss(sums_U: Tensor, weights: Sequence[float]) -> Tensor:
         weights: `StepPlan.weights`.
     """
     parts = [part / weight for part, weight in zip(sums_U, weights, strict=True) if weight]
-    return torch.stack([sums_U.new_zeros(()), *parts]).sum().float()
+    return torch.stack([sums_U.new_zeros(()), *parts]).sum()
 
 
 def at_equality(objective: Objective) -> float:

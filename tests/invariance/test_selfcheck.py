@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.batch import RankWork
+from dpo_dist.config import LossConfig
 from dpo_dist.errors import NumericsError
-from dpo_dist.losses import mean_loss
+from dpo_dist.losses import bind, mean_loss
 from dpo_dist.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from dpo_dist.selfcheck import check_first_loss
 from dpo_dist.selfcheck.blame import blame_layout
@@ -168,7 +169,7 @@ def sigmoid_at(margins: list[float], beta: float = 0.1) -> float:
 
 
 def bound_loss(beta: float):
-    return lambda pairs: -F.logsigmoid(beta * (pairs.chosen_logratios - pairs.rejected_logratios))
+    return bind(LossConfig(beta=beta))
 
 
 def test_first_loss(case):

@@ -177,7 +177,7 @@ def _keep_as_stored(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (an attribute that torch knows nothing of)
 
 
 def _is_partitioned(deepspeed_config: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ def matched(
     batches: Sequence[MicroBatch],
     reference_logps_C: Float[Tensor, " C"],
 ) -> list[MicroBatch]:
-    """A rank's micro-batches of a step, every pair with what it is matched with. Every rank must call it.
+    """A rank's micro-batches of a step on its device, every pair with what it is matched with. Collective.
 
     Nothing is computed, and the batches come back as they are, where no loss asks for it.
 
@@ -42,7 +42,8 @@ def matched(
     """
     if not objective.needs_matching:
         return list(batches)
-    own = [_values(policy, batch.to(policy.device), reference_logps_C) for batch in batches]
+    batches = [batch.to(policy.device) for batch in batches]  # what is matched is made there, and need not travel
+    own = [_values(policy, batch, reference_logps_C) for batch in batches]
     sizes = [values.shape[1] for values in own]
     # Rank r's pairs stand at r * N; places that nobody fills sort last.
     ranks, num_pairs = policy.ranks, plan.num_pairs
@@ -56,10 +57,7 @@ def matched(
     )
     start = ranks.rank * num_pairs
     parts = partners[:, start : start + sum(sizes)].split(sizes, dim=1)
-    return [
-        replace(batch, partners_3B=part.to(batch.input_ids_T.device))
-        for batch, part in zip(batches, parts, strict=True)
-    ]
+    return [replace(batch, partners_3B=part.to(policy.device)) for batch, part in zip(batches, parts, strict=True)]
 
 
 def _values(policy: TrainingEngine, batch: MicroBatch, reference_logps_C: Tensor) -> Float[Tensor, "4 B"]:

@@ -39,8 +39,9 @@ class MicroBatch:
     num_tokens: int  # T, or 0 for a filler
     num_unshared_tokens: int  # sum over pairs of 2 P + C + R: every pair on its own, nothing shared
     token_weight_M: Float[Tensor, " M"] | None = None  # of each scored token in its completion's sum; None: 1
-    partners_3B: Float[Tensor, "3 B"] | None = None  # what each pair is matched with (`matching.py`), nats: instead of
-    # its own the reference's chosen - rejected, the log-ratio of a rejected, and of a chosen completion
+    # What each pair is matched with (`matching.py`), nats, made on the device: instead of its own the reference's
+    # chosen - rejected, the log-ratio of a rejected, and of a chosen completion.
+    partners_3B: Float[Tensor, "3 B"] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device, all of it by one copy."""

@@ -192,6 +192,11 @@ def require_reference(config: RunConfig) -> None:
     """
     if config.reference.source == "none":
         raise ConfigError("reference.source=none: there is nothing to compute; use auto, live, cache or adapter_off")
+    if config.loss.ld_alpha is not None:
+        raise ConfigError(
+            f"loss.ld_alpha={config.loss.ld_alpha} needs the reference's value of every token, and a cache gives sums: "
+            "there is nothing to compute; leave it out"
+        )
     if not config.has_reference:
         raise ConfigError(
             f"loss.loss_type={' and '.join(config.loss.loss_types)} reads no reference: there is nothing to compute; "

@@ -51,10 +51,11 @@ class Objective:
             batch: which completions are chosen and rejected, and the weights of pairs.
             logps_C: log pi_policy of every completion, nats.
             logratios_C: the same less log pi_reference.
-            tokens: of which `logps_C` are the sums; for WPO.
+            tokens: of which `logps_C` are the sums, with `statistics`; WPO alone needs them.
         """
         pairs = self.pair_losses(PairValues.of(batch, logps_C, logratios_C))
-        if self.config.use_weighting and tokens is not None:
+        if self.config.use_weighting:
+            assert tokens is not None, "WPO weighs by tokens"
             pairs = pairs * wpo_weights(batch, tokens)
         of_completions = _added(self.token_terms, {"completion_logps": logps_C}, logps_C)
         weighted = (pairs * batch.pair_weight_B, of_completions * batch.chosen_weight_C)

@@ -23,7 +23,8 @@ A run whose losses read no reference has none, unless `reference.source` or anot
 
 `aot` and `aot_unpaired` sort over the whole global step, so that neither micro-batches nor the number of ranks changes
 what is compared (TRL sorts within a batch). For that the policy runs forward over the step once more, without gradient:
-about a third more of its arithmetic, and under ZeRO-3 weights are then not fetched ahead. Evaluation sorts within 1024
+a third more of its arithmetic (a quarter if activations are recomputed), and under ZeRO-3 DeepSpeed does not fetch
+weights ahead in it and in the next forward. Evaluation sorts within 1024
 examples.
 
 For every pairwise loss: `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length

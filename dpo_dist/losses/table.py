@@ -191,7 +191,7 @@ LOSSES: dict[str, LossSpec] = {
         ("beta", "simpo_gamma"),
         "-log s(beta (logp_c / length - logp_r / length) - simpo_gamma)",
         "SimPO: Meng et al. 2024, arXiv:2405.14734",
-        "No reference. beta is per token, so large: 2 to 10; simpo_gamma about half of it.",
+        "No reference. beta is per token here, so larger than DPO's.",
     ),
     "cpo": LossSpec(
         formulas.cpo,

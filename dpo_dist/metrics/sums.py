@@ -18,8 +18,8 @@ from dpo_dist.errors import NumericsError
 from dpo_dist.logprobs import TokenScores
 
 # What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
-# two belong to the loss of tokens. The
-# rest is 0 where nobody asked for statistics of tokens: their sums, and numbers of tokens that they are of.
+# two belong to the loss of tokens. The last seven are 0 where nobody asked for statistics of tokens: their sums, and
+# the numbers of tokens that they are of.
 SUMS = (
     "loss",
     "pair_weight",

@@ -68,6 +68,20 @@ def test_damaged_identity(config: Path, stored: Path) -> None:
     assert "reference.json is damaged; delete the folder" in refuse(config, "reference.cache_dir=damaged")
 
 
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        (
+            "loss.loss_type=sft",
+            "loss.loss_type=sft reads no reference: there is nothing to compute; set reference.source",
+        ),
+        ("loss.ld_alpha=0.5", "loss.ld_alpha=0.5 needs the reference's value of every token, and a cache gives sums"),
+    ],
+)
+def test_a_loss_that_no_cache_serves(config: Path, setting: str, reason: str) -> None:
+    assert reason in refuse(config, setting, command="precompute")
+
+
 def test_nothing_to_precompute(config: Path) -> None:
     message = refuse(config, "reference.source=none", command="precompute")
     assert "reference.source=none: there is nothing to compute" in message

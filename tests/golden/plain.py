@@ -1,6 +1,7 @@
 """Log-probabilities and training by plain transformers and torch: one unpadded sequence at a time. The oracle."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,19 +19,32 @@ def completion_logp(model: PreTrainedModel, prompt_ids: Sequence[int], completio
     return float(torch.log_softmax(logits_TV, dim=-1).gather(-1, targets[:, None]).sum())
 
 
-def train(case: Case, loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Iterator[dict[str, float]]:
-    """Lines of a recorded case, of a loss of the log-ratios of chosen and rejected completions, (B,) each."""
+@dataclass(frozen=True)
+class Step:
+    """Of chosen and of rejected completions, (2, B) each."""
+
+    ratios: Tensor
+    logps: Tensor
+    lengths: Tensor
+
+
+def train(
+    case: Case, loss: Callable[[Step], Tensor], dtype: torch.dtype, all_rows: Sequence[Row] | None = None
+) -> Iterator[dict[str, float]]:
+    """Lines of a run with the settings of a case, and any loss of a step; of the recorded pairs, or of other rows."""
+    all_rows = load_rows() if all_rows is None else all_rows
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=dtype) for name in ("tiny_policy", "tiny_reference")
     )
     optimizer = torch.optim.AdamW(policy.parameters(), case.learning_rate, (0.9, 0.999), eps=1e-8, weight_decay=0)
     for step in range(case.steps):
-        rows = load_rows()[step * case.examples_per_step :][: case.examples_per_step]
+        rows = all_rows[step * case.examples_per_step :][: case.examples_per_step]
         logps = torch.stack([_pair(policy, row) for row in rows], 1)
         with torch.no_grad():
             reference_logps = torch.stack([_pair(reference, row) for row in rows], 1)
         ratios = logps - reference_logps
-        value = loss(ratios[0], ratios[1]).mean()
+        lengths = torch.tensor([(len(row.chosen_ids), len(row.rejected_ids)) for row in rows]).t()
+        value = loss(Step(ratios, logps, lengths))
         optimizer.zero_grad()
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -66,9 +66,9 @@ def test_where_there_is_slack_exact_arithmetic_needs_it_too(name: str) -> None:
     case = load_case(name)
     configured = bind(LossConfig.model_validate(dict(case.loss)))
 
-    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-        one, unknown = torch.ones_like(chosen), torch.full_like(chosen, math.nan)
-        return configured.pair_losses(PairValues(chosen, rejected, one, one, unknown, unknown))
+    def loss(step: plain.Step) -> Tensor:
+        one, unknown = torch.ones_like(step.ratios), torch.full_like(step.ratios, math.nan)
+        return configured.pair_losses(PairValues(*step.ratios, *one, *unknown)).mean()
 
     lines = list(plain.train(case, loss, torch.float64))  # equal on every machine
     assert (compare_trajectory(lines, case.logs) != []) is (name in SLACK)

@@ -24,12 +24,12 @@ A run whose losses read no reference has none, unless `reference.source` or anot
 `aot` and `aot_unpaired` sort over the whole global step, so that neither micro-batches nor the number of ranks changes
 what is compared (TRL sorts within a batch). For that the policy runs forward over the step once more, without gradient:
 a third more of its arithmetic (a quarter if activations are recomputed), and under ZeRO-3 DeepSpeed does not fetch
-weights ahead in it and in the next forward. Evaluation sorts within 1024
-examples.
+weights ahead in it and in the next forward. Evaluation sorts within 1024 examples.
 
-For every pairwise loss: `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length
-of the shorter one, and `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the policy is to
-write them. Weights that come from the policy are in no denominator.
+`loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length of the shorter one, for
+all losses that read a reference. `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the
+policy is to write them, for all but `aot`, `aot_unpaired` and what has a likelihood term (`cpo`, `orpo`, `sft`). Weights
+that come from the policy are in no denominator.
 """
 
 

@@ -28,8 +28,8 @@ weights ahead in it and in the next forward. Evaluation sorts within 1024 exampl
 
 `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length of the shorter one, for
 all losses that read a reference. `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the
-policy is to write them, for all but `aot`, `aot_unpaired` and what has a likelihood term (`cpo`, `orpo`, `sft`). Weights
-that come from the policy are in no denominator.
+policy is to write them, for all but `aot`, `aot_unpaired` and what has a likelihood term (`cpo`, `orpo`, `sft`).
+Weights that come from the policy are in no denominator.
 """
 
 

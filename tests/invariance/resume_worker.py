@@ -19,6 +19,8 @@ from typing import Any
 
 from jaxtyping import install_import_hook
 
+from tests.launching import end_rank
+
 if __name__ == "__main__":
     install_import_hook("dpo_dist", "beartype.beartype")
 
@@ -101,3 +103,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

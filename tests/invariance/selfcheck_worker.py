@@ -29,6 +29,7 @@ from dpo_dist.reference import LiveReference
 from tests.golden.trajectories import FOLDER, base_config
 from tests.invariance import selfcheck_case as faults
 from tests.invariance.selfcheck_case import EXAMPLES, Case, builds_wrongly, save_model
+from tests.launching import end_rank
 from tests.parity.oracle import random_example
 
 Raised = dict[str, list[str] | None]
@@ -107,3 +108,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

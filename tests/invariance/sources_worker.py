@@ -14,6 +14,8 @@ from unittest import mock
 import yaml
 from jaxtyping import install_import_hook
 
+from tests.launching import end_rank
+
 
 def main(folder: Path, everything: bool) -> None:
     """Run them."""
@@ -69,3 +71,4 @@ def _count_forwards_without_gradient(run: Any) -> list[int]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:] == ["everything"])
+    end_rank()

@@ -15,6 +15,8 @@ from unittest import mock
 import yaml
 from jaxtyping import TypeCheckError, install_import_hook
 
+from tests.launching import end_rank
+
 
 def main(folder: Path) -> None:
     """Run everything that is asked for."""
@@ -76,3 +78,4 @@ def _observed_run(folder: Path, name: str, config: dict[str, Any], *, is_first: 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_rank()

@@ -33,6 +33,7 @@ from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, 
 from dpo_dist.logprobs import STATISTICS
 from dpo_dist.losses.formulas import cpo
 from dpo_dist.model import attach_adapter, four_bits, load_config, load_model
+from tests.launching import end_rank
 from tests.parity.adapter_cases import (
     BETA,
     CASES,
@@ -184,3 +185,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
+from tests.launching import end_rank
+
 if __name__ == "__main__":
     install_import_hook("dpo_dist", "beartype.beartype")
     from dpo_dist.cli.training import run_training
@@ -14,3 +16,4 @@ if __name__ == "__main__":
     with process_group():
         for path in sys.argv[1:]:
             run_training(load_config(path), Path(path).parent / "cache")
+    end_rank()

@@ -6,13 +6,14 @@ rank (`<kind>.json`: a list of what each rank saw) for pytest to judge; nothing 
 
 import ctypes
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from jaxtyping import install_import_hook
+
+from tests.launching import end_rank
 
 with install_import_hook("dpo_dist", "beartype.beartype"):
     import torch
@@ -288,9 +289,8 @@ def main() -> None:
         seen = all_gather_json(globals()[kind](folder, ranks))
         if ranks.is_first:
             (folder / f"{kind}.json").write_text(json.dumps(seen))
-    # As dpo-dist ends: DeepSpeed's hooks keep groups with their threads alive, and these abort a process now and then.
-    os._exit(0)
 
 
 if __name__ == "__main__":
     main()
+    end_rank()

@@ -11,6 +11,8 @@ from typing import Any
 
 from jaxtyping import install_import_hook
 
+from tests.launching import end_rank
+
 with install_import_hook("dpo_dist", "beartype.beartype"):
     import torch
 
@@ -79,3 +81,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

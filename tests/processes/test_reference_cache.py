@@ -151,7 +151,8 @@ class Children:
 
     def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
         self.folder = folder
-        self.examples = [examples_of(60, seed=3), [*examples_of(20, seed=4), *examples_of(20, seed=3)]]
+        # More than a fast machine gets through before ten kills.
+        self.examples = [examples_of(240, seed=3), [*examples_of(80, seed=4), *examples_of(20, seed=3)]]
         self.datasets = [save_dataset(folder / f"data/{i}", examples) for i, examples in enumerate(self.examples)]
         flat = [(one.prompt_ids, ids) for examples in self.examples for one in examples for ids in one.completion_ids]
         self.row_of = {key.tobytes(): row for key, row in zip(dataset_keys(self.datasets), flat, strict=True)}

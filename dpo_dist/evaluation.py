@@ -29,6 +29,7 @@ def evaluate(
     packer: Packer,
     loss: Objective,
     beta: float,
+    has_reference: bool,
 ) -> dict[str, float]:
     """The metrics of a training step, over a whole data set and without an update. Every rank must call it.
 
@@ -51,7 +52,7 @@ def evaluate(
             losses = loss(on_device, logps, logratios, tokens)
             sums += step_sums(on_device, logps, logratios, losses, beta, tokens)
     window = Window(dict(zip(SUMS, sum_over_ranks(sums).tolist(), strict=True)))
-    return {**window.means(), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}
+    return {**window.means(has_reference), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}
 
 
 def _plans(dataset: TokenizedDataset, packer: Packer) -> Iterator[StepPlan]:

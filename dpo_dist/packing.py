@@ -29,6 +29,7 @@ class ExampleSize:
     prompt: int  # tokens
     completions: tuple[int, ...]  # tokens of each completion
     pairs: tuple[Pair, ...]
+    weight: float = 1.0
 
     @property
     def pair_weight(self) -> float:
@@ -37,8 +38,21 @@ class ExampleSize:
 
     @property
     def demonstrated_tokens(self) -> float:
-        """Tokens of the chosen completions, each times the weight of the pairs that it is chosen in."""
+        """Tokens of the chosen completions, each times the weight of the pairs that it is chosen in.
+
+        Without pairs every completion is a demonstration, and has the example's weight.
+        """
+        if not self.pairs:
+            return self.weight * sum(self.completions)
         return math.fsum(pair.weight * self.completions[pair.chosen] for pair in self.pairs)
+
+    @property
+    def unshared_tokens(self) -> int:
+        """Tokens where every pair, or demonstration, is computed on its own: 2 P + C + R, or P + C."""
+        if not self.pairs:
+            return len(self.completions) * self.prompt + sum(self.completions)
+        ends = [(pair.chosen, pair.rejected) for pair in self.pairs]
+        return sum(2 * self.prompt + self.completions[chosen] + self.completions[rejected] for chosen, rejected in ends)
 
     @property
     def longest_rows(self) -> list[int]:
@@ -63,6 +77,7 @@ class StepPlan:
     reference_bins: tuple[Bins, ...]  # the same for the reference, under its own token budget
     pair_weight: float  # sum of pair weights over all ranks: the denominator of losses of a pair
     token_weight: float  # the same of `demonstrated_tokens`: the denominator of losses of a token
+    example_weight: float  # the same of examples: the denominator of losses of a whole list
     num_pairs: int
 
     def examples_of_rank(self, rank: int) -> tuple[int, ...]:
@@ -70,9 +85,9 @@ class StepPlan:
         return tuple(sorted(position for batch in self.micro_batches[rank] for position in batch))
 
     @property
-    def weights(self) -> tuple[float, float]:
+    def weights(self) -> tuple[float, float, float]:
         """The denominators, in the order of `losses.UNITS`."""
-        return self.pair_weight, self.token_weight
+        return self.pair_weight, self.token_weight, self.example_weight
 
     @property
     def fingerprint(self) -> str:
@@ -100,6 +115,7 @@ class Packer:
             reference_bins=_bins_of_ranks(shares, tokens, self.reference_max_tokens),
             pair_weight=math.fsum(size.pair_weight for size in sizes),
             token_weight=math.fsum(size.demonstrated_tokens for size in sizes),
+            example_weight=math.fsum(size.weight for size in sizes),
             num_pairs=sum(len(size.pairs) for size in sizes),
         )
 

@@ -21,6 +21,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.evaluation import evaluate
+from dpo_dist.health import Health, accuracy_gap, judge_evaluation, judge_step, restored
 from dpo_dist.losses import Objective, mean_loss
 from dpo_dist.matching import matched
 from dpo_dist.metrics import (
@@ -89,14 +90,19 @@ class Progress:
     num_tokens: int = 0  # tokens the policy has processed, over the whole run
     pairs_seen: int = 0
     window: Window = field(default_factory=Window)
+    health: Health = field(default_factory=Health)
     window_started: float = field(default_factory=time.perf_counter)
     stopped: bool = False  # somebody asked for it, and all ranks agreed
 
+    def is_over(self, num_steps: int) -> bool:
+        """Whether no step follows: all are made, or the run ends early, or it was asked to stop."""
+        return self.step >= num_steps or bool(self.health.ended) or self.stopped
+
 
 def train(run: Run, progress: Progress) -> None:
-    """Minimise the preference loss from where `progress` stands to the last step, or to a request to stop."""
+    """Minimise the preference loss from where `progress` stands until the run is over."""
     beta, device = run.config.loss.beta, run.ranks.device
-    while progress.step < run.num_steps and not progress.stopped:
+    while not progress.is_over(run.num_steps):
         plan = run.plan(progress.step)
         work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts, run.config.loss.ld_alpha)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
@@ -137,7 +143,7 @@ def _finish_step(
     """Count the step, and do what is due after it. Every rank must get here."""
     progress.step += 1
     run.after_update(progress.step)
-    step, is_last = progress.step, progress.step == run.num_steps
+    step, health = progress.step, progress.health
     step_loss = loss_of(totals)
     require_finite(step, {"loss": step_loss, "grad_norm": grad_norm})
     if step == 1 and run.proof is not None:
@@ -149,12 +155,14 @@ def _finish_step(
     rows = [length for size in sizes_of(run.dataset, plan.examples) for length in size.longest_rows]
     progress.window.add({**totals, "tokens_padded": padded_tokens(rows)})
 
-    if run.is_logged(step):
+    _say(run, judge_step(health, totals, run.config))
+
+    if run.is_logged(step) or health.ended:
         _write_train_line(run, progress, grad_norm, learning_rate)
     if evaluation_is_due(run, step) and not progress.stopped:  # who asks for a stop may not wait; `restore` makes up
         evaluate_all(run, progress)
     save_steps = run.config.checkpoint.save_steps
-    if is_last or progress.stopped or (save_steps and step % save_steps == 0):
+    if progress.is_over(run.num_steps) or health.best_step == step or (save_steps and step % save_steps == 0):
         save(run, progress)
 
 
@@ -167,7 +175,7 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
     line = {
         "step": progress.step,
         "epoch": run.sampler.examples_seen(progress.step) / run.sampler.num_examples,
-        **window.means(),
+        **window.means(run.config.has_reference),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": progress.num_tokens,
@@ -190,14 +198,25 @@ def evaluation_is_due(run: Run, step: int) -> bool:
 
 def evaluate_all(run: Run, progress: Progress) -> None:
     """Evaluate every held-out set, each under its own name. Every rank must call it."""
-    started = time.perf_counter()
+    started, found = time.perf_counter(), {}
     for name, dataset in run.evaluation_sets.items():
-        values = evaluate(run.policy, run.reference, dataset, run.packer, run.loss, run.config.loss.beta)
+        values = evaluate(
+            run.policy, run.reference, dataset, run.packer, run.loss, run.config.loss.beta, run.config.has_reference
+        )
+        if (gap := accuracy_gap(progress.health, values)) is not None:
+            values["accuracy_gap"] = gap
+        found[name] = values
         line = {"step": progress.step, "split": "evaluation", "dataset": name, **values}
         if run.ranks.is_first:
             run.metrics_file.write(line)
             run.report(line)
+    _say(run, judge_evaluation(progress.health, progress.step, found, run.config))
     progress.window_started += time.perf_counter() - started  # evaluation is not training time
+
+
+def _say(run: Run, messages: list[str]) -> None:
+    for message in messages if run.ranks.is_first else ():
+        logger.warning(message)
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -210,6 +229,7 @@ def save(run: Run, progress: Progress) -> None:
         num_tokens=progress.num_tokens,
         pairs_seen=progress.pairs_seen,
         metrics_window=progress.window.to_json(),
+        health=progress.health.to_json(),
         reference_identity=run.reference_identity,
         data_fingerprint=run.dataset.fingerprint,
         world_size=run.ranks.world_size,
@@ -231,11 +251,14 @@ def restore(run: Run, folder: Path) -> Progress:
         logger.info("resuming after step %d (%d examples) from %s", state.step, state.examples_seen, folder)
         for change in changed_settings(state, run.config.model_dump(mode="json")):
             logger.warning("changed since the checkpoint: %s", change)
-    progress = Progress(state.step, state.num_tokens, state.pairs_seen, Window.from_json(state.metrics_window))
-    if evaluation_is_due(run, state.step):
+    window, health = Window.from_json(state.metrics_window), restored(state.health, state.config, run.config)
+    progress = Progress(state.step, state.num_tokens, state.pairs_seen, window, health)
+    if evaluation_is_due(run, state.step) and health.evaluated != state.step:
         # Only the first rank reads the file: it has just dropped a line that a kill may have cut short.
-        is_there = broadcast_json(run.ranks.is_first and run.metrics_file.has_evaluation(state.step))
-        if not is_there:
+        found = broadcast_json(run.metrics_file.evaluations(state.step) if run.ranks.is_first else None)
+        if found.keys() == run.evaluation_sets.keys():
+            _say(run, judge_evaluation(health, state.step, found, run.config))
+        else:
             evaluate_all(run, progress)
     return progress
 

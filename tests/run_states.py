@@ -17,6 +17,7 @@ def run_state(step: int = 2, world_size: int = 1, **changes) -> RunState:
         "num_tokens": 1000 * step,
         "pairs_seen": 9 * step,
         "metrics_window": {"loss": 0.1 + 0.2, "counts": [1, 2]},
+        "health": {"best_step": 0},
         "reference_identity": "reference-1",
         "data_fingerprint": "data-1",
         "world_size": world_size,

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dpo_dist.batch.layout import AttentionLayout, build_layout
+from dpo_dist.data import Pair
 from dpo_dist.tokenization import TokenizedExample
 
 
@@ -35,9 +36,14 @@ class MicroBatch:
     pair_chosen_B: Int[Tensor, " B"]  # index into the C completions
     pair_rejected_B: Int[Tensor, " B"]
     pair_weight_B: Float[Tensor, " B"]
-    chosen_weight_C: Float[Tensor, " C"]  # of each completion, the weights of the pairs that it is chosen in
+    pair_margin_B: Float[Tensor, " B"]  # by how much chosen is better, in the data's own unit
+    pair_probability_B: Float[Tensor, " B"]  # that it is better
+    # Of each completion, the weights of the pairs that it is chosen in; of a demonstration, its example's weight.
+    chosen_weight_C: Float[Tensor, " C"]
+    example_weight_C: Float[Tensor, " C"]  # of the example that it belongs to
+    example_weight: float  # sum over examples
     num_tokens: int  # T, or 0 for a filler
-    num_unshared_tokens: int  # sum over pairs of 2 P + C + R: every pair on its own, nothing shared
+    num_unshared_tokens: int  # every pair on its own, nothing shared: sum of 2 P + C + R; P + C of a demonstration
     token_weight_M: Float[Tensor, " M"] | None = None  # of each scored token in its completion's sum; None: 1
     # What each pair is matched with (`matching.py`), nats, made on the device: instead of its own the reference's
     # chosen - rejected, the log-ratio of a rejected, and of a chosen completion.
@@ -82,7 +88,7 @@ def build_micro_batch(
     """
     parts = _Parts()
     for example, offset in zip(examples, completion_offsets, strict=True):
-        parts.add_pairs(example)
+        parts.add_preferences(example)
         for k, completion_ids in enumerate(example.completion_ids):
             parts.add_completion(example.prompt_ids, completion_ids, offset + k, share_prompts and k > 0)
         if ld_alpha is not None:
@@ -107,16 +113,28 @@ class _Parts:
         self.completion_index: list[int] = []
         self.completion_lengths: list[int] = []
         self.token_weights: list[float] = []
-        self.pairs: list[tuple[int, int, float]] = []
+        self.pairs: list[tuple[int, int, Pair]] = []
+        self.chosen_weights: list[float] = []
+        self.example_weights: list[float] = []
+        self.example_weight = 0.0
         self.num_unshared_tokens = 0
         self.prompt_start = 0
 
-    def add_pairs(self, example: TokenizedExample) -> None:
-        first = len(self.completion_index)
+    def add_preferences(self, example: TokenizedExample) -> None:
+        first, prompt = len(self.completion_index), len(example.prompt_ids)
         lengths = [len(ids) for ids in example.completion_ids]
+        self.example_weight += example.weight
+        self.example_weights += [example.weight] * len(lengths)
+        if not example.pairs:  # demonstrations
+            self.chosen_weights += [example.weight] * len(lengths)
+            self.num_unshared_tokens += sum(prompt + length for length in lengths)
+            return
+        chosen_weights = [0.0] * len(lengths)
         for pair in example.pairs:
-            self.pairs.append((first + pair.chosen, first + pair.rejected, pair.weight))
-            self.num_unshared_tokens += 2 * len(example.prompt_ids) + lengths[pair.chosen] + lengths[pair.rejected]
+            self.pairs.append((first + pair.chosen, first + pair.rejected, pair))
+            chosen_weights[pair.chosen] += pair.weight
+            self.num_unshared_tokens += 2 * prompt + lengths[pair.chosen] + lengths[pair.rejected]
+        self.chosen_weights += chosen_weights
 
     def add_completion(
         self, prompt: Sequence[int], completion: Sequence[int], index: int, prompt_is_there: bool
@@ -150,9 +168,6 @@ class _Parts:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
 
     def finish(self, is_filler: bool) -> MicroBatch:
-        chosen_weights = [0.0] * len(self.completion_index)
-        for chosen, _, weight in self.pairs:
-            chosen_weights[chosen] += weight
         layout = build_layout(self.q_lengths, self.k_lengths, self.kv_index, len(self.ids))
         return MicroBatch(
             input_ids_T=_indices(self.ids),
@@ -165,16 +180,24 @@ class _Parts:
             completion_length_C=_indices(self.completion_lengths),
             pair_chosen_B=_indices([pair[0] for pair in self.pairs]),
             pair_rejected_B=_indices([pair[1] for pair in self.pairs]),
-            pair_weight_B=torch.tensor([pair[2] for pair in self.pairs], dtype=torch.float32),
-            chosen_weight_C=torch.tensor(chosen_weights, dtype=torch.float32),
+            pair_weight_B=_numbers([pair.weight for _, _, pair in self.pairs]),
+            pair_margin_B=_numbers([pair.margin for _, _, pair in self.pairs]),
+            pair_probability_B=_numbers([pair.probability for _, _, pair in self.pairs]),
+            chosen_weight_C=_numbers(self.chosen_weights),
+            example_weight_C=_numbers(self.example_weights),
+            example_weight=self.example_weight,
             num_tokens=0 if is_filler else len(self.ids),
             num_unshared_tokens=self.num_unshared_tokens,
-            token_weight_M=torch.tensor(self.token_weights, dtype=torch.float32) if self.token_weights else None,
+            token_weight_M=_numbers(self.token_weights) if self.token_weights else None,
         )
 
 
 def _indices(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _numbers(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _tensors_of(container: "MicroBatch | AttentionLayout") -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ class RunState:
     """Preference pairs scored since the run's start."""
     metrics_window: dict[str, Any]
     """Sums of a logging interval that has begun and is not written yet; JSON values."""
+    health: dict[str, Any]
+    """What has been seen of the run's health, and its best evaluation; JSON values."""
     reference_identity: str
     """Hash of the reference's weights and settings."""
     data_fingerprint: str

@@ -55,7 +55,7 @@ class CheckpointStore:
     Args:
         run_dir: `train.output_dir`.
         ranks: Where this process stands.
-        save_total_limit: How many checkpoints to keep, the newest; None keeps all.
+        save_total_limit: How many checkpoints to keep, the newest, and the best besides; None keeps all.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, save_total_limit: int | None = None) -> None:
@@ -80,7 +80,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, if the disk is full or a file cannot be written.
         """
-        final = self.folder / f"step-{state.step:06d}"
+        final = self.path_of(state.step)
         staging = self.folder / f"{_STAGING}{final.name}"
         needed = 0
         try:
@@ -96,8 +96,12 @@ class CheckpointStore:
             if self.ranks.is_first:
                 remove_path(staging)
             raise
-        self._on_first_rank(self._apply_limit)
+        self._on_first_rank(lambda: self._apply_limit(self.path_of(state.health.get("best_step", 0))))
         return final
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, if there is one."""
+        return self.folder / f"step-{step:06d}"
 
     def _open_staging(self, staging: Path) -> int:
         """Make an empty folder to write to; returns how many bytes the checkpoint will need, 0 if that is unknown."""
@@ -149,10 +153,10 @@ class CheckpointStore:
         publish(staging, final)
         replace_text(self.folder / LATEST_FILE, final.name + "\n")
 
-    def _apply_limit(self) -> None:
+    def _apply_limit(self, best: Path) -> None:
         if self.save_total_limit is None:
             return
-        for folder in self._by_age()[: -max(1, self.save_total_limit)]:
+        for folder in [old for old in self._by_age()[: -max(1, self.save_total_limit)] if old != best]:
             doomed = folder.with_name(f"{_STAGING}deleted-{folder.name}")
             try:
                 # Renamed first: a crash half-way must not leave a folder that looks like a damaged checkpoint.
@@ -275,8 +279,6 @@ class CheckpointStore:
             except CheckpointError:
                 continue
         return sorted(sequences, key=lambda folder: sequences[folder])
-
-    # ---- ranks
 
     def _on_first_rank(self, action: Callable[[], Any], needed: int = 0) -> Any:
         """What the action returns on the first rank, as JSON carries it; its error is raised on every rank."""

@@ -94,11 +94,7 @@ def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> 
     plan = prepared.first_plan(world_size)
     sizes = sizes_of(prepared.dataset, plan.examples)
     tokens = [size.input_tokens(prepared.sharing[0]) for size in sizes]
-    unshared = sum(
-        2 * size.prompt + size.completions[pair.chosen] + size.completions[pair.rejected]
-        for size in sizes
-        for pair in size.pairs
-    )
+    unshared = sum(size.unshared_tokens for size in sizes)
     padded = padded_tokens([length for size in sizes for length in size.longest_rows])
     counts = f"{counted(len(sizes), 'example')}, {counted(plan.num_pairs, 'pair')}"
     console.print(f"first step on {counted(world_size, 'rank')}: {counts}")

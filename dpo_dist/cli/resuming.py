@@ -7,6 +7,7 @@ from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, Run
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.config import ReferenceConfig
 from dpo_dist.distributed import broadcast_json
+from dpo_dist.health import restored
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,17 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
     state = store.load_state(folder)
     _require_same_run(prepared, folder, state)
     model = Path(prepared.config.train.output_dir) / "model"
-    is_finished = broadcast_json(state.step >= prepared.num_steps and _is_model_of(folder, store, model))
+    ended = restored(state.health, state.config, prepared.config).ended
+    is_over = state.step >= prepared.num_steps or bool(ended)
+    is_finished = broadcast_json(is_over and _is_model_of(folder, store, model))
     text = f"checkpoint.resume: {state.step} of {prepared.num_steps} steps are done in {folder}"
     if is_finished:
-        text += (
-            f" and the model is in {model}: nothing is left to do; with more train.max_steps or "
-            "train.num_train_epochs it would go on"
+        way_on = (
+            "other settings of evaluation and health" if ended else "more train.max_steps or train.num_train_epochs"
         )
+        text += f" and the model is in {model}: nothing is left to do; with {way_on} it would go on"
+    if ended:
+        text += f" (ended early: {ended})"
     return Start(folder, state.step + 1, is_finished, text)
 
 

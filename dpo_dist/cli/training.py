@@ -81,6 +81,7 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
                 _begin(run, progress)
             train(run, progress)
         if not progress.stopped:
+            _load_best(run, progress)
             _export(prepared, run)
         elif ranks.is_first:
             logger.info("stopped after step %d of %d; checkpoint.resume=auto goes on", progress.step, run.num_steps)
@@ -206,6 +207,18 @@ def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path]
             write_adapter_settings(assets, policy.model.adapter)
 
     return write
+
+
+def _load_best(run: Run, progress: Progress) -> None:
+    """Put the weights of the best evaluation back, where they are asked for and there are such."""
+    best = progress.health.best_step
+    if not run.config.evaluation.load_best_model_at_end or best in (0, progress.step):
+        return
+    folder = run.store.find(str(run.store.path_of(best)))
+    assert folder is not None, "a path is found, or refused"
+    run.weights.read(folder)
+    if run.ranks.is_first:
+        logger.info("the model is that after step %d, the best of %d steps", best, progress.step)
 
 
 def _export(prepared: Prepared, run: Run) -> None:

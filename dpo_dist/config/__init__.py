@@ -1,10 +1,12 @@
 """The whole run as frozen pydantic models, and the strict loader.
 
     section.py     what all sections have in common
-    models.py      every option: meaning, unit, default, bounds (adapter.py, loss.py, reference.py: of these sections)
+    models.py      every option: meaning, unit, default, bounds (adapter.py, evaluation.py, loss.py, reference.py: of
+                   these sections)
     rules.py       which combinations are impossible, and which keys have no effect in a combination
     source_rules.py the same of the sections adapter and reference
     loss_rules.py  the same of the section loss
+    evaluation_rules.py the same of the sections evaluation and health
     foreign.py     names that other systems use for our options
     yaml_lines.py  YAML with the line of every key
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
@@ -19,6 +21,7 @@ Imports neither torch nor transformers: a mistake in a configuration is reported
 
 from dpo_dist.config.adapter import AdapterConfig
 from dpo_dist.config.deepspeed import load_deepspeed
+from dpo_dist.config.evaluation import BEST_BY, EvaluationConfig, HealthConfig
 from dpo_dist.config.files import package_file
 from dpo_dist.config.loader import dump_resolved, json_schema, load_config
 from dpo_dist.config.loss import LOSS_TYPES, LossConfig
@@ -26,7 +29,6 @@ from dpo_dist.config.models import (
     CheckpointConfig,
     DataConfig,
     DataSource,
-    EvaluationConfig,
     LogConfig,
     ModelConfig,
     PackingConfig,
@@ -39,12 +41,14 @@ from dpo_dist.config.rules import is_local
 from dpo_dist.config.table import options_table
 
 __all__ = [
+    "BEST_BY",
     "LOSS_TYPES",
     "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
     "DataSource",
     "EvaluationConfig",
+    "HealthConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",

@@ -184,8 +184,6 @@ FOREIGN_KEYS: dict[str, str] = {
     "save_strategy": "the name here is checkpoint.save_steps; 0 saves only at the end",
     "save_only_model": "a checkpoint always holds the whole state; the model alone is written to model/",
     "max_ckpt_num": "the name here is checkpoint.save_total_limit",
-    "load_best_model_at_end": "the last weights are exported; see the `export` command for a checkpoint",
-    "metric_for_best_model": "the last weights are exported; see the `export` command for a checkpoint",
     "eval_strategy": "the name here is evaluation.eval_steps; 0 is never",
     "evaluation_strategy": "the name here is evaluation.eval_steps; 0 is never",
     "generate_during_eval": _NONE,

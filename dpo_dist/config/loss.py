@@ -25,6 +25,7 @@ LossType = Literal[
     "simpo",
     "cpo",
     "orpo",
+    "plackett_luce",
     "sft",
 ]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
@@ -63,6 +64,9 @@ class LossConfig(Section):
     rdpo_alpha: Annotated[Number, Field(ge=0)] = 0.0
     """R-DPO, for `sigmoid`: nats that the margin of a pair is given for each token that its chosen completion is longer
     than the rejected one, so that a longer answer need not be told apart by its length."""
+    odpo_alpha: Annotated[Number, Field(ge=0)] = 0.0
+    """ODPO, for `sigmoid`: nats that a pair's margin is to be above 0 for each unit of the data's margin: of the column
+    `margin`, or the difference of two `scores`."""
     dpop_lambda: Annotated[Number, Field(gt=0)] = 50.0
     """`dpop`: cost of each nat that a chosen completion lies below the reference, in nats of the log-ratio."""
     simpo_gamma: Annotated[Number, Field(ge=0)] = 0.5

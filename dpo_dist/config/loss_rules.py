@@ -12,6 +12,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"),
     "discopop_tau": ("discopop",),
     "rdpo_alpha": ("sigmoid",),
+    "odpo_alpha": ("sigmoid",),
     "dpop_lambda": ("dpop",),
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("cpo",),
@@ -20,7 +21,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 # completions, and cancels in nothing else.
 OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 # Losses of which not everything belongs to a single pair.
-NOT_WEIGHTED = ("aot", "aot_unpaired", "cpo", "orpo", "sft")
+NOT_WEIGHTED = ("aot", "aot_unpaired", "cpo", "orpo", "plackett_luce", "sft")
 
 
 def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:

@@ -1,6 +1,6 @@
 """The sections of a run's configuration: every option with its meaning, unit and effect.
 
-What they have in common stands in `section.py`; adapters, loss and reference have files of their own.
+What they have in common stands in `section.py`; adapters, evaluation, loss and reference have files of their own.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dpo_dist.config.adapter import AdapterConfig
+from dpo_dist.config.evaluation import EvaluationConfig, HealthConfig
 from dpo_dist.config.loss import LossConfig
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.section import Flag, Number, Section, Text
@@ -151,15 +152,6 @@ class CheckpointConfig(Section):
     of a checkpoint to go on from."""
 
 
-class EvaluationConfig(Section):
-    """When the held-out data sets are evaluated."""
-
-    eval_steps: Annotated[int, Field(ge=0)] = 0
-    """Evaluate after so many updates, and after the last one; more than the run has: only at the end. 0: never."""
-    eval_on_start: Flag = False
-    """Evaluate before the first update, too."""
-
-
 class LogConfig(Section):
     """Where the run's numbers go; `metrics.jsonl` is always written."""
 
@@ -191,7 +183,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run's state is saved, and what it starts from."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """When the held-out data sets are evaluated."""
+    """When the held-out data sets are evaluated, and what follows from it."""
+    health: HealthConfig = HealthConfig()
+    """What of a run's numbers is cause for concern, and what happens then."""
     log: LogConfig = LogConfig()
     """Where the run's numbers go; `metrics.jsonl` is always written."""
 
@@ -206,3 +200,8 @@ class RunConfig(Section):
             return self.reference.source != "none"
         asked = self.reference != ReferenceConfig() or self.model.reference_name_or_path is not None
         return asked or self.loss.reads_a_reference
+
+    @property
+    def trains_on_demonstrations(self) -> bool:
+        """Whether this is a supervised run: chosen completions alone are read, and compared with nothing."""
+        return self.loss.loss_types == ("sft",) and not self.has_reference

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.evaluation_rules import evaluation_keys_without_effect, evaluation_rules
 from dpo_dist.config.loss_rules import loss_keys_without_effect, loss_rules
 from dpo_dist.config.models import RunConfig
 from dpo_dist.config.source_rules import Broken, KeyPath, source_keys_without_effect, source_rules
@@ -20,7 +21,11 @@ COMMIT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 def keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
     """Keys that this combination never reads -> the key that makes it so, and the reason."""
-    found = source_keys_without_effect(config) | loss_keys_without_effect(config)
+    found = {
+        **source_keys_without_effect(config),
+        **loss_keys_without_effect(config),
+        **evaluation_keys_without_effect(config),
+    }
     if config.train.max_steps is not None:
         found["train", "num_train_epochs"] = (
             ("train", "max_steps"),
@@ -41,12 +46,6 @@ def keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]
             ("train", "shuffle"),
             "has no effect with train.shuffle=false: nothing else is random; leave this out, or shuffle",
         )
-    if not config.data.evaluation:
-        for key in ("eval_steps", "eval_on_start"):
-            found["evaluation", key] = (
-                ("data", "evaluation"),
-                "has no effect without data.evaluation; give held-out data, or leave this out",
-            )
     name = config.model.model_name_or_path
     if is_local(name):
         what = "names the demo model" if name == "demo" else "is a local folder"
@@ -68,6 +67,7 @@ def broken_rules(config: RunConfig) -> Iterator[Broken]:
     yield from _run_rules(config)
     yield from source_rules(config)
     yield from loss_rules(config)
+    yield from evaluation_rules(config)
 
 
 def is_set(config: RunConfig, path: KeyPath) -> bool:

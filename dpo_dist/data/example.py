@@ -24,6 +24,7 @@ class Pair:
     rejected: int
     weight: float = 1.0
     margin: float = 0.0
+    probability: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

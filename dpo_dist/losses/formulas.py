@@ -2,15 +2,16 @@
 
 Every tensor is (B,), one value per pair. A log-ratio is log pi_policy - log pi_reference of a completion, in nats; a
 score is the log-ratio, or what another f-divergence puts in its place; lengths are tokens. Every function gives the
-loss of each pair. It knows nothing of weights, batches or ranks: whoever calls it multiplies by the pairs' weights and
-divides by the weight of the whole step. Names and formulas are TRL's; sources stand in `table.py`.
+loss of each pair, or of each completion (C,) where it says so. It knows nothing of weights, batches or ranks: whoever
+calls it multiplies by weights and divides by the weight of the whole step. Names and formulas are TRL's; sources stand
+in `table.py`.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Values = Float[Tensor, " B"]
@@ -21,18 +22,24 @@ def sigmoid(
     rejected_scores: Values,
     chosen_lengths: Values,
     rejected_lengths: Values,
+    margins: Values,
+    probabilities: Values,
     *,
     beta: float,
     label_smoothing: float = 0.0,
     rdpo_alpha: float = 0.0,
+    odpo_alpha: float = 0.0,
 ) -> Values:
-    """-(1 - eps) log s(m) - eps log s(-m), m = beta (chosen - rejected) + alpha (chosen length - rejected length).
+    """-p log s(m) - (1 - p) log s(-m), s the logistic function.
 
-    eps = label_smoothing, alpha = rdpo_alpha, s the logistic function. log 2 where the policy equals the reference and
-    alpha is 0. eps > 0 is conservative DPO, alpha > 0 R-DPO.
+    m = beta (chosen - rejected) + rdpo_alpha (chosen length - rejected length) - odpo_alpha * the data's margin.
+    p = (1 - eps) q + eps (1 - q), q the data's probability that chosen is better, eps = label_smoothing.
+    log 2 where the policy equals the reference and both alphas are 0. DPO: q = 1, eps = 0.
     """
-    margins = beta * (chosen_scores - rejected_scores) + rdpo_alpha * (chosen_lengths - rejected_lengths)
-    return _logistic(margins, label_smoothing)
+    logits = beta * (chosen_scores - rejected_scores) + rdpo_alpha * (chosen_lengths - rejected_lengths)
+    return _logistic(
+        logits - odpo_alpha * margins, label_smoothing + (1.0 - 2.0 * label_smoothing) * (1.0 - probabilities)
+    )
 
 
 def hinge(chosen_scores: Values, rejected_scores: Values, *, beta: float) -> Values:
@@ -177,9 +184,30 @@ def sft(completion_logps: Values) -> Values:
     return -completion_logps
 
 
+def plackett_luce(
+    chosen_logratios: Values,
+    rejected_logratios: Values,
+    pair_chosen: Int[Tensor, " B"],
+    completion_logps: Float[Tensor, " C"],
+    *,
+    beta: float,
+) -> Float[Tensor, " C"]:
+    """Of each completion i, log(1 + sum over all worse ones j of exp(r_j - r_i)), r = beta log-ratio.
+
+    Which are worse say the pairs (`pair_chosen` is their i). Added up over a ranking of K completions it is
+    -log prod_k exp(r_k) / sum_(j >= k) exp(r_j); log K! where the policy equals the reference. 0 for the last.
+    """
+    gaps_B = beta * (rejected_logratios - chosen_logratios)
+    # Logarithms of sums of exponentials, from the largest on; 0 stands for the completion itself.
+    zeros_C = torch.zeros_like(completion_logps, requires_grad=False)
+    largest_C = zeros_C.scatter_reduce(0, pair_chosen, gaps_B.detach(), "amax")
+    shares_B = (gaps_B - largest_C[pair_chosen]).exp()
+    return largest_C + torch.log((-largest_C).exp().index_add(0, pair_chosen, shares_B))
+
+
 def _log_odds(logps: Values) -> Values:
     return logps - torch.log(-torch.expm1(logps))
 
 
-def _logistic(margins: Values, label_smoothing: float) -> Values:
+def _logistic(margins: Values, label_smoothing: float | Values) -> Values:
     return -(1.0 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)

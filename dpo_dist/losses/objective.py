@@ -25,8 +25,7 @@ class Objective:
     """The losses of a configuration as one function."""
 
     config: LossConfig
-    pair_terms: tuple[tuple[float, Term], ...]
-    token_terms: tuple[tuple[float, Term], ...]
+    terms: Mapping[str, tuple[tuple[float, Term], ...]]  # of each of `UNITS`
 
     @property
     def needs_matching(self) -> bool:
@@ -53,12 +52,22 @@ class Objective:
             logratios_C: the same less log pi_reference.
             tokens: of which `logps_C` are the sums, with `statistics`; WPO alone needs them.
         """
-        pairs = self.pair_losses(PairValues.of(batch, logps_C, logratios_C))
+        pair_values = PairValues.of(batch, logps_C, logratios_C)
+        pairs = self.pair_losses(pair_values)
         if self.config.use_weighting:
             assert tokens is not None, "WPO weighs by tokens"
             pairs = pairs * wpo_weights(batch, tokens)
-        of_completions = _added(self.token_terms, {"completion_logps": logps_C}, logps_C)
-        weighted = (pairs * batch.pair_weight_B, of_completions * batch.chosen_weight_C)
+        demonstrations = _added(self.terms["token"], {"completion_logps": logps_C}, logps_C)
+        lists = _added(
+            self.terms["example"],
+            {**vars(pair_values), "pair_chosen": batch.pair_chosen_B, "completion_logps": logps_C},
+            logps_C,
+        )
+        weighted = (
+            pairs * batch.pair_weight_B,
+            demonstrations * batch.chosen_weight_C,
+            lists * batch.example_weight_C,
+        )
         return torch.stack([values.sum() for values in weighted])
 
     def pair_losses(self, pairs: PairValues) -> Float[Tensor, " B"]:
@@ -69,7 +78,7 @@ class Objective:
             "chosen_scores": scores(config, pairs.chosen_logratios),
             "rejected_scores": scores(config, pairs.rejected_logratios),
         }
-        return _added(self.pair_terms, given, pairs.chosen_logratios)
+        return _added(self.terms["pair"], given, pairs.chosen_logratios)
 
 
 def bind(config: LossConfig) -> Objective:
@@ -81,7 +90,7 @@ def bind(config: LossConfig) -> Objective:
         likelihood = getattr(config, spec.likelihood) if isinstance(spec.likelihood, str) else spec.likelihood
         if likelihood:
             terms["token"].append((weight * likelihood, _bound(LOSSES["sft"], config)))
-    return Objective(config, tuple(terms["pair"]), tuple(terms["token"]))
+    return Objective(config, {unit: tuple(of_unit) for unit, of_unit in terms.items()})
 
 
 def mean_loss(sums_U: Tensor, weights: Sequence[float]) -> Tensor:
@@ -98,11 +107,11 @@ def mean_loss(sums_U: Tensor, weights: Sequence[float]) -> Tensor:
 def at_equality(objective: Objective) -> float:
     """The closed form of the loss where policy and reference are the same weights: log 2 for `sigmoid`.
 
-    NaN where it depends on what the policy itself finds likely, or on lengths.
+    NaN where it depends on what the policy itself finds likely, or on the data: lengths, margins, ranks.
     """
     config = objective.config
-    compares = all(LOSSES[name].reads_a_reference for name in config.loss_types)
-    if not compares or config.rdpo_alpha or config.use_weighting:
+    of_pairs = all(LOSSES[name].reads_a_reference and LOSSES[name].unit == "pair" for name in config.loss_types)
+    if not of_pairs or config.rdpo_alpha or config.odpo_alpha or config.use_weighting:
         return math.nan
     zero = torch.zeros(1, dtype=torch.float64)
     return float(objective.pair_losses(_alike(zero, zero)))
@@ -121,7 +130,7 @@ def near_equality(objective: Objective, noise: float) -> float:
 def _alike(chosen: Tensor, rejected: Tensor) -> PairValues:
     """Pairs of one token each: where a loss divides by lengths, none is further from its closed form."""
     one, zero = torch.ones_like(chosen), torch.zeros_like(chosen)
-    return PairValues(chosen, rejected, one, one, chosen, rejected, zero, rejected, chosen)
+    return PairValues(chosen, rejected, one, one, chosen, rejected, zero, one, zero, rejected, chosen)
 
 
 def _added(terms: Sequence[tuple[float, Term]], given: Mapping[str, Tensor], like: Tensor) -> Tensor:

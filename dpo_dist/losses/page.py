@@ -16,7 +16,8 @@ are not of a difference of scores take `reverse_kl` only.
 
 logp is the policy's own log-probability, likewise. The loss of a step is the sum over its pairs of weight * loss,
 divided by the sum of all pairs' weights in the step; of `sft`, and of the likelihood terms of `cpo` and `orpo`, the sum
-over tokens of chosen completions, divided by the number of these in the step (each times the weight of its pairs).
+over tokens of chosen completions, divided by the number of these in the step (each times the weight of its pairs); of
+`plackett_luce`, the sum over examples, by the sum of theirs. Weights are the column `weight` of the data, or 1.
 `rewards/*` are beta * log-ratio with every loss; without a reference, beta * logp.
 
 A run whose losses read no reference has none, unless `reference.source` or another option asks for one, for metrics.
@@ -28,8 +29,8 @@ weights ahead in it and in the next forward. Evaluation sorts within 1024 exampl
 
 `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length of the shorter one, for
 all losses that read a reference. `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the
-policy is to write them, for all but `aot`, `aot_unpaired` and what has a likelihood term (`cpo`, `orpo`, `sft`).
-Weights that come from the policy are in no denominator.
+policy is to write them, for all but `aot`, `aot_unpaired`, `plackett_luce` and what has a likelihood term
+(`cpo`, `orpo`, `sft`). Weights that come from the policy are in no denominator.
 """
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_dist.losses import formulas
 
-UNITS = ("pair", "token")
+UNITS = ("pair", "token", "example")
 
 _SCORES = ("chosen_scores", "rejected_scores")
 _LOGRATIOS = ("chosen_logratios", "rejected_logratios")
@@ -21,7 +21,7 @@ class LossSpec:
     """A loss, and what one value of it belongs to."""
 
     fn: Callable[..., Tensor]
-    unit: Literal["pair", "token"]  # the step divides by the weight of all of these
+    unit: Literal["pair", "token", "example"]  # the step divides by the weight of all of these
     needs: tuple[str, ...]  # what it is called with, in this order
     parameters: tuple[str, ...]  # fields of `loss` in the configuration, bound by name where its function has them
     formula: str  # for people: m = beta (chosen - rejected score), r_c and r_r = beta log-ratio
@@ -49,13 +49,16 @@ LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(
         formulas.sigmoid,
         "pair",
-        (*_SCORES, *_LENGTHS),
-        ("beta", "label_smoothing", "rdpo_alpha"),
-        "-(1 - eps) log s(m') - eps log s(-m'), m' = m + rdpo_alpha (chosen length - rejected length)",
+        (*_SCORES, *_LENGTHS, "margins", "probabilities"),
+        ("beta", "label_smoothing", "rdpo_alpha", "odpo_alpha"),
+        "-p log s(m') - (1 - p) log s(-m'), p = (1 - eps) q + eps (1 - q), m' = m + rdpo_alpha (chosen length - "
+        "rejected length) - odpo_alpha margin",
         "DPO: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; eps > 0, conservative DPO: Mitchell 2023, "
         '"A note on DPO with noisy preferences & relationship to IPO", eq. 3; rdpo_alpha > 0, R-DPO: Park et al. 2024, '
-        "arXiv:2403.19159",
-        "The default. eps where labels are noisy (TRL's `sigmoid` has none); rdpo_alpha where answers grow longer.",
+        "arXiv:2403.19159; odpo_alpha > 0, ODPO: Amini et al. 2024, arXiv:2402.10571",
+        "The default. eps where labels are noisy (TRL's `sigmoid` has none), q (`chosen_probability` of a row) where "
+        "it is known how sure each is; rdpo_alpha where answers grow longer; odpo_alpha where it is known by how much "
+        "one is better.",
     ),
     "hinge": LossSpec(
         formulas.hinge,
@@ -212,6 +215,15 @@ LOSSES: dict[str, LossSpec] = {
         "ORPO: Hong et al. 2024, arXiv:2403.07691; beta is the paper's lambda, and sft is of completions only",
         "No reference, and no supervised stage before it.",
         likelihood=1.0,
+    ),
+    "plackett_luce": LossSpec(
+        formulas.plackett_luce,
+        "example",
+        (*_LOGRATIOS, "pair_chosen", "completion_logps"),
+        ("beta",),
+        "sum over the ranking's completions i of log(1 + sum over worse j of exp(r_j - r_i))",
+        "DPO under the Plackett-Luce model: Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, eq. 20",
+        "Rankings of more than two completions, as one statement. Completions of equal rank are not compared.",
     ),
     "sft": LossSpec(
         formulas.sft,

@@ -21,6 +21,8 @@ class PairValues:
     rejected_lengths: Float[Tensor, " B"]
     chosen_logps: Float[Tensor, " B"]  # log pi_policy
     rejected_logps: Float[Tensor, " B"]
+    margins: Float[Tensor, " B"]  # by how much chosen is better, in the data's own unit
+    probabilities: Float[Tensor, " B"]  # that it is better
     # What they are matched with in the whole step, without gradient: see `MicroBatch.partners_3B`.
     partner_margins: Float[Tensor, " B"] | None = None
     partner_rejected: Float[Tensor, " B"] | None = None
@@ -31,5 +33,7 @@ class PairValues:
         """The pairs of a micro-batch."""
         lengths_C = batch.completion_length_C.to(logratios_C.dtype)
         ends = (batch.pair_chosen_B, batch.pair_rejected_B)
+        labels = (values_B.to(logratios_C.dtype) for values_B in (batch.pair_margin_B, batch.pair_probability_B))
         partners = () if batch.partners_3B is None else batch.partners_3B.to(logratios_C.dtype).unbind()
-        return cls(*(values_C[end_B] for values_C in (logratios_C, lengths_C, logps_C) for end_B in ends), *partners)
+        of_ends = (values_C[end_B] for values_C in (logratios_C, lengths_C, logps_C) for end_B in ends)
+        return cls(*of_ends, *labels, *partners)

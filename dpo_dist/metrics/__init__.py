@@ -7,6 +7,7 @@ file.py  metrics.jsonl, and trackers
 from dpo_dist.metrics.file import TRACKER_PACKAGES, TRACKERS, MetricsFile, Tracker
 from dpo_dist.metrics.sums import (
     COUNTS,
+    HEALTH,
     LOGGED_STATISTICS,
     PER_PAIR,
     PER_TOKEN,
@@ -21,6 +22,7 @@ from dpo_dist.metrics.sums import (
 
 __all__ = [
     "COUNTS",
+    "HEALTH",
     "LOGGED_STATISTICS",
     "PER_PAIR",
     "PER_TOKEN",

@@ -40,12 +40,13 @@ class MetricsFile:
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the held-out sets were evaluated after update `step`."""
+    def evaluations(self, step: int) -> dict[str, dict[str, Any]]:
+        """The lines of the held-out sets that were evaluated after update `step`, by name."""
         if not self._path.exists():
-            return False
+            return {}
         lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
-        return any(line["step"] == step and line.get("split") == "evaluation" for line in lines)
+        of_sets = [line for line in lines if line["step"] == step and line.get("split") == "evaluation"]
+        return {line["dataset"]: line for line in of_sets}
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers; evaluation keys get the prefix `eval_` there."""

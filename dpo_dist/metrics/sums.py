@@ -18,8 +18,9 @@ from dpo_dist.errors import NumericsError
 from dpo_dist.logprobs import TokenScores
 
 # What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
-# two belong to the loss of tokens. The last seven are 0 where nobody asked for statistics of tokens: their sums, and
-# the numbers of tokens that they are of.
+# two belong to the loss of tokens. The next seven are 0 where nobody asked for statistics of tokens: their sums, and
+# the numbers of tokens that they are of. Two belong to the loss of examples; the last four tell of the distance from
+# the reference: a number of tokens and a sum over them, and two sums over pairs.
 SUMS = (
     "loss",
     "pair_weight",
@@ -41,6 +42,12 @@ SUMS = (
     "logits/chosen",
     "num_rejected_tokens",
     "logits/rejected",
+    "example_loss",
+    "example_weight",
+    "num_compared",
+    "kl",
+    "displacement",
+    "length_drift",
 )
 PER_PAIR = SUMS[3:9]
 # Means over tokens: of both completions, or of those of a pair's chosen or rejected one.
@@ -50,6 +57,8 @@ PER_TOKEN = {
     "logits/chosen": "num_chosen_tokens",
     "logits/rejected": "num_rejected_tokens",
 }
+OF_LOSSES = (("loss", "pair_weight"), ("token_loss", "token_weight"), ("example_loss", "example_weight"))
+HEALTH = ("kl", "displacement", "length_drift")
 LOGGED_STATISTICS = ("entropy", "mean_logit", "is_top1")
 COUNTS = ("tokens_processed", "tokens_unshared", "tokens_padded")
 
@@ -81,25 +90,26 @@ def step_sums(
                 logps_C.double()[rejected_B],
             ]
         )
-        counts = torch.tensor([batch.num_tokens, batch.num_unshared_tokens], dtype=torch.float64)
-        of_pairs, of_tokens = losses_U.double().unbind()
-        weights = (
-            batch.pair_weight_B.double().sum(),
-            (batch.chosen_weight_C.double() * batch.completion_length_C).sum(),
-        )
+        known = [batch.num_tokens, batch.num_unshared_tokens, batch.example_weight]
+        *counts, weight_of_examples = torch.tensor(known, dtype=torch.float64).to(margins_B.device).unbind()
+        of_pairs, of_tokens, of_examples = losses_U.double().unbind()
+        lengths_C = batch.completion_length_C.double()
+        weight_of_tokens = (batch.chosen_weight_C.double() * lengths_C).sum()
         return torch.cat(
             [
-                torch.stack([of_pairs, weights[0]]),
+                torch.stack([of_pairs, batch.pair_weight_B.double().sum()]),
                 per_pair_KB.sum(1),
-                counts.to(margins_B.device),
-                torch.stack([of_tokens, weights[1]]),
+                torch.stack(counts),
+                torch.stack([of_tokens, weight_of_tokens]),
                 _token_sums(batch, tokens),
+                torch.stack([of_examples, weight_of_examples]),
+                _health_sums(batch, logratios_C.double(), lengths_C),
             ]
         )
 
 
 def _token_sums(batch: MicroBatch, tokens: TokenScores | None) -> Float[Tensor, " 7"]:
-    """The last seven of `SUMS`."""
+    """The seven of `SUMS` that are statistics of tokens; of demonstrations all completions count as chosen."""
     device = batch.pair_weight_B.device
     if tokens is None or not set(LOGGED_STATISTICS) <= set(tokens.names):
         return torch.zeros(7, dtype=torch.float64, device=device)
@@ -108,6 +118,8 @@ def _token_sums(batch: MicroBatch, tokens: TokenScores | None) -> Float[Tensor, 
     )
     lengths_C = batch.completion_length_C.double()
     chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
+    if len(chosen_B) == 0:
+        chosen_B = torch.arange(len(lengths_C), device=device)
     return torch.stack(
         [
             lengths_C.sum(),
@@ -121,11 +133,19 @@ def _token_sums(batch: MicroBatch, tokens: TokenScores | None) -> Float[Tensor, 
     )
 
 
+def _health_sums(batch: MicroBatch, logratios_C: Tensor, lengths_C: Tensor) -> Float[Tensor, " 4"]:
+    """The last four of `SUMS`."""
+    chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
+    margins_B, longer_B = (values[chosen_B] - values[rejected_B] for values in (logratios_C, lengths_C))
+    # 1 where the policy has come to prefer the longer completion though the label does not, -1 the other way round.
+    drift_B = torch.where(margins_B < 0, -longer_B.sign(), 0.0)
+    return torch.stack([lengths_C.sum(), -logratios_C.sum(), (logratios_C[chosen_B] < 0).double().sum(), drift_B.sum()])
+
+
 def loss_of(sums: Mapping[str, float]) -> float:
-    """The loss of whatever was added up: of pairs per weight of pairs, and of tokens per weight of tokens."""
+    """The loss of whatever was added up: of each unit per weight of its kind."""
     # A window that an earlier version saved knows of pairs only.
-    of_tokens = sums.get("token_loss", 0.0) / (sums.get("token_weight", 0.0) or 1.0)
-    return sums["loss"] / sums["pair_weight"] + of_tokens
+    return math.fsum(sums[name] / sums[weight] for name, weight in OF_LOSSES if sums.get(weight))
 
 
 class Window:
@@ -150,13 +170,18 @@ class Window:
         """What `to_json` gave."""
         return cls(values["sums"], values["num_steps"])
 
-    def means(self) -> dict[str, float]:
-        """Loss per unit of weight, everything else per pair, or per token where statistics were asked for."""
-        pairs = self.sums["num_pairs"]
-        per_token = {
-            name: self.sums[name] / self.sums[count] for name, count in PER_TOKEN.items() if self.sums.get(count)
+    def means(self, has_reference: bool = True) -> dict[str, float]:
+        """Loss per unit of weight, everything else per pair, or per token where statistics were asked for.
+
+        What there are no pairs or tokens of is left out, and without a reference the distance from it.
+        """
+        denominators = {**dict.fromkeys(PER_PAIR, "num_pairs"), **PER_TOKEN}
+        if has_reference:
+            denominators |= {"kl": "num_compared", "displacement": "num_pairs", "length_drift": "num_pairs"}
+        means = {
+            name: self.sums[name] / self.sums[count] for name, count in denominators.items() if self.sums.get(count)
         }
-        return {"loss": loss_of(self.sums), **{name: self.sums[name] / pairs for name in PER_PAIR}, **per_token}
+        return {"loss": loss_of(self.sums), **means}
 
     def counts(self) -> dict[str, int]:
         """Token counts of the interval."""

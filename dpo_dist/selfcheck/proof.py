@@ -207,7 +207,11 @@ def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
         pair_chosen_B=no_pairs,
         pair_rejected_B=no_pairs,
         pair_weight_B=torch.zeros(0),
+        pair_margin_B=torch.zeros(0),
+        pair_probability_B=torch.zeros(0),
         chosen_weight_C=torch.zeros(1),
+        example_weight_C=torch.zeros(1),
+        example_weight=0.0,
         num_tokens=len(inputs),
         num_unshared_tokens=0,
     )

@@ -43,6 +43,7 @@ class TokenizedExample:
     completion_ids: tuple[Ids, ...]
     pairs: tuple[Pair, ...]
     source: str
+    weight: float = 1.0
 
 
 class Encoder:

@@ -886,7 +886,7 @@ def models_below(model: type[BaseModel]) -> set[type[BaseModel]]:
 
 def test_every_option_says_what_it_means():
     models = models_below(RunConfig)
-    assert len(models) == 13
+    assert len(models) == 14
     for model in models:
         for name, field in model.model_fields.items():
             text = field.description or ""

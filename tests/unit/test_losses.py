@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "dpop_lambda": 3.0,
     "simpo_gamma": 0.7,
     "cpo_alpha": 0.6,
+    "odpo_alpha": 0.4,
 }
 
 
@@ -132,10 +133,15 @@ DERIVATIVES: dict[str, Callable[[float, float], float]] = {
 
 
 def configured(name: str | list[str], **more: Any) -> LossConfig:
-    """Every setting that the losses read, away from its default; R-DPO's term only where it is asked for."""
+    """Every setting that the losses read, away from its default; those of R-DPO and ODPO only where asked for."""
     names = [name] if isinstance(name, str) else name
-    read = {key for one in names for key in LOSSES[one].parameters} - {"rdpo_alpha"}
+    read = {key for one in names for key in LOSSES[one].parameters} - {"rdpo_alpha", "odpo_alpha"}
     return LossConfig.model_validate({"loss_type": name, **{key: SETTINGS[key] for key in read}, **more})
+
+
+def labels_of(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Margins and probabilities of data that say nothing of either."""
+    return torch.zeros_like(like), torch.ones_like(like)
 
 
 def pairs_of(
@@ -149,14 +155,15 @@ def pairs_of(
     unknown = torch.full_like(columns[0], math.nan)
     c, r = (column.requires_grad_(requires_grad) for column in columns[:2])
     logps = (c, r) if of_reference_0 else (unknown, unknown)
-    return PairValues(c, r, *columns[2:], *logps, torch.zeros_like(c), r.detach(), c.detach())
+    return PairValues(c, r, *columns[2:], *logps, *labels_of(c), torch.zeros_like(c), r.detach(), c.detach())
 
 
 def likelihoods_of(values: list[tuple[float, float, int, int]]) -> PairValues:
     """Pairs of log-probabilities and lengths, with gradients; log-ratios are not to be read."""
     columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*values, strict=True)]
     unknown = torch.full_like(columns[0], math.nan)
-    return PairValues(unknown, unknown, *columns[2:], *(column.requires_grad_() for column in columns[:2]))
+    logps = (column.requires_grad_() for column in columns[:2])
+    return PairValues(unknown, unknown, *columns[2:], *logps, *labels_of(unknown))
 
 
 def expected(
@@ -232,7 +239,9 @@ def test_noise_moves_the_closed_form_by_no_more_than_is_said(name: str) -> None:
         lengths = torch.full_like(chosen, length)
         unknown = torch.full_like(chosen, math.nan)
         logps = (chosen, rejected) if name == "aot" else (unknown, unknown)
-        pairs = PairValues(chosen, rejected, lengths, lengths, *logps, torch.zeros_like(chosen), rejected, chosen)
+        margins, probabilities = labels_of(chosen)
+        partners = (torch.zeros_like(chosen), rejected, chosen)
+        pairs = PairValues(chosen, rejected, lengths, lengths, *logps, margins, probabilities, *partners)
         moved = loss.pair_losses(pairs) - at_equality(loss)
         assert float(moved.abs().max()) <= bound * (1 + 1e-6)
 
@@ -251,7 +260,7 @@ def test_sigmoid_far_from_zero(beta: float, smoothing: float) -> None:
     chosen = torch.tensor([margin / beta + 2.0 for margin in MARGINS], dtype=torch.float64, requires_grad=True)
     rejected = torch.full_like(chosen, 2.0, requires_grad=True)
     lengths = torch.ones_like(chosen)
-    losses = sigmoid(chosen, rejected, lengths, lengths, beta=beta, label_smoothing=smoothing)
+    losses = sigmoid(chosen, rejected, lengths, lengths, *labels_of(chosen), beta=beta, label_smoothing=smoothing)
     wanted = [(1 - smoothing) * nll(m) + smoothing * nll(-m) for m in MARGINS]
     torch.testing.assert_close(losses, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     losses.sum().backward()
@@ -265,7 +274,7 @@ def test_sigmoid_far_from_zero(beta: float, smoothing: float) -> None:
 def test_extreme_margins_stay_finite(dtype: torch.dtype, smoothing: float) -> None:
     chosen = torch.tensor([1e4, -1e4, 1e30, -1e30], dtype=dtype, requires_grad=True)
     zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
-    losses = sigmoid(chosen, zero, one, one, beta=0.1, label_smoothing=smoothing)
+    losses = sigmoid(chosen, zero, one, one, *labels_of(zero), beta=0.1, label_smoothing=smoothing)
     losses.sum().backward()
     assert losses.isfinite().all()
     assert chosen.grad is not None and chosen.grad.isfinite().all()
@@ -299,7 +308,7 @@ def test_alpha_one_is_reverse_kl_and_large_ratios_stay_finite() -> None:
     one = bind(configured("sigmoid", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0)).pair_losses
     assert torch.equal(one(pairs_of(PAIRS)), plain(pairs_of(PAIRS)))
     steep = bind(configured("hinge", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.0))
-    far = PairValues(*(torch.tensor([x], dtype=torch.float32) for x in (-500.0, 0.0, 1.0, 1.0, -600.0, -1.0)))
+    far = PairValues(*(torch.tensor([x], dtype=torch.float32) for x in (-500.0, 0, 1, 1, -600.0, -1.0, 0, 1)))
     assert steep.pair_losses(far).isfinite().all()
 
 
@@ -313,12 +322,12 @@ def test_losses_are_added_up_with_their_weights() -> None:
 
 # Two examples: pairs (0, 1) of weight 2, and of completions 2, 3, 4 the pairs (3, 2) and (4, 2) of weights 1 and 0.5.
 EXAMPLES = [
-    TokenizedExample((1, 2, 3), ((10, 11), (20, 21, 22)), (Pair(0, 1, 2.0),), "a:1"),
+    TokenizedExample((1, 2, 3), ((10, 11), (20, 21, 22)), (Pair(0, 1, 2.0, margin=1.5),), "a:1"),
     TokenizedExample((5,), ((30,), (40, 41), (50, 51, 52, 53)), (Pair(1, 0), Pair(2, 0, 0.5)), "a:2"),
 ]
 LENGTHS, CHOSEN = [2, 3, 1, 2, 4], {0: 2.0, 3: 1.0, 4: 0.5}
 LOGPS, LOGRATIOS = [-3.0, -4.0, -1.0, -2.5, -6.0], [0.5, -0.25, 1.0, 1.0, -1.0]
-PAIR_WEIGHT, TOKEN_WEIGHT = 3.5, 2.0 * 2 + 1.0 * 2 + 0.5 * 4
+PAIR_WEIGHT, TOKEN_WEIGHT, EXAMPLE_WEIGHT = 3.5, 2.0 * 2 + 1.0 * 2 + 0.5 * 4, 2.0
 
 
 def step_loss(name: str | list[str], **more: Any) -> tuple[float, list[float]]:
@@ -327,7 +336,8 @@ def step_loss(name: str | list[str], **more: Any) -> tuple[float, list[float]]:
     batch = replace(batch, partners_3B=torch.tensor([[0.3, -0.2, 0.1]] * 3, dtype=torch.float64))
     logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
     moved = logps - torch.tensor([p - x for p, x in zip(LOGPS, LOGRATIOS, strict=True)], dtype=torch.float64)
-    loss = mean_loss(bind(configured(name, **more))(batch, logps, moved), (PAIR_WEIGHT, TOKEN_WEIGHT))
+    weights = (PAIR_WEIGHT, TOKEN_WEIGHT, EXAMPLE_WEIGHT)
+    loss = mean_loss(bind(configured(name, **more))(batch, logps, moved), weights)
     loss.backward()
     assert logps.grad is not None
     return float(loss.detach()), logps.grad.tolist()
@@ -407,7 +417,7 @@ def test_without_its_likelihood_term_cpo_is_dpo_without_a_reference() -> None:
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name in LOSS_TYPES for key in LOSSES[name].parameters])
 def test_every_setting_changes_the_loss(name: str, key: str) -> None:
-    more = {"rdpo_alpha": SETTINGS["rdpo_alpha"]} if key == "rdpo_alpha" else {}
+    more = {key: SETTINGS[key]} if key in ("rdpo_alpha", "odpo_alpha") else {}
     assert step_loss(name, **more)[0] != pytest.approx(step_loss(name, **{key: SETTINGS[key] * 1.3})[0], rel=1e-6)
 
 
@@ -416,7 +426,7 @@ def test_every_setting_changes_the_loss(name: str, key: str) -> None:
 
 def test_configuration_offers_exactly_the_losses_that_exist() -> None:
     assert tuple(LOSSES) == LOSS_TYPES == get_args(LossType)
-    assert {*ORACLES, *LIKELIHOOD_ORACLES, "sft"} == set(LOSS_TYPES)
+    assert {*ORACLES, *LIKELIHOOD_ORACLES, "plackett_luce", "sft"} == set(LOSS_TYPES)  # test_labels.py has the list
     assert ORACLES.keys() == AT_EQUALITY.keys()
 
 

@@ -17,6 +17,7 @@ from dpo_dist.errors import NumericsError
 from dpo_dist.logprobs import TokenScores
 from dpo_dist.metrics import (
     COUNTS,
+    HEALTH,
     LOGGED_STATISTICS,
     PER_PAIR,
     SUMS,
@@ -39,7 +40,7 @@ LOGPS = [-3.0, -4.0, -1.0, -2.5, -2.0]
 LOGRATIOS = [0.5, -0.25, 1.0, 1.0, -1.0]  # the second pair (3 over 2) is a tie
 PAIRS = [(0, 1, 2.0), (3, 2, 1.0), (4, 3, 0.5)]
 LOSSES = [0.25, 0.5, 4.0]
-TOKEN_LOSS = 1.5  # a sum, as that of pairs
+TOKEN_LOSS, LIST_LOSS = 1.5, 0.75  # sums, as that of pairs
 TOKEN_WEIGHT = 2 * 2.0 + 2 * 1.0 + 0.5  # tokens of each pair's chosen completion, times its weight
 BETA = 0.2
 
@@ -48,7 +49,7 @@ def sums_of(examples: list[TokenizedExample], logps: list[float], logratios: lis
     batch = build_micro_batch(examples, list(range(0, 2 * len(examples), 2)), share_prompts=True)
     given = (torch.tensor(values, dtype=torch.float32) for values in (logps, logratios))
     weighted = sum(loss * pair[2] for loss, pair in zip(losses, PAIRS, strict=False))
-    losses_U = torch.tensor([weighted, TOKEN_LOSS * bool(examples)], dtype=torch.float64)
+    losses_U = torch.tensor([weighted, TOKEN_LOSS * bool(examples), LIST_LOSS * bool(examples)], dtype=torch.float64)
     return dict(zip(SUMS, step_sums(batch, *given, losses_U, BETA).tolist(), strict=True))
 
 
@@ -69,7 +70,13 @@ def test_sums_of_a_micro_batch() -> None:
         "tokens_unshared": 11 + 5 + 5,
         "token_loss": TOKEN_LOSS,
         "token_weight": TOKEN_WEIGHT,
-        **dict.fromkeys(SUMS[13:], 0.0),  # nobody asked for statistics
+        **dict.fromkeys(SUMS[13:20], 0.0),  # nobody asked for statistics
+        "example_loss": LIST_LOSS,
+        "example_weight": 2.0,
+        "num_compared": 2 + 3 + 1 + 2 + 1,
+        "kl": -sum(LOGRATIOS),
+        "displacement": 1,  # the chosen completion of the third pair
+        "length_drift": 1,  # the third pair is turned round, and its chosen completion is the shorter one
     }
     assert list(sums) == list(expected)
     assert sums == pytest.approx(expected, rel=1e-12)
@@ -84,7 +91,7 @@ def test_statistics_are_means_over_tokens() -> None:
     values = torch.tensor([rows[name] for name in LOGGED_STATISTICS])
     tokens = TokenScores(torch.zeros(len(owners)), values, LOGGED_STATISTICS)
     zeros = torch.zeros(len(LOGPS))
-    sums = step_sums(batch, zeros, zeros, torch.zeros(2, dtype=torch.float64), BETA, tokens)
+    sums = step_sums(batch, zeros, zeros, torch.zeros(3, dtype=torch.float64), BETA, tokens)
     window = Window()
     window.add({**dict(zip(SUMS, sums.tolist(), strict=True)), "tokens_padded": 0.0})
 
@@ -110,9 +117,11 @@ def test_means_of_an_interval_are_not_means_of_means() -> None:
     for step in steps:
         window.add({**step, "tokens_padded": 20.0})
     means = window.means()
-    assert list(means) == ["loss", *PER_PAIR]
+    assert list(means) == ["loss", *PER_PAIR, *HEALTH]
+    assert list(window.means(has_reference=False)) == ["loss", *PER_PAIR]
     of_tokens = 2 * TOKEN_LOSS / (TOKEN_WEIGHT + 2 * 2.0)
-    assert means["loss"] == pytest.approx((0.25 * 2 + 0.5 + 4 * 0.5 + 7 * 2) / 5.5 + of_tokens)
+    of_lists = 2 * LIST_LOSS / 3.0
+    assert means["loss"] == pytest.approx((0.25 * 2 + 0.5 + 4 * 0.5 + 7 * 2) / 5.5 + of_tokens + of_lists)
     assert means["rewards/accuracies"] == 2 / 4
     assert means["logps/chosen"] == pytest.approx((-3.0 - 2.5 - 2.0 - 1.0) / 4)
     assert means["rewards/margins"] == pytest.approx(BETA * (0.75 + 0.0 - 2.0 + 2.0) / 4)

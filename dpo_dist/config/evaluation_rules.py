@@ -1,0 +1,59 @@
+"""Rules of the sections `evaluation` and `health`, as in `rules.py`."""
+
+from collections.abc import Iterator
+
+from dpo_dist.config.evaluation import BEST_BY
+from dpo_dist.config.models import RunConfig
+from dpo_dist.config.source_rules import Broken, KeyPath
+
+_OF_A_BEST_MODEL = ("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold")
+_OF_TRAINING = ("max_kl", "max_displacement", "max_length_drift")
+_OF_PAIRS = ("rewards/accuracies", "rewards/margins", "logps/chosen")
+
+
+def evaluation_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
+    """As `rules.keys_without_effect`, of these sections."""
+    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+    evaluation = config.evaluation
+    if not config.data.evaluation:
+        for key in ("eval_steps", "eval_on_start", "metric_for_best_model"):
+            why = "has no effect without data.evaluation; give held-out data, or leave this out"
+            found["evaluation", key] = (("data", "evaluation"), why)
+    if evaluation.metric_for_best_model is None:
+        for key in _OF_A_BEST_MODEL:
+            why = "has no effect without evaluation.metric_for_best_model; set it, say to loss, or leave this out"
+            found["evaluation", key] = (("evaluation", "metric_for_best_model"), why)
+    elif evaluation.early_stopping_patience is None:
+        why = "has no effect without evaluation.early_stopping_patience; set it, or leave this out"
+        found["evaluation", "early_stopping_threshold"] = (("evaluation", "early_stopping_patience"), why)
+    return found | _of_health(config)
+
+
+def _of_health(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
+    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+    has_held_out_pairs = bool(config.data.evaluation) and not config.trains_on_demonstrations
+    if not config.has_reference:
+        for key in _OF_TRAINING:
+            found["health", key] = (("reference", "source"), "has no effect without a reference; leave this out")
+    if not has_held_out_pairs:
+        why = "has no effect without held-out pairs (data.evaluation); leave this out"
+        found["health", "max_accuracy_gap"] = (("data", "evaluation"), why)
+    if not config.has_reference and not has_held_out_pairs:
+        for key in ("check_pairs", "action"):
+            found["health", key] = (("reference", "source"), "has no effect: nothing is judged; leave this out")
+    return found
+
+
+def evaluation_rules(config: RunConfig) -> Iterator[Broken]:
+    """Every rule of these sections that a configuration breaks."""
+    evaluation, path = config.evaluation, ("evaluation", "metric_for_best_model")
+    if evaluation.metric_for_best_model is None or not config.data.evaluation:
+        return
+    names = config.data.evaluation_names
+    chosen = evaluation.best_of(names)
+    known = [metric for metric in BEST_BY if not config.trains_on_demonstrations or metric not in _OF_PAIRS]
+    if chosen is None or chosen[1] not in known:
+        examples = known if len(names) == 1 else [f"{name}/{metric}" for name in names for metric in known]
+        yield path, (("data", "evaluation"), ("loss", "loss_type")), f"is not known; it must be {', '.join(examples)}"
+    if not evaluation.eval_steps:
+        yield path, (("evaluation", "eval_steps"),), "is never measured after an update; set evaluation.eval_steps"

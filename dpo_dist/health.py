@@ -1,0 +1,181 @@
+"""Whether a run is well, by its own numbers: thresholds, the best evaluation so far, and when to end early.
+
+Everything here follows from sums that all ranks have alike, so all ranks decide alike, and from what a checkpoint
+keeps, so a resumed run decides as one that was never stopped.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_dist.config import BEST_BY, EvaluationConfig, HealthConfig, RunConfig
+
+_ACCURACY = "rewards/accuracies"
+# What is judged in training: sum and number it is divided by, threshold, what it means, and what may help.
+_JUDGED = {
+    "kl": (
+        "num_compared",
+        "max_kl",
+        "completions have become less likely than under the reference by so many nats per token",
+        "raise loss.beta, or lower train.learning_rate",
+    ),
+    "displacement": (
+        "num_pairs",
+        "max_displacement",
+        "so large a share of chosen completions is less likely than under the reference",
+        "add their likelihood to the loss (loss.loss_type=[sigmoid, sft]), or use loss.loss_type=dpop or apo_zero",
+    ),
+    "length_drift": (
+        "num_pairs",
+        "max_length_drift",
+        "in so large a share of pairs the policy wrongly prefers the longer completion",
+        "set loss.rdpo_alpha or loss.ld_alpha, or use loss.loss_type=sigmoid_norm",
+    ),
+}
+_SUMS = ("num_pairs", "num_compared", *_JUDGED)
+
+
+@dataclass
+class Health:
+    """What has been seen so far; a checkpoint keeps all of it."""
+
+    sums: dict[str, float] = field(default_factory=dict)  # since training was judged last
+    correct: float = 0.0  # of the pairs since training was last compared with an evaluation
+    num_pairs: float = 0.0
+    crossed: list[str] = field(default_factory=list)  # thresholds that were crossed when they were judged last
+    evaluated: int = -1  # the update after which the held-out sets were evaluated last
+    best: float | None = None
+    best_step: int = 0  # 0: no checkpoint is the best
+    num_worse: int = 0  # evaluations in a row that were no better than the best
+    ended: str = ""  # why the run ends before its last step
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON keeps every bit of a float."""
+        return dataclasses.asdict(self)
+
+
+def restored(saved: Mapping[str, Any], saved_config: Mapping[str, Any], config: RunConfig) -> Health:
+    """What a checkpoint kept; a run that had ended goes on where its rules have been changed since.
+
+    Args:
+        saved: from `to_json`.
+        saved_config: the resolved configuration it was saved with.
+        config: this run's.
+    """
+    health, now = Health(**saved), config.model_dump(mode="json")
+    if any(saved_config.get(section) != now[section] for section in ("evaluation", "health")):
+        health.ended = ""
+    return health
+
+
+def judge_step(health: Health, totals: Mapping[str, float], config: RunConfig) -> list[str]:
+    """Take in the sums of a step; what is to be said once enough pairs have been seen.
+
+    Args:
+        health: changed.
+        totals: `metrics.SUMS` of the step, over all ranks.
+        config: the run's.
+    """
+    health.correct += totals[_ACCURACY]
+    health.num_pairs += totals["num_pairs"]
+    if not config.has_reference:
+        return []
+    for name in _SUMS:
+        health.sums[name] = health.sums.get(name, 0.0) + totals[name]
+    num_pairs = health.sums["num_pairs"]
+    if num_pairs < config.health.check_pairs:
+        return []
+    sums, health.sums = health.sums, {}
+    said = []
+    for name, (count, key, meaning, knob) in _JUDGED.items():
+        value, limit = sums[name] / sums[count], getattr(config.health, key)
+        where = f"over the last {num_pairs:.0f} pairs"
+        said += _cross(health, config.health, key, name, value, limit, f"{where} {meaning}; {knob}")
+    return said
+
+
+def accuracy_gap(health: Health, values: Mapping[str, float]) -> float | None:
+    """Reward accuracy in training lately, less that of a held-out set; None if either has none."""
+    if not health.num_pairs or _ACCURACY not in values:
+        return None
+    return health.correct / health.num_pairs - values[_ACCURACY]
+
+
+def judge_evaluation(
+    health: Health, step: int, sets: Mapping[str, Mapping[str, float]], config: RunConfig
+) -> list[str]:
+    """Take in an evaluation of all held-out sets; what is to be said of it.
+
+    Args:
+        health: changed.
+        step: updates before it.
+        sets: numbers of each held-out set by its name.
+        config: the run's.
+    """
+    said: list[str] = []
+    if health.num_pairs >= config.health.check_pairs:
+        for name, values in sets.items():
+            said += _judge_gap(health, name, values, config)
+        health.correct = health.num_pairs = 0.0
+    health.evaluated = step
+    if step > 0:  # there is no checkpoint of the start
+        said += _compare_with_best(health, step, sets, config)
+    return said
+
+
+def _judge_gap(health: Health, name: str, values: Mapping[str, float], config: RunConfig) -> list[str]:
+    gap = accuracy_gap(health, values)
+    if gap is None:
+        return []
+    what = (
+        f"reward accuracy was {health.correct / health.num_pairs:.2f} over the last {health.num_pairs:.0f} pairs, and "
+        f"is {values[_ACCURACY]:.2f} on {name}: training pairs are learnt by heart; lower train.num_train_epochs or "
+        "train.learning_rate, raise loss.beta, or set evaluation.early_stopping_patience"
+    )
+    key = f"max_accuracy_gap of {name}"
+    return _cross(health, config.health, key, "accuracy_gap", gap, config.health.max_accuracy_gap, what)
+
+
+def _compare_with_best(
+    health: Health, step: int, sets: Mapping[str, Mapping[str, float]], config: RunConfig
+) -> list[str]:
+    evaluation = config.evaluation
+    named = evaluation.best_of(tuple(sets))
+    if named is None:
+        return []
+    dataset, metric = named
+    value, sign = sets[dataset][metric], 1.0 if BEST_BY[metric] else -1.0
+    better_by = float("inf") if health.best is None else sign * (value - health.best)
+    health.num_worse = 0 if better_by > evaluation.early_stopping_threshold else health.num_worse + 1
+    if better_by > 0:
+        health.best, health.best_step = value, step
+    if evaluation.early_stopping_patience is None or health.num_worse < evaluation.early_stopping_patience:
+        return []
+    return _end(health, evaluation, dataset, metric)
+
+
+def _end(health: Health, evaluation: EvaluationConfig, dataset: str, metric: str) -> list[str]:
+    times = f"{health.num_worse} evaluation{'' if health.num_worse == 1 else 's'} in a row"
+    health.ended = (
+        f"evaluation.early_stopping_patience={evaluation.early_stopping_patience}: {metric} of {dataset} was best "
+        f"after step {health.best_step} ({health.best:.4g}), and no better in {times}"
+    )
+    return [health.ended]
+
+
+def _cross(
+    health: Health, config: HealthConfig, key: str, name: str, value: float, limit: float, what: str
+) -> list[str]:
+    """What is to be said of a value, once each time it goes above its threshold."""
+    was_above = key in health.crossed
+    if value <= limit:
+        health.crossed = [other for other in health.crossed if other != key]
+        return []
+    if was_above:
+        return []
+    health.crossed.append(key)
+    text = f"health.{key.split()[0]}={limit:g}: {name} is {value:.3g}: {what}"
+    if config.action == "stop":
+        health.ended = text
+    return [text]

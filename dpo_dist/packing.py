@@ -137,7 +137,12 @@ class Packer:
 def sizes_of(dataset: TokenizedDataset, rows: Sequence[int]) -> list[ExampleSize]:
     """Sizes of some examples, from the data set's length columns; no token is read."""
     return [
-        ExampleSize(int(dataset.prompt_lengths[row]), dataset.completion_lengths[row], dataset.pairs_of(row))
+        ExampleSize(
+            int(dataset.prompt_lengths[row]),
+            dataset.completion_lengths[row],
+            dataset.pairs_of(row),
+            float(dataset.weights[row]),
+        )
         for row in rows
     ]
 

@@ -153,7 +153,7 @@ def _finish_step(
     progress.num_tokens += int(totals["tokens_processed"])
     progress.pairs_seen += int(totals["num_pairs"])
     rows = [length for size in sizes_of(run.dataset, plan.examples) for length in size.longest_rows]
-    progress.window.add({**totals, "tokens_padded": padded_tokens(rows)})
+    progress.window.add({**totals, "tokens_padded": padded_tokens(rows)} if rows else totals)
 
     _say(run, judge_step(health, totals, run.config))
 
@@ -180,7 +180,7 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
         "learning_rate": learning_rate,
         "num_tokens": progress.num_tokens,
         **counts,
-        "pairs_per_second": window.sums["num_pairs"] / seconds,
+        **({"pairs_per_second": window.sums["num_pairs"] / seconds} if window.sums["num_pairs"] else {}),
         "tokens_per_second": counts["tokens_processed"] / seconds,
         "time/step": seconds / window.num_steps,
         "memory/peak_gib": peak_memory_gib(run.ranks.device),

@@ -1,6 +1,7 @@
 """`dpo-dist <command>`: builds the objects and calls the layer below.
 
     prepare.py   all that can be known before a process group exists
+    data_rules.py  settings and data that do not go together
     remarks.py   what is allowed and seldom meant
     requirements.py  folder and trackers of a run
     sources.py   where its reference log-probabilities come from

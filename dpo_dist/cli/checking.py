@@ -1,5 +1,6 @@
 """`dpo-dist check`: all that can be known before training, in words and numbers."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
-from dpo_dist.tokenization import TokenizedDataset, load_tokenizer
+from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, load_tokenizer
 
 
 def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
@@ -84,10 +85,27 @@ def _print_sample(console: Console, prepared: Prepared) -> None:
     sample = prepared.dataset.sample(row, tokenizer)
     console.print(f"first example of the first step: {sample.source}")
     console.print(f"prompt ({len(example.prompt_ids)} tokens): {sample.prompt!r}")
-    for pair in example.pairs[:1]:
-        for kind, index in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            ids = example.completion_ids[index]
-            console.print(f"{kind} ({len(ids)} tokens): {sample.completions[index]!r}")
+    for kind, index in _shown_completions(example):
+        ids = example.completion_ids[index]
+        console.print(f"{kind} ({len(ids)} tokens): {sample.completions[index]!r}")
+
+
+def _shown_completions(example: TokenizedExample) -> list[tuple[str, int]]:
+    """What to call the completions of an example, with the place of each; of many, those that win most often first."""
+    if not example.pairs:
+        return [("completion", index) for index in range(len(example.completion_ids))]
+    if len(example.completion_ids) == 2:
+        return [("chosen", example.pairs[0].chosen), ("rejected", example.pairs[0].rejected)]
+    wins = Counter(dict.fromkeys(range(len(example.completion_ids)), 0))
+    for pair in example.pairs:
+        wins[pair.chosen] += 1
+        wins[pair.rejected] -= 1
+    return [(f"completion better than {_times(example, index)}", index) for index, _ in wins.most_common()]
+
+
+def _times(example: TokenizedExample, index: int) -> str:
+    better = sum(pair.chosen == index for pair in example.pairs)
+    return counted(better, "other")
 
 
 def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> None:
@@ -95,14 +113,16 @@ def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> 
     sizes = sizes_of(prepared.dataset, plan.examples)
     tokens = [size.input_tokens(prepared.sharing[0]) for size in sizes]
     unshared = sum(size.unshared_tokens for size in sizes)
-    padded = padded_tokens([length for size in sizes for length in size.longest_rows])
-    counts = f"{counted(len(sizes), 'example')}, {counted(plan.num_pairs, 'pair')}"
+    rows = [length for size in sizes for length in size.longest_rows]
+    padded = f"; padded as TRL does {padded_tokens(rows)}" if rows else ""
+    of_pairs, own = (f", {counted(plan.num_pairs, 'pair')}", "pair") if rows else ("", "demonstration")
+    counts = f"{counted(len(sizes), 'example')}{of_pairs}"
     console.print(f"first step on {counted(world_size, 'rank')}: {counts}")
     for rank, bins in enumerate(plan.micro_batches):
         loads = [sum(tokens[i] for i in one) for one in bins]
         bins_of_reference = len(plan.reference_bins[rank])
         console.print(f"  rank {rank}: micro-batches of {loads} tokens; reference in {bins_of_reference} bins")
-    console.print(f"  {sum(tokens)} tokens processed; every pair on its own {unshared}; padded as TRL does {padded}")
+    console.print(f"  {sum(tokens)} tokens processed; every {own} on its own {unshared}{padded}")
     console.print(
         f"steps              {prepared.num_steps}, {prepared.sampler.steps_per_epoch} per epoch of "
         f"{counted(len(prepared.dataset), 'example')}"

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
+from dpo_dist.cli.data_rules import require_data_for
 from dpo_dist.config import DataSource, RunConfig, is_local, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.engine import engine_config
@@ -158,6 +159,8 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         name: _dataset(config, [source], tokenizer, model_config, cache_dir, "data.evaluation", index)
         for index, (name, source) in enumerate(zip(names, config.data.evaluation, strict=True))
     }
+    places = (f"data.evaluation.{index}" for index in range(len(evaluation_sets)))
+    require_data_for(config, {"data.train": dataset, **dict(zip(places, evaluation_sets.values(), strict=True))})
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
@@ -242,7 +245,13 @@ def _dataset(
     first_index: int,
 ) -> TokenizedDataset:
     dataset = prepare_dataset(
-        sources, config.data, tokenizer, cache_dir / "data", section=section, first_index=first_index
+        sources,
+        config.data,
+        tokenizer,
+        cache_dir / "data",
+        section=section,
+        first_index=first_index,
+        demonstrations=config.trains_on_demonstrations,
     )
     dataset.check_vocabulary(model_config.vocab_size)
     return dataset

@@ -48,8 +48,17 @@ def as_text(line: Mapping[str, Any], num_steps: int) -> str:
     return f"step {line['step']}/{num_steps}  {what}{_numbers(line)}{rate}"
 
 
+# What is shown of a line, where it has it: a supervised run has no rewards.
+_SHOWN = {
+    "loss": ".4f",
+    "rewards/margins": "+.4f",
+    "rewards/accuracies": ".2f",
+    "mean_token_accuracy": ".3f",
+}
+
+
 def _numbers(line: Mapping[str, Any]) -> str:
-    return (
-        f"loss {line['loss']:.4f}  rewards/margins {line['rewards/margins']:+.4f}  "
-        f"rewards/accuracies {line['rewards/accuracies']:.2f}"
-    )
+    names = [name for name in _SHOWN if name in line]
+    if "rewards/margins" in names:
+        names = [name for name in names if name != "mean_token_accuracy"]
+    return "  ".join(f"{name} {line[name]:{_SHOWN[name]}}" for name in names)

@@ -44,6 +44,10 @@ def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, 
             f"has no effect with loss.f_divergence_type={loss.f_divergence_type}; alpha_divergence reads it: leave "
             "this out",
         )
+    if config.trains_on_demonstrations:
+        for key in ("pairing", "group_by_prompt"):
+            why = f"has no effect with loss.loss_type={chosen} and no reference: nothing is compared; leave this out"
+            found["data", key] = (cause, why)
     return found
 
 
@@ -57,6 +61,7 @@ def loss_rules(config: RunConfig) -> Iterator[Broken]:
         yield ("loss", "loss_weights"), (cause,), f"gives {numbers}; give one for each, or leave it out"
     yield from _smoothing_rules(loss)
     yield from _token_rules(config)
+    yield from _list_rules(config)
     others = [name for name in loss.loss_types if name not in OF_A_DIFFERENCE]
     if loss.f_divergence_type != "reverse_kl" and others:
         yield (
@@ -97,6 +102,28 @@ def _token_rules(config: RunConfig) -> Iterator[Broken]:
             ("loss", "use_weighting"),
             (cause,),
             f"does not go with {_listed(others)}: only the loss of a single pair has a weight; leave one out",
+        )
+
+
+def _list_rules(config: RunConfig) -> Iterator[Broken]:
+    """Of what looks at all completions of a prompt."""
+    data, cause = config.data, ("loss", "loss_type")
+    if config.trains_on_demonstrations:
+        return
+    is_list = "plackett_luce" in config.loss.loss_types
+    if data.pairing == "list" and not is_list:
+        yield ("data", "pairing"), (cause,), "is for loss.loss_type=plackett_luce; use all for a loss of pairs"
+    if is_list and data.pairing not in ("all", "list"):
+        yield (
+            ("data", "pairing"),
+            (cause,),
+            "leaves preferences out, and loss.loss_type=plackett_luce is of whole rankings; use list",
+        )
+    if is_list and data.group_by_prompt:
+        yield (
+            ("data", "group_by_prompt"),
+            (cause,),
+            "does not go with loss.loss_type=plackett_luce: pairs from several rows are no ranking; leave one out",
         )
 
 

@@ -72,6 +72,13 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be used (null, equal or empty completions, different prompts, over-long):
     `error` names file and line; `skip` leaves it out and counts it by reason."""
+    pairing: Literal["all", "best_vs_rest", "best_vs_worst", "adjacent", "list"] = "all"
+    """Which completions of a row with `completions` and `scores` or `ranks` are compared: every two; the best with each
+    other one; the best with the worst; neighbours in the order; or as a list (loss.loss_type=plackett_luce). Equally
+    good ones are not. However many pairs there are, each completion is computed once."""
+    group_by_prompt: Flag = False
+    """Make one example of all rows of a data set that have the same prompt, so that it and the completions that they
+    have in common are computed once. All tokens of a data set have to fit into memory for it."""
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:

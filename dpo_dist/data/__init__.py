@@ -2,6 +2,9 @@
 
     files.py     bytes of a local file          (line, row) with the line numbers a user can look up
     columns.py   the columns of a row           each checked, and in one form
+    labels.py    the numbers of a row           weight, margin, probability, scores, ranks
+    ranked.py    rows of many completions       which are compared
+    demonstrations.py rows of a supervised run  one completion
     rows.py      one row, of any accepted shape PreferenceExample or RowFault
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
 

@@ -1,31 +1,36 @@
 """The columns of a row: which there are, and each one checked and in one form."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dpo_dist.data.example import Message
+from dpo_dist.data.example import Message, Messages
 from dpo_dist.errors import DataError
 
 Row = dict[str, Any]
-Messages = tuple[Message, ...]
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_TOKENS = (*TOKEN_COLUMNS, "completion_ids", "completions_ids")
+_TEXTS = ("prompt", "chosen", "rejected", "conversations", "completion", "messages", "completions")
+_NUMBERS = ("weight", "margin", "chosen_probability", "scores", "ranks", "label")
 # These change what the model sees; a run that ignored them would train on something else than the user wrote.
 REFUSED_COLUMNS = {
     "images": "images are not supported",
     "image": "images are not supported",
     "chat_template_kwargs": "arguments for the chat template are not supported",
 }
-COLUMNS = ("prompt", "chosen", "rejected", "conversations", "system", "tools", *TOKEN_COLUMNS, *REFUSED_COLUMNS)
+HOLDING_TEXT = frozenset((*_TEXTS, *_TOKENS))
+COLUMNS = (*_TEXTS, *_TOKENS, *_NUMBERS, "system", "tools", *REFUSED_COLUMNS)
 SHAPES = (
     "a row holds prompt, chosen, rejected (all strings or all message lists); chosen, rejected (whole dialogues); "
-    "conversations, chosen, rejected; or prompt_ids, chosen_ids, rejected_ids"
+    "conversations, chosen, rejected; prompt, completions and scores or ranks; or prompt_ids, chosen_ids, rejected_ids"
+)
+SHAPES_OF_DEMONSTRATIONS = (
+    "a row of a supervised run holds prompt, completion (both strings or both message lists); messages; or one of the "
+    "shapes with preferences, of which it reads the best completion"
 )
 
-_WITH_TEXT = frozenset(COLUMNS)
-_WITH_CONVERSATIONS = _WITH_TEXT - {"prompt"}
-_WITH_TOKEN_IDS = _WITH_TEXT - {"prompt", "chosen", "rejected", "conversations"}
+_ALWAYS = frozenset((*_NUMBERS, "system", "tools", *REFUSED_COLUMNS))
 
 # Values of `from` in ShareGPT rows, and the role that a chat template knows them by.
 ROLES = {
@@ -46,21 +51,33 @@ class MissingValueError(Exception):
 
 def holds_token_ids(row: Row) -> bool:
     """Whether a row is already tokenised, so that it needs no tokenizer."""
-    return any(row.get(column) is not None for column in TOKEN_COLUMNS)
+    return any(row.get(column) is not None for column in _TOKENS)
 
 
-def ignored_columns(row: Row) -> set[str]:
+def ignored_columns(row: Row, demonstrations: bool = False) -> set[str]:
     """The columns of a row that mean nothing here, so that the user can be told of them."""
+    known = set(_ALWAYS)
+    if row.get("completions") is None and row.get("completions_ids") is None:
+        known -= {"scores", "ranks"}
+    if demonstrations:
+        known -= {"margin", "chosen_probability", "scores", "ranks"} if "completions" not in row else {"margin"}
+    elif row.get("completion") is None:
+        known -= {"label"}
     if holds_token_ids(row):
-        return row.keys() - _WITH_TOKEN_IDS
-    return row.keys() - (_WITH_TEXT if row.get("conversations") is None else _WITH_CONVERSATIONS)
+        return row.keys() - known - {*_TOKENS}
+    known |= {*_TEXTS, *_TOKENS}
+    if row.get("conversations") is not None:
+        known -= {"prompt"}
+    if not demonstrations:
+        known -= {"completion", "messages"}
+    return row.keys() - known
 
 
-def required(row: Row, column: str, source: str) -> Any:
-    """A column that the row must have, of any type."""
+def required(row: Row, column: str, source: str, shapes: str = SHAPES) -> Any:
+    """A column that the row must have, of any type; `shapes` says in an error what rows may hold."""
     if column not in row:
         raise DataError(
-            f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {SHAPES}; a value that is missing "
+            f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {shapes}; a value that is missing "
             "in some rows only is written as null, which data.on_bad_row=skip passes over"
         )
     if row[column] is None:
@@ -97,23 +114,26 @@ def messages_of(value: Any, column: str, source: str) -> Messages:
     return tuple(_message(message, f"{column}[{index}]", source) for index, message in enumerate(value))
 
 
-def completions_of(row: Row, prompt: Messages, source: str) -> tuple[Messages, Messages]:
-    """What the assistant says in chosen and in rejected: messages or a single one, alone or both after the prompt's."""
-    values = {column: required(row, column, source) for column in ("chosen", "rejected")}
-    chosen, rejected = (
+def answers_of(values: Mapping[str, Any], prompt: Messages, source: str) -> tuple[Messages, ...]:
+    """What the assistant says in each of some columns: messages or a single one, alone or all after the prompt's.
+
+    Args:
+        values: the columns by name.
+    """
+    answers = [
         messages_of([value] if isinstance(value, dict) else value, column, source) for column, value in values.items()
-    )
+    ]
     # A prompt that is the assistant's may be answered with the same words: nothing is cut from such completions.
     begins = len(prompt) if prompt and prompt[0]["role"] != "assistant" else 0
-    if chosen[:begins] == rejected[:begins] == prompt:
-        chosen, rejected = chosen[begins:], rejected[begins:]
-    for column, messages in (("chosen", chosen), ("rejected", rejected)):
+    if all(answer[:begins] == prompt for answer in answers):
+        answers = [answer[begins:] for answer in answers]
+    for column, messages in zip(values, answers, strict=True):
         if messages and messages[0]["role"] != "assistant":
             raise DataError(
                 f"{source}: {column} begins with a message of role {messages[0]['role']!r}; where the prompt stands in "
                 "a column of its own, a completion begins with the assistant's message (or leave out the prompt column)"
             )
-    return chosen, rejected
+    return tuple(answers)
 
 
 def _message(value: Any, where: str, source: str) -> Message:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 Message = dict[str, Any]
+Messages = tuple[Message, ...]
 Text = str | tuple[Message, ...] | tuple[int, ...]
 
 IDENTICAL_COMPLETIONS = "identical_completions"
@@ -14,11 +15,17 @@ PROMPTS_DIFFER = "prompts_differ"
 OVER_LONG = "over_long"
 MISSING_VALUE = "missing_value"
 TEMPLATE_ERROR = "template_error"
+NO_PREFERENCE = "no_preference"
+NO_ANSWER = "no_answer"
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference: completion `chosen` is better than completion `rejected` (indices into the completions)."""
+    """One preference: completion `chosen` is better than completion `rejected` (indices into the completions).
+
+    `weight` is how much it counts, `margin` by how much chosen is better (in the data's own unit), `probability` how
+    sure that is.
+    """
 
     chosen: int
     rejected: int
@@ -29,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
-    """A prompt, its completions and the preferences among them.
+    """A prompt, its completions and the preferences among them; without any, its completion is a demonstration.
 
     `prompt` and every completion are all strings, all tuples of chat messages, or all tuples of token ids. `tools` are
     the functions that the chat template shows to the model. `source` is `path:line`, counted from 1.
@@ -40,6 +47,8 @@ class PreferenceExample:
     pairs: tuple[Pair, ...]
     tools: tuple[Any, ...] | None = None
     source: str = ""
+    weight: float = 1.0
+    is_ranked: bool = False  # its row held a list of completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +63,16 @@ class RowFault:
 def is_token_ids(text: Text) -> TypeGuard[tuple[int, ...]]:
     """Whether a prompt or completion is token ids already."""
     return isinstance(text, tuple) and bool(text) and isinstance(text[0], int)
+
+
+def is_blank(text: Text) -> bool:
+    """Whether a prompt or completion says nothing."""
+    if isinstance(text, str):
+        return not text.strip()
+    if is_token_ids(text):
+        return False
+    # A call of a tool says something without content.
+    return not any(message["content"].strip() or message.get("tool_calls") for message in cast(Messages, text))
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_dist.data.columns import COLUMNS
+from dpo_dist.data.columns import COLUMNS, HOLDING_TEXT
 from dpo_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -216,7 +216,7 @@ def _seekable(path: Path) -> pa.NativeFile:
 def _columns(schema: pa.Schema, shown: str) -> tuple[list[str], dict[str, None]]:
     """The columns to read; and those that mean nothing here: a row names them, as null, so that the user is told."""
     known = [name for name in schema.names if name in COLUMNS]
-    if not known:
+    if not HOLDING_TEXT & set(known):
         raise DataError(
             f"{shown}:1: none of the columns {', '.join(schema.names) or '(none)'} is a preference; "
             "give prompt, chosen, rejected"

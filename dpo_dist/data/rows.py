@@ -1,15 +1,15 @@
 """One row, of any accepted shape, as a preference example."""
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 from dpo_dist.data.columns import (
     REFUSED_COLUMNS,
     TOKEN_COLUMNS,
-    Messages,
     MissingValueError,
     Row,
     all_strings,
-    completions_of,
+    answers_of,
     holds_token_ids,
     messages_of,
     refuse_without_effect,
@@ -18,19 +18,23 @@ from dpo_dist.data.columns import (
     tools_of,
     with_system,
 )
+from dpo_dist.data.demonstrations import demonstration, refuse_demonstration
 from dpo_dist.data.example import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
     IDENTICAL_COMPLETIONS,
     MISSING_VALUE,
     PROMPTS_DIFFER,
+    Messages,
     Pair,
     PreferenceExample,
     RowFault,
     Text,
     common_prefix_length,
-    is_token_ids,
+    is_blank,
 )
+from dpo_dist.data.labels import labelled, weight_of
+from dpo_dist.data.ranked import Pairing, best_example, is_ranked, ranked_example
 from dpo_dist.errors import DataError
 
 # The turns of a raw HH-RLHF dialogue.
@@ -38,12 +42,16 @@ HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 
 
-def parse_row(row: Row, source: str) -> PreferenceExample | RowFault:
+def parse_row(
+    row: Row, source: str, pairing: Pairing = "all", demonstrations: bool = False
+) -> PreferenceExample | RowFault:
     """The preference example that a row holds, or why it is of no use.
 
     Args:
         row: columns by name; columns that mean nothing here are ignored.
         source: `path:line` of the row.
+        pairing: which of a row's completions are compared, where it holds more than two.
+        demonstrations: read the best completion alone.
     Raises:
         DataError: if a column is missing or of the wrong type: a fault of the file, not of this preference.
     """
@@ -51,9 +59,27 @@ def parse_row(row: Row, source: str) -> PreferenceExample | RowFault:
         if row.get(column):
             raise DataError(f"{source}: {column} is set, and {reason}; remove the column or the row")
     try:
-        return _parsed(row, source)
+        if demonstrations:
+            return _demonstrated(row, source)
+        refuse_demonstration(row, source)
+        if is_ranked(row):
+            return ranked_example(row, source, pairing)
+        example = _parsed(row, source)
+        return labelled(example, row, source) if isinstance(example, PreferenceExample) else example
     except MissingValueError as error:
         return RowFault(MISSING_VALUE, source, str(error))
+
+
+def _demonstrated(row: Row, source: str) -> PreferenceExample | RowFault:
+    if is_ranked(row):
+        return best_example(row, source)
+    alone = demonstration(row, source)
+    if alone is not None:
+        return alone
+    compared = _parsed(row, source)  # chosen and rejected as whole dialogues: where they part the prompt ends
+    if isinstance(compared, RowFault):
+        return compared
+    return replace(compared, completions=compared.completions[:1], pairs=(), weight=weight_of(row, source))
 
 
 # ---- the shapes
@@ -90,8 +116,9 @@ def _from_explicit_prompt(row: Row, source: str) -> PreferenceExample | RowFault
 
 
 def _from_messages(prompt: Messages, column: str, row: Row, source: str) -> PreferenceExample | RowFault:
-    completions = completions_of(row, prompt, source)
-    return _example(with_system(prompt, column, row, source), *completions, tools_of(row, source), source)
+    values = {name: required(row, name, source) for name in ("chosen", "rejected")}
+    chosen, rejected = answers_of(values, prompt, source)
+    return _example(with_system(prompt, column, row, source), chosen, rejected, tools_of(row, source), source)
 
 
 def _from_named_question(row: Row, source: str) -> PreferenceExample | RowFault:
@@ -158,20 +185,11 @@ def _split_conversations(row: Row, source: str) -> PreferenceExample | RowFault:
 def _example(
     prompt: Text, chosen: Text, rejected: Text, tools: tuple[Any, ...] | None, source: str
 ) -> PreferenceExample | RowFault:
-    if _is_blank(prompt):
+    if is_blank(prompt):
         return RowFault(EMPTY_PROMPT, source, "the prompt is empty")
     for column, completion in (("chosen", chosen), ("rejected", rejected)):
-        if _is_blank(completion):
+        if is_blank(completion):
             return RowFault(EMPTY_COMPLETION, source, f"the {column} completion is empty")
     if chosen == rejected:
         return RowFault(IDENTICAL_COMPLETIONS, source, "chosen and rejected are identical")
     return PreferenceExample(prompt, (chosen, rejected), (Pair(chosen=0, rejected=1),), tools, source)
-
-
-def _is_blank(text: Text) -> bool:
-    if isinstance(text, str):
-        return not text.strip()
-    if is_token_ids(text):
-        return False
-    # A call of a tool says something without content.
-    return not any(message["content"].strip() or message.get("tool_calls") for message in cast(Messages, text))

@@ -14,6 +14,7 @@ from dpo_dist.config import DataSource
 from dpo_dist.data.columns import Row, holds_token_ids, ignored_columns
 from dpo_dist.data.example import PreferenceExample, RowFault
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
+from dpo_dist.data.ranked import Pairing
 from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import DataError
 
@@ -50,11 +51,14 @@ class Source:
         _, first = next(self._raw_rows())
         return holds_token_ids(first)
 
-    def examples(self, ignored: set[str] | None = None) -> Iterator[PreferenceExample | RowFault]:
+    def examples(
+        self, ignored: set[str] | None = None, pairing: Pairing = "all", demonstrations: bool = False
+    ) -> Iterator[PreferenceExample | RowFault]:
         """Every row up to the limit, as an example or as the reason why it is none.
 
         Args:
             ignored: gets the names of the columns that mean nothing here, as they are met.
+            pairing, demonstrations: see `parse_row`.
         Raises:
             DataError: at a fault of the file, naming file:line.
         """
@@ -68,8 +72,8 @@ class Source:
                     f"{where}: the row holds {kinds[0]}, earlier rows hold {kinds[1]}; use one kind per source"
                 )
             if ignored is not None:
-                ignored |= ignored_columns(row)
-            yield parse_row(row, where)
+                ignored |= ignored_columns(row, demonstrations)
+            yield parse_row(row, where, pairing, demonstrations)
 
     def _raw_rows(self) -> Iterator[tuple[str, Row]]:
         if self.hub_dataset is not None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.data import Pair
 from dpo_dist.errors import DataError
 from dpo_dist.tokenization.encode import TokenizedExample
-from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, Summary
+from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, PreferenceCounts, Summary
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
 
@@ -71,6 +71,8 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     Attributes:
         prompt_lengths: tokens of each prompt, int64, shape (examples,).
+        weights: of each example, float64, shape (examples,).
+        preferences: what kinds of preferences there are.
         completion_lengths: for each example, the tokens of each of its completions.
         fingerprint: hash of all ids and pairs, in order; the same on every machine, wherever the files are.
         bad_rows: rows left out, by reason.
@@ -97,6 +99,8 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self.notes = dict(self._summary.notes)
         self.ignored_columns = tuple(self._summary.ignored_columns)
         self.max_token_id = self._summary.max_token_id
+        self.preferences = PreferenceCounts(**self._summary.preferences)
+        self.weights = _concatenated([batch.column("weight").to_numpy() for batch in self._batches])
         self.prompt_lengths = _concatenated([_list_lengths(batch.column("prompt_ids")) for batch in self._batches])
         nested = [batch.column("completion_ids") for batch in self._batches]
         counts = _concatenated([_list_lengths(column) for column in nested])
@@ -123,6 +127,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             completion_ids=tuple(_row_ids(ids.values) for ids in batch.column("completion_ids")[row]),
             pairs=self.pairs_of(index),
             source=batch.column("source")[row].as_py(),
+            weight=float(self.weights[index]),
         )
 
     def id_columns(self) -> Iterator[IdColumns]:

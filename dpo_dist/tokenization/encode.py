@@ -9,7 +9,7 @@ prompt with its generation header. Nothing is added: the template writes BOS and
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -37,13 +37,17 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """A prompt, its completions and the preferences among them, as token ids. `source` is `path:line`."""
+    """A prompt, its completions and the preferences among them, as token ids. `source` is `path:line`.
+
+    Without preferences its completion is a demonstration. `is_ranked`: its row held a list of completions.
+    """
 
     prompt_ids: Ids
     completion_ids: tuple[Ids, ...]
     pairs: tuple[Pair, ...]
     source: str
     weight: float = 1.0
+    is_ranked: bool = False
 
 
 class Encoder:
@@ -73,7 +77,8 @@ class Encoder:
                 results.append(group)
                 continue
             prompt, completions = self._spans(example, group, [next(ids) for _ in group])
-            results.append(self._checked(TokenizedExample(prompt, completions, example.pairs, example.source)))
+            rest = (example.pairs, example.source, example.weight, example.is_ranked)
+            results.append(self._checked(TokenizedExample(prompt, completions, *rest)))
         return results
 
     # ---- text
@@ -196,7 +201,7 @@ class Encoder:
         if self._data.truncation_mode == "keep_start" and num_prompt < limit:
             # TRL's rule. No EOS is put at the cut: it would teach the model to stop in mid-sentence.
             cut = tuple(ids[: limit - num_prompt] for ids in example.completion_ids)
-            return TokenizedExample(example.prompt_ids, cut, example.pairs, example.source)
+            return replace(example, completion_ids=cut)
         what = f"prompt and completion have {longest} tokens (the prompt {num_prompt}), data.max_length={limit}"
         return RowFault(OVER_LONG, example.source, what)
 

@@ -26,11 +26,12 @@ from dpo_dist.data.example import OVER_LONG
 from dpo_dist.errors import DataError
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import Encoder, TokenizedExample
+from dpo_dist.tokenization.grouping import PromptGroups
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
 # Raise when the same rows would be written as other ids or in another layout.
-DATA_FORMAT = 2
+DATA_FORMAT = 3
 _EXAMPLES_PER_CALL = 256
 _LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def prepare_dataset(
     *,
     section: str = "data.train",
     first_index: int = 0,
+    demonstrations: bool = False,
 ) -> TokenizedDataset:
     """Tokenise all rows of `sources`, one source after another, or find them in the cache.
 
@@ -57,6 +59,7 @@ def prepare_dataset(
         cache_dir: where tokenised data sets are kept; made if missing.
         section: where `sources` stand in the configuration, for messages.
         first_index: index of the first of them there.
+        demonstrations: read the best completion of each row alone, for a supervised run.
     Raises:
         DataError: at a fault of a file; at a bad row unless data.on_bad_row is skip; if a source has no usable row.
         ModelError: if text has to be tokenised, and the tokenizer cannot be loaded or lacks what the rows need.
@@ -65,14 +68,15 @@ def prepare_dataset(
     needs_tokenizer = not all(source.holds_token_ids() for source in opened)
     loaded = load_tokenizer(tokenizer) if needs_tokenizer else None
     encoder = Encoder(data, loaded, f"{tokenizer.key}={tokenizer.path}")
-    folder = cache_dir / _cache_key(opened, data, tokenizer_digest(loaded) if loaded is not None else None)
+    digest = tokenizer_digest(loaded) if loaded is not None else None
+    folder = cache_dir / _cache_key(opened, data, digest, demonstrations)
     # Looked up without the lock first: a folder under its final name is whole, and most starts find it.
     if not is_whole(folder):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 if not is_whole(folder):
-                    _write(folder, opened, data, encoder)
+                    _write(folder, opened, data, encoder, demonstrations)
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
@@ -115,7 +119,7 @@ def _place(source: DataSource) -> tuple[str, str]:
     return str(path.resolve()) if path.exists() else source.path, source.split
 
 
-def _cache_key(sources: Sequence[Source], data: DataConfig, tokenizer: str | None) -> str:
+def _cache_key(sources: Sequence[Source], data: DataConfig, tokenizer: str | None, demonstrations: bool) -> str:
     """Name of the folder: equal for equal content, whatever the machine or the time of the files."""
     parts = {
         "format": DATA_FORMAT,
@@ -123,6 +127,9 @@ def _cache_key(sources: Sequence[Source], data: DataConfig, tokenizer: str | Non
         "max_length": data.max_length,
         "truncation_mode": data.truncation_mode,
         "on_bad_row": data.on_bad_row,
+        "pairing": data.pairing,
+        "group_by_prompt": data.group_by_prompt,
+        "demonstrations": demonstrations,
         "tokenizer": tokenizer,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -144,7 +151,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: Encoder) -> None:
+def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: Encoder, demonstrations: bool) -> None:
     """Tokenise into a temporary folder, bring it to the disk, give it its name. Needs the lock."""
     for leftover in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(leftover)
@@ -159,7 +166,8 @@ def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: E
             bad_rows: Counter[str] = Counter()
             ignored: set[str] = set()
             for source in sources:
-                _write_source(source, data, encoder, writer, bad_rows, ignored)
+                rows = source.examples(ignored, data.pairing, demonstrations)
+                _write_source(source, rows, data, encoder, writer, bad_rows)
             writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())), sorted(ignored))
         for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
             _sync(partial / name)
@@ -175,24 +183,30 @@ def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: E
 
 def _write_source(
     source: Source,
+    rows: Iterator[PreferenceExample | RowFault],
     data: DataConfig,
     encoder: Encoder,
     writer: ExampleWriter,
     bad_rows: Counter[str],
-    ignored: set[str],
 ) -> None:
     counts: Counter[str] = Counter()
+    groups = PromptGroups() if data.group_by_prompt else None
+    write = writer.write if groups is None else groups.add
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
-    for group in _grouped(source.examples(ignored), _EXAMPLES_PER_CALL):
+    for group in _grouped(rows, _EXAMPLES_PER_CALL):
         for result in _encoded(group, encoder):
             num_read += 1
             if isinstance(result, RowFault):
                 _count_or_raise(result, data, counts)
             else:
-                writer.write(result)
+                write(result)
         if time.monotonic() >= next_log_s:
             next_log_s += _LOG_EVERY_S
             _LOGGER.info("%s: %s rows read, %s tokens", source.key, f"{num_read:,}", f"{writer.num_tokens:,}")
+    if groups is not None:
+        for example in groups.examples():
+            writer.write(example)
+        encoder.notes.update(groups.notes)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
     if writer.num_examples == num_before:
         raise DataError(

@@ -18,10 +18,20 @@ _TOKENS_PER_BATCH = 2**22
 
 _IDS = pa.list_(pa.int32())
 _PAIR = pa.struct(
-    [("chosen", pa.int32()), ("rejected", pa.int32()), ("weight", pa.float64()), ("margin", pa.float64())]
+    [
+        ("chosen", pa.int32()),
+        ("rejected", pa.int32()),
+        *((name, pa.float64()) for name in ("weight", "margin", "probability")),
+    ]
 )
 _SCHEMA = pa.schema(
-    [("prompt_ids", _IDS), ("completion_ids", pa.list_(_IDS)), ("pairs", pa.list_(_PAIR)), ("source", pa.string())]
+    [
+        ("prompt_ids", _IDS),
+        ("completion_ids", pa.list_(_IDS)),
+        ("pairs", pa.list_(_PAIR)),
+        ("source", pa.string()),
+        ("weight", pa.float64()),
+    ]
 )
 
 
@@ -37,6 +47,38 @@ class Summary:
     bad_rows: dict[str, int]
     notes: dict[str, int]
     ignored_columns: list[str]
+    preferences: dict[str, int]
+    """As `PreferenceCounts`."""
+
+
+@dataclass
+class PreferenceCounts:
+    """What kinds of preferences a data set holds."""
+
+    num_pairs: int = 0
+    max_completions: int = 0
+    """Of one example."""
+    num_ranked: int = 0
+    """Examples whose rows held a list of completions."""
+    num_weighted: int = 0
+    """Examples with a pair whose weight is not 1, or that have another weight themselves."""
+    num_margins: int = 0
+    """Pairs with a margin other than 0."""
+    num_given_margins: int = 0
+    """Those of them that come from a column `margin`, not from scores."""
+    num_soft_labels: int = 0
+    """Pairs whose label is not sure."""
+
+    def add(self, example: TokenizedExample) -> None:
+        """Count one example."""
+        num_margins = sum(pair.margin != 0 for pair in example.pairs)
+        self.num_pairs += len(example.pairs)
+        self.max_completions = max(self.max_completions, len(example.completion_ids))
+        self.num_ranked += example.is_ranked
+        self.num_weighted += any(weight != 1 for weight in (example.weight, *(pair.weight for pair in example.pairs)))
+        self.num_margins += num_margins
+        self.num_given_margins += 0 if example.is_ranked else num_margins
+        self.num_soft_labels += sum(pair.probability != 1 for pair in example.pairs)
 
 
 class ExampleWriter:
@@ -52,6 +94,7 @@ class ExampleWriter:
         self._buffered_tokens = 0
         self.num_examples = 0
         self.num_tokens = 0
+        self._preferences = PreferenceCounts()
 
     def write(self, example: TokenizedExample) -> None:
         """Append one example."""
@@ -61,6 +104,7 @@ class ExampleWriter:
         num_tokens = sum(len(ids) for ids in sequences)
         self.num_examples += 1
         self.num_tokens += num_tokens
+        self._preferences.add(example)
         self._buffered_tokens += num_tokens
         self._buffer.append(example)
         if len(self._buffer) >= _ROWS_PER_BATCH or self._buffered_tokens >= _TOKENS_PER_BATCH:
@@ -79,6 +123,7 @@ class ExampleWriter:
             bad_rows=bad_rows,
             notes=notes,
             ignored_columns=ignored_columns,
+            preferences=asdict(self._preferences),
         )
         (self._folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
 
@@ -94,6 +139,7 @@ class ExampleWriter:
             pa.array([example.completion_ids for example in self._buffer], pa.list_(_IDS)),
             pa.array([[asdict(pair) for pair in example.pairs] for example in self._buffer], pa.list_(_PAIR)),
             pa.array([example.source for example in self._buffer], pa.string()),
+            pa.array([example.weight for example in self._buffer], pa.float64()),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._buffer.clear()
@@ -105,10 +151,14 @@ def _canonical_bytes(example: TokenizedExample) -> bytes:
     counts = [len(example.prompt_ids), len(example.completion_ids), *(len(ids) for ids in example.completion_ids)]
     ids = [token for part in (example.prompt_ids, *example.completion_ids) for token in part]
     pairs = [(pair.chosen, pair.rejected, pair.weight, pair.margin) for pair in example.pairs]
+    # What few data have is hashed only where it is there; a negative count stands in front.
+    more = [*(pair.probability for pair in example.pairs), example.weight]
+    further = np.array([-len(more)], dtype="<i8").tobytes() + np.array(more, dtype="<f8").tobytes()
     return (
         np.array([*counts, len(pairs)], dtype="<i8").tobytes()
         + np.array(ids, dtype="<i4").tobytes()
         + np.array(pairs, dtype="<f8").tobytes()
+        + (b"" if set(more) == {1.0} else further)
     )
 
 

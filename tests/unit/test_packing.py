@@ -178,6 +178,7 @@ class Lengths(TokenizedDataset):
             flat=np.array([length for size in sizes for length in size.completions]),
             starts=np.cumsum([0, *(len(size.completions) for size in sizes)]),
         )
+        self.weights = np.array([size.weight for size in sizes])
         self._sizes = sizes
 
     def __len__(self) -> int:

@@ -1,0 +1,91 @@
+"""The numbers of a row: how much it counts, how sure and how large its preference is, and the order of completions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dpo_dist.data.columns import MissingValueError, Row
+from dpo_dist.data.example import PreferenceExample
+from dpo_dist.errors import DataError
+
+
+def weight_of(row: Row, source: str) -> float:
+    """The column `weight`: how much the row counts; 1 where there is none."""
+    weight = number_of(row.get("weight"), "weight", source, 1.0)
+    if weight <= 0:
+        raise DataError(f"{source}: weight={weight:g} is not above 0; leave the row out instead")
+    return weight
+
+
+def labelled(example: PreferenceExample, row: Row, source: str) -> PreferenceExample:
+    """The example with what its row says of its one preference: weight, margin, chosen_probability."""
+    probability = number_of(row.get("chosen_probability"), "chosen_probability", source, 1.0)
+    if not 0 < probability <= 1:
+        raise DataError(
+            f"{source}: chosen_probability={probability:g} is no probability above 0; give one, and where rejected is "
+            "surely better, change the two"
+        )
+    weight, margin = weight_of(row, source), number_of(row.get("margin"), "margin", source, 0.0)
+    pairs = (replace(pair, weight=weight, margin=margin, probability=probability) for pair in example.pairs)
+    return replace(example, pairs=tuple(pairs), weight=weight)
+
+
+def values_of(row: Row, count: int, source: str) -> list[float]:
+    """How good each of `count` completions is, more is better: `scores` as they are, or `ranks` turned round.
+
+    Raises:
+        DataError: neither or both, of another length, no numbers, or ranks that are no ranking.
+        MissingValueError: one is null.
+    """
+    given = [column for column in ("scores", "ranks") if row.get(column) is not None]
+    if len(given) != 1:
+        found = "both scores and ranks" if given else "neither scores nor ranks"
+        raise DataError(f"{source}: completions come with {found}; give one of them, a number for each completion")
+    (column,) = given
+    values = row[column]
+    if not isinstance(values, list):
+        raise DataError(f"{source}: {column}={values!r} is not a list; give a number for each completion")
+    if len(values) != count:
+        raise DataError(
+            f"{source}: {column} has {len(values)} values for {count} completions; give one for each, in the same order"
+        )
+    if column == "scores":
+        return [_present(value, f"scores[{k}]", source) for k, value in enumerate(values)]
+    return [-float(rank) for rank in _ranks(values, source)]
+
+
+def number_of(value: Any, where: str, source: str, default: float) -> float:
+    """A finite number, or the default in place of null."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{source}: {where}={value!r} is not a number; give one, or null")
+    if not math.isfinite(value):
+        raise DataError(f"{source}: {where}={value} is not finite; give a finite number, or leave the row out")
+    return float(value)
+
+
+def _present(value: Any, where: str, source: str) -> float:
+    if value is None:
+        raise MissingValueError(f"{where} is null")
+    return number_of(value, where, source, 0.0)
+
+
+def _ranks(values: Sequence[Any], source: str) -> Sequence[int]:
+    """Ranks with 1 for the best; of equal ones the next is one more, or one more for each of them."""
+    for k, value in enumerate(values):
+        if value is None:
+            raise MissingValueError(f"ranks[{k}] is null")
+        if type(value) is not int:
+            raise DataError(
+                f"{source}: ranks[{k}]={value!r} is not a whole number; give 1 for the best, 2 for the next"
+            )
+    is_dense = set(values) == set(range(1, max(values) + 1))
+    is_competition = all(value == 1 + sum(other < value for other in values) for value in values)
+    if not is_dense and not is_competition:
+        raise DataError(
+            f"{source}: ranks={list(values)} is no ranking; give 1 for the best, 2 for the next, and the same number "
+            "where two are equally good"
+        )
+    return values

@@ -35,7 +35,7 @@ def evaluate(
 
     Returns:
         `loss`, `rewards/*`, `logps/*` as means over all pairs, `entropy`, `logits/*`, `mean_token_accuracy` as means
-        over tokens, `num_pairs`, and the token counts; equal on every rank.
+        over tokens, `num_pairs` (of demonstrations `num_examples`), and the token counts; equal on every rank.
     """
     rank = policy.ranks.rank
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=policy.ranks.device)
@@ -52,7 +52,9 @@ def evaluate(
             losses = loss(on_device, logps, logratios, tokens)
             sums += step_sums(on_device, logps, logratios, losses, beta, tokens)
     window = Window(dict(zip(SUMS, sum_over_ranks(sums).tolist(), strict=True)))
-    return {**window.means(has_reference), "num_pairs": int(window.sums["num_pairs"]), **window.counts()}
+    num_pairs = int(window.sums["num_pairs"])
+    counted = {"num_pairs": num_pairs} if num_pairs else {"num_examples": len(dataset)}
+    return {**window.means(has_reference), **counted, **window.counts()}
 
 
 def _plans(dataset: TokenizedDataset, packer: Packer) -> Iterator[StepPlan]:

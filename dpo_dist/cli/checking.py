@@ -1,6 +1,5 @@
 """`dpo-dist check`: all that can be known before training, in words and numbers."""
 
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,6 +17,8 @@ from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
 from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, load_tokenizer
+
+_MAX_SHOWN = 4  # completions of the sample
 
 
 def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
@@ -91,16 +92,18 @@ def _print_sample(console: Console, prepared: Prepared) -> None:
 
 
 def _shown_completions(example: TokenizedExample) -> list[tuple[str, int]]:
-    """What to call the completions of an example, with the place of each; of many, those that win most often first."""
+    """What to call the completions of an example, with the place of each; of many the best, in order of preference."""
     if not example.pairs:
         return [("completion", index) for index in range(len(example.completion_ids))]
     if len(example.completion_ids) == 2:
         return [("chosen", example.pairs[0].chosen), ("rejected", example.pairs[0].rejected)]
-    wins = Counter(dict.fromkeys(range(len(example.completion_ids)), 0))
-    for pair in example.pairs:
-        wins[pair.chosen] += 1
-        wins[pair.rejected] -= 1
-    return [(f"completion better than {_times(example, index)}", index) for index, _ in wins.most_common()]
+    # The longest chain of better ones above each; merged rows may contradict each other, and a circle has no end.
+    above = [0] * len(example.completion_ids)
+    for _ in above:
+        for pair in example.pairs:
+            above[pair.rejected] = min(len(above), max(above[pair.rejected], above[pair.chosen] + 1))
+    order = sorted(range(len(above)), key=above.__getitem__)[:_MAX_SHOWN]
+    return [(f"completion better than {_times(example, index)}", index) for index in order]
 
 
 def _times(example: TokenizedExample, index: int) -> str:

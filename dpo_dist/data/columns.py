@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from dpo_dist.data.example import Message, Messages
 from dpo_dist.errors import DataError
 
 Row = dict[str, Any]
+Kind = Literal["pair", "ranking", "demonstration"]
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _TOKENS = (*TOKEN_COLUMNS, "completion_ids", "completions_ids")
@@ -30,7 +31,12 @@ SHAPES_OF_DEMONSTRATIONS = (
     "shapes with preferences, of which it reads the best completion"
 )
 
-_ALWAYS = frozenset((*_NUMBERS, "system", "tools", *REFUSED_COLUMNS))
+# A row is what the first of these says of which it has a column.
+_KINDS: dict[Kind, tuple[str, ...]] = {
+    "pair": ("chosen", "rejected"),
+    "ranking": ("completions",),
+    "demonstration": ("completion", "messages"),
+}
 
 # Values of `from` in ShareGPT rows, and the role that a chat template knows them by.
 ROLES = {
@@ -54,23 +60,45 @@ def holds_token_ids(row: Row) -> bool:
     return any(row.get(column) is not None for column in _TOKENS)
 
 
+def kind_of(row: Row) -> Kind:
+    """What a row is read as: chosen and rejected before a list of completions, that before one completion.
+
+    Values tell, and only where there are none the names of the columns, so that a null is found in the right one.
+    """
+    suffix = "_ids" if holds_token_ids(row) else ""
+    filled = {column for column, value in row.items() if value is not None}
+    for there in (filled, row.keys()):
+        for kind, columns in _KINDS.items():
+            if any(f"{column}{suffix}" in there for column in columns):
+                return kind
+    return "pair"
+
+
 def ignored_columns(row: Row, demonstrations: bool = False) -> set[str]:
-    """The columns of a row that mean nothing here, so that the user can be told of them."""
-    known = set(_ALWAYS)
-    if row.get("completions") is None and row.get("completions_ids") is None:
-        known -= {"scores", "ranks"}
-    if demonstrations:
-        known -= {"margin", "chosen_probability", "scores", "ranks"} if "completions" not in row else {"margin"}
-    elif row.get("completion") is None:
-        known -= {"label"}
-    if holds_token_ids(row):
-        return row.keys() - known - {*_TOKENS}
-    known |= {*_TEXTS, *_TOKENS}
-    if row.get("conversations") is not None:
-        known -= {"prompt"}
-    if not demonstrations:
-        known -= {"completion", "messages"}
-    return row.keys() - known
+    """The columns of a row that mean nothing here, so that the user can be told of them.
+
+    One that means something in other rows is named only where it holds a value: one schema for all rows gives every
+    row the columns of every other.
+    """
+    used = {"weight", "system", "tools", *REFUSED_COLUMNS, *read_columns(row)}
+    if not demonstrations and kind_of(row) == "pair":
+        used |= {"margin", "chosen_probability"}
+    return {column for column in row if column not in used and (column not in COLUMNS or row[column] is not None)}
+
+
+def read_columns(row: Row) -> tuple[str, ...]:
+    """Where the row's prompt and completions are found, and what orders or judges them."""
+    kind, suffix = kind_of(row), "_ids" if holds_token_ids(row) else ""
+    if kind == "ranking":
+        return (f"prompt{suffix}", f"completions{suffix}", "scores", "ranks")
+    if kind == "pair":
+        prompt = "prompt" if row.get("conversations") is None or suffix else "conversations"
+        return (f"{prompt}{suffix}", f"chosen{suffix}", f"rejected{suffix}")
+    if not suffix and row.get("completion") is None:
+        for column in ("messages", "conversations"):
+            if row.get(column) is not None:
+                return (column,)
+    return (f"prompt{suffix}", f"completion{suffix}", "label")
 
 
 def required(row: Row, column: str, source: str, shapes: str = SHAPES) -> Any:

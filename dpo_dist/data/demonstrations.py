@@ -7,7 +7,9 @@ from dpo_dist.data.columns import (
     all_strings,
     answers_of,
     holds_token_ids,
+    kind_of,
     messages_of,
+    read_columns,
     refuse_without_effect,
     required,
     token_ids_of,
@@ -26,21 +28,10 @@ from dpo_dist.data.example import (
 from dpo_dist.data.labels import weight_of
 from dpo_dist.errors import DataError
 
-# Columns that hold a completion, the first that a row has.
-_COMPLETIONS = ("completion", "chosen")
-_COMPLETIONS_IDS = ("completion_ids", "chosen_ids")
-
-
-def is_demonstration(row: Row) -> bool:
-    """Whether a row has a completion to learn, and none to compare it with."""
-    if any(row.get(column) is not None for column in ("chosen", "chosen_ids", "completions", "completions_ids")):
-        return False
-    return any(row.get(column) is not None for column in ("completion", "completion_ids", "messages"))
-
 
 def refuse_demonstration(row: Row, source: str) -> None:
     """A run on preferences reads no demonstrations."""
-    if is_demonstration(row):
+    if kind_of(row) == "demonstration":
         _refuse_label(row, source)
         raise DataError(
             f"{source}: the row is a demonstration, with nothing that its completion is better than; a supervised run "
@@ -57,11 +48,9 @@ def demonstration(row: Row, source: str) -> PreferenceExample | RowFault | None:
     _refuse_label(row, source)
     if holds_token_ids(row):
         return _from_token_ids(row, source)
-    if row.get("messages") is not None:
-        return _from_conversation(row, "messages", source)
-    column = _first(_COMPLETIONS, row)
-    if row.get("conversations") is not None and row.get(column) is None:
-        return _from_conversation(row, "conversations", source)
+    if (alone := _conversation_column(row)) is not None:
+        return _from_conversation(row, alone, source)
+    column = _completion_column(row)
     completion = required(row, column, source, SHAPES_OF_DEMONSTRATIONS)
     if row.get("conversations") is None:
         if "prompt" not in row and column == "chosen":
@@ -78,15 +67,26 @@ def demonstration(row: Row, source: str) -> PreferenceExample | RowFault | None:
     return _example(with_system(messages, where, row, source), answer, row, source)
 
 
-def _first(columns: tuple[str, ...], row: Row) -> str:
-    """The first column with a value, else the first there is at all, else the first."""
-    filled = [column for column in columns if row.get(column) is not None]
-    return (*filled, *(column for column in columns if column in row), *columns)[0]
+def _conversation_column(row: Row) -> str | None:
+    """The column of a whole conversation, where nothing else holds the completion."""
+    others, columns = ("chosen", "rejected"), ("conversations",)
+    if kind_of(row) == "demonstration":
+        others, columns = ("completion",), ("messages", "conversations")
+    if any(row.get(column) is not None for column in others):
+        return None
+    return next((column for column in columns if row.get(column) is not None), None)
+
+
+def _completion_column(row: Row) -> str:
+    """The column of the completion; if there is none with a value, the one that an error has to name."""
+    if kind_of(row) == "pair" and ("chosen" in row or "rejected" in row):
+        return "chosen"
+    return next((column for column in ("completion", "messages", "conversations") if column in row), "completion")
 
 
 def _from_token_ids(row: Row, source: str) -> PreferenceExample | RowFault:
     refuse_without_effect(row, source)
-    column = _first(_COMPLETIONS_IDS, row)
+    column = "chosen_ids" if kind_of(row) == "pair" and "chosen_ids" in row else "completion_ids"
     prompt, completion = (
         token_ids_of(required(row, name, source, SHAPES_OF_DEMONSTRATIONS), name, source)
         for name in ("prompt_ids", column)
@@ -115,7 +115,7 @@ def _example(prompt: Text, completion: Text, row: Row, source: str) -> Preferenc
 
 
 def _refuse_label(row: Row, source: str) -> None:
-    if row.get("completion") is not None and row.get("label") not in (None, True):
+    if "label" in read_columns(row) and row.get("label") not in (None, True):
         raise DataError(
             f"{source}: label={row['label']!r}: completions that are only good or bad (KTO) are not supported; give "
             "the good ones alone for a supervised run, or chosen and rejected for the same prompt"

@@ -50,9 +50,12 @@ def values_of(row: Row, count: int, source: str) -> list[float]:
         raise DataError(
             f"{source}: {column} has {len(values)} values for {count} completions; give one for each, in the same order"
         )
-    if column == "scores":
-        return [_present(value, f"scores[{k}]", source) for k, value in enumerate(values)]
-    return [-float(rank) for rank in _ranks(values, source)]
+    if column == "ranks":
+        return [-float(rank) for rank in _ranks(values, source)]
+    scores = [_present(value, f"scores[{k}]", source) for k, value in enumerate(values)]
+    if not math.isfinite(max(scores) - min(scores)):
+        raise DataError(f"{source}: scores lie too far apart for their difference to be a number; scale them down")
+    return scores
 
 
 def number_of(value: Any, where: str, source: str, default: float) -> float:
@@ -61,9 +64,13 @@ def number_of(value: Any, where: str, source: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{source}: {where}={value!r} is not a number; give one, or null")
-    if not math.isfinite(value):
-        raise DataError(f"{source}: {where}={value} is not finite; give a finite number, or leave the row out")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number may have any number of digits
+        number = math.inf if value > 0 else -math.inf
+    if not math.isfinite(number):
+        raise DataError(f"{source}: {where}={number} is not finite; give a finite number, or leave the row out")
+    return number
 
 
 def _present(value: Any, where: str, source: str) -> float:
@@ -81,7 +88,7 @@ def _ranks(values: Sequence[Any], source: str) -> Sequence[int]:
             raise DataError(
                 f"{source}: ranks[{k}]={value!r} is not a whole number; give 1 for the best, 2 for the next"
             )
-    is_dense = set(values) == set(range(1, max(values) + 1))
+    is_dense = min(values) == 1 and max(values) == len(set(values))
     is_competition = all(value == 1 + sum(other < value for other in values) for value in values)
     if not is_dense and not is_competition:
         raise DataError(

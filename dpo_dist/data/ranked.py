@@ -1,5 +1,6 @@
 """Rows with any number of completions and an order among them."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,17 +26,13 @@ from dpo_dist.data.example import (
     RowFault,
     Text,
     is_blank,
+    is_token_ids,
 )
 from dpo_dist.data.labels import values_of, weight_of
 from dpo_dist.errors import DataError
 
 Pairing = Literal["all", "best_vs_rest", "best_vs_worst", "adjacent", "list"]
 _ONE_PAIR = ("margin", "chosen_probability")
-
-
-def is_ranked(row: Row) -> bool:
-    """Whether a row holds a list of completions."""
-    return any(row.get(column) is not None for column in ("completions", "completions_ids"))
 
 
 def ranked_example(row: Row, source: str, pairing: Pairing) -> PreferenceExample | RowFault:
@@ -54,12 +51,13 @@ def ranked_example(row: Row, source: str, pairing: Pairing) -> PreferenceExample
     values, weight = values_of(row, len(completions), source), weight_of(row, source)
     if (fault := _fault(prompt, completions, source)) is not None:
         return fault
-    merged: dict[Any, float] = {}
-    for k, (key, value) in enumerate(zip(map(repr, completions), values, strict=True)):
-        if merged.setdefault(key, value) != value:
-            what = f"completion {k} is identical to an earlier one that is ranked otherwise"
+    first_place: dict[Any, int] = {}
+    for k, completion in enumerate(completions):
+        first = first_place.setdefault(_key(completion), k)
+        if values[first] != values[k]:
+            what = f"completion {k} is identical to completion {first}, which is ranked otherwise"
             return RowFault(IDENTICAL_COMPLETIONS, source, what)
-    places = [k for k, key in enumerate(map(repr, completions)) if key not in set(map(repr, completions[:k]))]
+    places = list(first_place.values())
     ends = preferences([values[k] for k in places], pairing)
     if not ends:
         return RowFault(NO_PREFERENCE, source, "all completions are ranked alike")
@@ -130,6 +128,13 @@ def _texts(row: Row, source: str) -> tuple[Text, tuple[Text, ...], tuple[Any, ..
         return prompt, tuple(completions), None
     messages = messages_of(prompt, "prompt", source)
     return with_system(messages, "prompt", row, source), answers_of(named, messages, source), tools_of(row, source)
+
+
+def _key(completion: Text) -> Any:
+    """Equal for equal completions; in messages the order of keys means nothing."""
+    if isinstance(completion, str) or is_token_ids(completion):
+        return completion
+    return json.dumps(completion, sort_keys=True, default=repr)
 
 
 def _fault(prompt: Text, completions: Sequence[Text], source: str) -> RowFault | None:

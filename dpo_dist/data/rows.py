@@ -11,6 +11,7 @@ from dpo_dist.data.columns import (
     all_strings,
     answers_of,
     holds_token_ids,
+    kind_of,
     messages_of,
     refuse_without_effect,
     required,
@@ -34,7 +35,7 @@ from dpo_dist.data.example import (
     is_blank,
 )
 from dpo_dist.data.labels import labelled, weight_of
-from dpo_dist.data.ranked import Pairing, best_example, is_ranked, ranked_example
+from dpo_dist.data.ranked import Pairing, best_example, ranked_example
 from dpo_dist.errors import DataError
 
 # The turns of a raw HH-RLHF dialogue.
@@ -62,7 +63,7 @@ def parse_row(
         if demonstrations:
             return _demonstrated(row, source)
         refuse_demonstration(row, source)
-        if is_ranked(row):
+        if kind_of(row) == "ranking":
             return ranked_example(row, source, pairing)
         example = _parsed(row, source)
         return labelled(example, row, source) if isinstance(example, PreferenceExample) else example
@@ -71,7 +72,7 @@ def parse_row(
 
 
 def _demonstrated(row: Row, source: str) -> PreferenceExample | RowFault:
-    if is_ranked(row):
+    if kind_of(row) == "ranking":
         return best_example(row, source)
     alone = demonstration(row, source)
     if alone is not None:

@@ -18,6 +18,7 @@ seconds. Together with `distributed.py` the only place that reads environment va
 
 import atexit
 import json
+import logging
 import os
 import sys
 import threading
@@ -85,6 +86,8 @@ def _quiet_imports() -> None:
     """Settle what other packages would otherwise print while they are imported and used."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar in a log is a line for every change
+    # It says at its import which kernels it lacks, whether or not anything is quantised.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
 
     if not torch.cuda.is_available():

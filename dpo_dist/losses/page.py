@@ -1,6 +1,8 @@
 """Every loss as a table: the page `docs/losses.md`, which `dpo-dist schema --losses` prints."""
 
-from dpo_dist.losses.table import LOSSES
+from dpo_dist.losses.table import LOSSES, LossSpec
+
+_DATA = {"pair": "pairs", "token": "chosen completions", "example": "pairs or rankings"}
 
 _HEAD = """# Losses
 
@@ -9,7 +11,8 @@ Written by `dpo-dist schema --losses`. One loss: `loss.loss_type=sigmoid`; sever
 
 A log-ratio is log pi_policy - log pi_reference of a whole completion (a sum over its tokens, nats), s the logistic
 function, r_c and r_r = beta * log-ratio of chosen and rejected, m = beta * (score of chosen - score of rejected),
-eps = label_smoothing, tau = discopop_tau. The score is the log-ratio, or f'(ratio) of another divergence
+eps = label_smoothing, tau = discopop_tau; q and margin are the columns `chosen_probability` (else 1) and `margin` of the
+data (of completions with scores their difference). The score is the log-ratio, or f'(ratio) of another divergence
 (`loss.f_divergence_type`; Wang et al. 2023, arXiv:2309.16240): `forward_kl` 1 - 1/u, `js_divergence` log(2u / (u + 1)),
 `alpha_divergence` (u^(a - 1) - 1) / (a - 1) with a = f_alpha_divergence_coef, where log u is the log-ratio. Losses that
 are not of a difference of scores take `reverse_kl` only.
@@ -37,12 +40,22 @@ policy is to write them, for all but `aot`, `aot_unpaired`, `plackett_luce` and 
 def losses_table() -> str:
     """Markdown: a row for each loss."""
     head = [
-        "| loss_type | loss | settings | other divergences | source | when |",
-        "|---|---|---|---|---|---|",
+        "| loss_type | loss | settings | needs | other divergences | source | when |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = [
-        f"| `{name}` | {spec.formula} | {', '.join(spec.parameters)} | {'yes' if spec.is_of_a_difference else 'no'} "
-        f"| {spec.source} | {spec.use} |"
+        f"| `{name}` | {spec.formula} | {', '.join(spec.parameters)} | {', '.join(_needs(spec))} "
+        f"| {'yes' if spec.is_of_a_difference else 'no'} | {spec.source} | {spec.use} |"
         for name, spec in LOSSES.items()
     ]
     return "\n".join([_HEAD, *head, *rows, ""])
+
+
+def _needs(spec: LossSpec) -> list[str]:
+    """What a run must have for it."""
+    needs = [_DATA[spec.unit], "a reference" if spec.reads_a_reference else "no reference"]
+    if any(name.endswith("_lengths") for name in spec.needs):
+        needs.append("lengths")
+    if spec.needs_matching:
+        needs.append("all pairs of a step")
+    return needs

@@ -11,8 +11,8 @@ Written by `dpo-dist schema --losses`. One loss: `loss.loss_type=sigmoid`; sever
 
 A log-ratio is log pi_policy - log pi_reference of a whole completion (a sum over its tokens, nats), s the logistic
 function, r_c and r_r = beta * log-ratio of chosen and rejected, m = beta * (score of chosen - score of rejected),
-eps = label_smoothing, tau = discopop_tau; q and margin are the columns `chosen_probability` (else 1) and `margin` of the
-data (of completions with scores their difference). The score is the log-ratio, or f'(ratio) of another divergence
+eps = label_smoothing, tau = discopop_tau; q and margin are the columns `chosen_probability` (else 1) and `margin` of
+the data (of completions with scores their difference). The score is the log-ratio, or f'(ratio) of another divergence
 (`loss.f_divergence_type`; Wang et al. 2023, arXiv:2309.16240): `forward_kl` 1 - 1/u, `js_divergence` log(2u / (u + 1)),
 `alpha_divergence` (u^(a - 1) - 1) / (a - 1) with a = f_alpha_divergence_coef, where log u is the log-ratio. Losses that
 are not of a difference of scores take `reverse_kl` only.

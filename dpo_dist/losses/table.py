@@ -193,7 +193,7 @@ LOSSES: dict[str, LossSpec] = {
         (*_LOGPS, *_LENGTHS),
         ("beta", "simpo_gamma"),
         "-log s(beta (logp_c / length - logp_r / length) - simpo_gamma)",
-        "SimPO: Meng et al. 2024, arXiv:2405.14734",
+        "SimPO: Meng et al. 2024, arXiv:2405.14734, eq. 6",
         "No reference. beta is per token here, so larger than DPO's.",
     ),
     "cpo": LossSpec(
@@ -212,7 +212,7 @@ LOSSES: dict[str, LossSpec] = {
         (*_LOGPS, *_LENGTHS),
         ("beta",),
         "sft - beta log s(log(p_c / (1 - p_c)) - log(p_r / (1 - p_r))), p = exp(logp / length)",
-        "ORPO: Hong et al. 2024, arXiv:2403.07691; beta is the paper's lambda, and sft is of completions only",
+        "ORPO: Hong et al. 2024, arXiv:2403.07691, eq. 6; beta is the paper's lambda, and sft is of completions only",
         "No reference, and no supervised stage before it.",
         likelihood=1.0,
     ),

@@ -40,19 +40,19 @@ class MetricsFile:
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(self._path)
 
-    def evaluations(self, step: int) -> dict[str, dict[str, Any]]:
-        """The lines of the held-out sets that were evaluated after update `step`, by name."""
+    def evaluations(self, step: int) -> dict[str, dict[str, float]]:
+        """The numbers of the held-out sets that were evaluated after update `step`, by name."""
         if not self._path.exists():
             return {}
         lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
         of_sets = [line for line in lines if line["step"] == step and line.get("split") == "evaluation"]
-        return {line["dataset"]: line for line in of_sets}
+        return {line["dataset"]: _numbers(line) for line in of_sets}
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers; evaluation keys get the prefix `eval_` there."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        numbers = {key: float(value) for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        numbers = _numbers(line)
         if line.get("split") == "evaluation":
             numbers = {f"eval_{line['dataset']}_{key}": value for key, value in numbers.items()}
         for tracker in self._trackers:
@@ -62,6 +62,10 @@ class MetricsFile:
         """Flush the trackers."""
         for tracker in self._trackers:
             tracker.close()
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in line.items() if isinstance(value, int | float) and key != "step"}
 
 
 class TensorBoardTracker:

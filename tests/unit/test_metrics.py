@@ -272,3 +272,14 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_tracker_names_its_package() -> None:
     assert TRACKERS.keys() == TRACKER_PACKAGES.keys()
+
+
+def test_numbers_of_an_evaluation_are_found_again(tmp_path: Path) -> None:
+    """As a resumed run asks: of one step, by set, and nothing but numbers."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.evaluations(2) == {}
+    for step, name, loss in ((2, "a", 0.5), (2, "b", 0.25), (4, "a", 0.125)):
+        file.write({"step": step, "split": "evaluation", "dataset": name, "loss": loss, "num_pairs": 3})
+    file.write({"step": 2, "loss": 9.0})
+    assert file.evaluations(2) == {"a": {"loss": 0.5, "num_pairs": 3.0}, "b": {"loss": 0.25, "num_pairs": 3.0}}
+    assert file.evaluations(3) == {}

@@ -1,6 +1,7 @@
 """A run that ends before its last step: by early stopping or a threshold, with the best checkpoint, also resumed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from dpo_dist import trainer
 from dpo_dist.cli import app
 from tests.golden.trajectories import FOLDER, base_config
 from tests.launching import launch, succeeded
@@ -116,6 +118,34 @@ def test_a_resumed_run_decides_as_one_that_never_stopped(tmp_path: Path) -> None
         assert lines_of(out) == [line for line in wanted if line["step"] > step]
         resumed = json.loads((out / "checkpoints" / f"step-{last:06d}/state.json").read_text())
         assert resumed["health"] == state["health"]
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And if a kill follows before the next checkpoint, its numbers are taken from the file, to the same end."""
+    path = written(tmp_path, "run", checkpoint={"save_steps": 2})
+    due, calls = trainer.evaluation_is_due, []
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "evaluation_is_due", lambda run, step: step != 2 and due(run, step))
+        train(path, "train.max_steps=2")
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    assert [step for step in losses_of(tmp_path / "run") if step] == [1]
+    train(path, "train.max_steps=4")
+    wanted = lines_of(tmp_path / "run")
+    assert sorted(losses_of(tmp_path / "run")) == [1, 2, 3, 4]
+    (made_up,) = [line for line in wanted if line["step"] == 2 and "split" in line]
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(made_up) + "\n")
+    evaluate = trainer.evaluate_all
+    monkeypatch.setattr(trainer, "evaluate_all", lambda run, at: calls.append(at.step) or evaluate(run, at))
+    train(path, "train.max_steps=4", f"train.output_dir={tmp_path}/killed")
+    assert calls == [3, 4]
+    assert lines_of(tmp_path / "killed") == wanted
+    states = [
+        json.loads((tmp_path / name / "checkpoints/step-000004/state.json").read_text()) for name in ("run", "killed")
+    ]
+    assert states[0]["health"] == states[1]["health"]
 
 
 def test_ranks_decide_together_and_as_one_process_does(tmp_path: Path, ended: tuple[Path, str]) -> None:

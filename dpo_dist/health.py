@@ -10,30 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_dist.config import BEST_BY, EvaluationConfig, HealthConfig, RunConfig
+from dpo_dist.metrics import HEALTH
 
 _ACCURACY = "rewards/accuracies"
-# What is judged in training: sum and number it is divided by, threshold, what it means, and what may help.
+# What is judged in training: what it means where it is above `health.max_<name>`, and what may help.
 _JUDGED = {
     "kl": (
-        "num_compared",
-        "max_kl",
         "completions have become less likely than under the reference by so many nats per token",
         "raise loss.beta, or lower train.learning_rate",
     ),
     "displacement": (
-        "num_pairs",
-        "max_displacement",
         "so large a share of chosen completions is less likely than under the reference",
         "add their likelihood to the loss (loss.loss_type=[sigmoid, sft]), or use loss.loss_type=dpop or apo_zero",
     ),
     "length_drift": (
-        "num_pairs",
-        "max_length_drift",
         "in so large a share of pairs the policy wrongly prefers the longer completion",
         "set loss.rdpo_alpha or loss.ld_alpha, or use loss.loss_type=sigmoid_norm",
     ),
 }
-_SUMS = ("num_pairs", "num_compared", *_JUDGED)
+_SUMS = {*HEALTH, *HEALTH.values()}
 
 
 @dataclass
@@ -56,7 +51,9 @@ class Health:
 
 
 def restored(saved: Mapping[str, Any], saved_config: Mapping[str, Any], config: RunConfig) -> Health:
-    """What a checkpoint kept; a run that had ended goes on where its rules have been changed since.
+    """What a checkpoint kept, less what a change of the rules since then has made void.
+
+    A run that had ended goes on; by another metric nothing is the best yet; thresholds are judged anew.
 
     Args:
         saved: from `to_json`.
@@ -64,8 +61,13 @@ def restored(saved: Mapping[str, Any], saved_config: Mapping[str, Any], config: 
         config: this run's.
     """
     health, now = Health(**saved), config.model_dump(mode="json")
-    if any(saved_config.get(section) != now[section] for section in ("evaluation", "health")):
+    evaluation, thresholds = (saved_config.get(section, {}) for section in ("evaluation", "health"))
+    if evaluation != now["evaluation"] or thresholds != now["health"]:
         health.ended = ""
+    if thresholds != now["health"]:
+        health.crossed = []
+    if evaluation.get("metric_for_best_model") != now["evaluation"]["metric_for_best_model"]:
+        health.best, health.best_step, health.num_worse = None, 0, 0
     return health
 
 
@@ -88,10 +90,9 @@ def judge_step(health: Health, totals: Mapping[str, float], config: RunConfig) -
         return []
     sums, health.sums = health.sums, {}
     said = []
-    for name, (count, key, meaning, knob) in _JUDGED.items():
-        value, limit = sums[name] / sums[count], getattr(config.health, key)
-        where = f"over the last {num_pairs:.0f} pairs"
-        said += _cross(health, config.health, key, name, value, limit, f"{where} {meaning}; {knob}")
+    for name, (meaning, knob) in _JUDGED.items():
+        what = f"over the last {num_pairs:.0f} pairs {meaning}; {knob}"
+        said += _cross(health, config.health, name, sums[name] / sums[HEALTH[name]], what)
     return said
 
 
@@ -133,8 +134,7 @@ def _judge_gap(health: Health, name: str, values: Mapping[str, float], config: R
         f"is {values[_ACCURACY]:.2f} on {name}: training pairs are learnt by heart; lower train.num_train_epochs or "
         "train.learning_rate, raise loss.beta, or set evaluation.early_stopping_patience"
     )
-    key = f"max_accuracy_gap of {name}"
-    return _cross(health, config.health, key, "accuracy_gap", gap, config.health.max_accuracy_gap, what)
+    return _cross(health, config.health, "accuracy_gap", gap, what, of=name)
 
 
 def _compare_with_best(
@@ -164,10 +164,9 @@ def _end(health: Health, evaluation: EvaluationConfig, dataset: str, metric: str
     return [health.ended]
 
 
-def _cross(
-    health: Health, config: HealthConfig, key: str, name: str, value: float, limit: float, what: str
-) -> list[str]:
-    """What is to be said of a value, once each time it goes above its threshold."""
+def _cross(health: Health, config: HealthConfig, name: str, value: float, what: str, of: str = "") -> list[str]:
+    """What is to be said of a value, of a held-out set for instance, once each time it goes above its threshold."""
+    limit, key = getattr(config, f"max_{name}"), f"{name} {of}".strip()
     was_above = key in health.crossed
     if value <= limit:
         health.crossed = [other for other in health.crossed if other != key]
@@ -175,7 +174,7 @@ def _cross(
     if was_above:
         return []
     health.crossed.append(key)
-    text = f"health.{key.split()[0]}={limit:g}: {name} is {value:.3g}: {what}"
+    text = f"health.max_{name}={limit:g}: {name} is {value:.3g}: {what}"
     if config.action == "stop":
         health.ended = text
     return [text]

@@ -7,7 +7,7 @@ import torch
 
 from dpo_dist.cli.prepare import Prepared, base_model_name, counted
 from dpo_dist.packing import StepPlan
-from dpo_dist.tokenization import repeated_data
+from dpo_dist.tokenization import MERGED, repeated_data
 
 
 def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
@@ -20,6 +20,9 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
     config = prepared.config
     found = [*prepared.unused_weights, *_source_remarks(prepared)]
     found += repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
+    notes = [dataset.notes for dataset in (prepared.dataset, *prepared.evaluation_sets.values())]
+    if config.data.group_by_prompt and not any(MERGED in of_set for of_set in notes):
+        found.append("data.group_by_prompt=true: no two rows of a data set have the same prompt; nothing was merged")
     wanted, available = config.train.examples_per_step, len(prepared.dataset)
     if wanted > available:
         found.append(f"train.examples_per_step={wanted}: there are {available} examples; every step takes all of them")

@@ -184,6 +184,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "save_strategy": "the name here is checkpoint.save_steps; 0 saves only at the end",
     "save_only_model": "a checkpoint always holds the whole state; the model alone is written to model/",
     "max_ckpt_num": "the name here is checkpoint.save_total_limit",
+    "greater_is_better": "it follows from evaluation.metric_for_best_model; leave this out",
+    "early_stopping": "the name here is evaluation.early_stopping_patience, with evaluation.metric_for_best_model",
     "eval_strategy": "the name here is evaluation.eval_steps; 0 is never",
     "evaluation_strategy": "the name here is evaluation.eval_steps; 0 is never",
     "generate_during_eval": _NONE,

@@ -46,6 +46,10 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: much less memory, about a third more compute."""
 
 
+# Which of a row's completions are compared with each other.
+Pairing = Literal["all", "best_vs_rest", "best_vs_worst", "adjacent", "list"]
+
+
 class DataSource(Section):
     """One data set."""
 
@@ -72,7 +76,7 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be used (null, equal or empty completions, different prompts, over-long):
     `error` names file and line; `skip` leaves it out and counts it by reason."""
-    pairing: Literal["all", "best_vs_rest", "best_vs_worst", "adjacent", "list"] = "all"
+    pairing: Pairing = "all"
     """Which completions of a row with `completions` and `scores` or `ranks` are compared: every two; the best with each
     other one; the best with the worst; neighbours in the order; or as a list (loss.loss_type=plackett_luce). Equally
     good ones are not. However many pairs there are, each completion is computed once."""

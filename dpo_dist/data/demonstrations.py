@@ -17,13 +17,11 @@ from dpo_dist.data.columns import (
     with_system,
 )
 from dpo_dist.data.example import (
-    EMPTY_COMPLETION,
-    EMPTY_PROMPT,
     NO_ANSWER,
     PreferenceExample,
     RowFault,
     Text,
-    is_blank,
+    blank_fault,
 )
 from dpo_dist.data.labels import weight_of
 from dpo_dist.errors import DataError
@@ -106,10 +104,8 @@ def _from_conversation(row: Row, column: str, source: str) -> PreferenceExample 
 
 
 def _example(prompt: Text, completion: Text, row: Row, source: str) -> PreferenceExample | RowFault:
-    if is_blank(prompt):
-        return RowFault(EMPTY_PROMPT, source, "the prompt is empty")
-    if is_blank(completion):
-        return RowFault(EMPTY_COMPLETION, source, "the completion is empty")
+    if (fault := blank_fault(prompt, {"the completion": completion}, source)) is not None:
+        return fault
     tools = None if isinstance(prompt, str) else tools_of(row, source)
     return PreferenceExample(prompt, (completion,), (), tools, source, weight_of(row, source))
 

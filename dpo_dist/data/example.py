@@ -1,6 +1,6 @@
 """A preference example as text, and what a row that cannot be one is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
@@ -73,6 +73,16 @@ def is_blank(text: Text) -> bool:
         return False
     # A call of a tool says something without content.
     return not any(message["content"].strip() or message.get("tool_calls") for message in cast(Messages, text))
+
+
+def blank_fault(prompt: Text, completions: Mapping[str, Text], source: str) -> RowFault | None:
+    """What of a row is empty, if anything; completions by what to call them."""
+    if is_blank(prompt):
+        return RowFault(EMPTY_PROMPT, source, "the prompt is empty")
+    for name, completion in completions.items():
+        if is_blank(completion):
+            return RowFault(EMPTY_COMPLETION, source, f"{name} is empty")
+    return None
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:

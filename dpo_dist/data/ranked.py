@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
+from dpo_dist.config import Pairing
 from dpo_dist.data.columns import (
     Row,
     all_strings,
@@ -17,21 +18,18 @@ from dpo_dist.data.columns import (
     with_system,
 )
 from dpo_dist.data.example import (
-    EMPTY_COMPLETION,
-    EMPTY_PROMPT,
     IDENTICAL_COMPLETIONS,
     NO_PREFERENCE,
     Pair,
     PreferenceExample,
     RowFault,
     Text,
-    is_blank,
+    blank_fault,
     is_token_ids,
 )
 from dpo_dist.data.labels import values_of, weight_of
 from dpo_dist.errors import DataError
 
-Pairing = Literal["all", "best_vs_rest", "best_vs_worst", "adjacent", "list"]
 _ONE_PAIR = ("margin", "chosen_probability")
 
 
@@ -49,7 +47,8 @@ def ranked_example(row: Row, source: str, pairing: Pairing) -> PreferenceExample
             )
     prompt, completions, tools = _texts(row, source)
     values, weight = values_of(row, len(completions), source), weight_of(row, source)
-    if (fault := _fault(prompt, completions, source)) is not None:
+    named = {f"completion {k}": completion for k, completion in enumerate(completions)}
+    if (fault := blank_fault(prompt, named, source)) is not None:
         return fault
     first_place: dict[Any, int] = {}
     for k, completion in enumerate(completions):
@@ -82,7 +81,7 @@ def best_example(row: Row, source: str) -> PreferenceExample | RowFault:
     prompt, completions, tools = _texts(row, source)
     values = values_of(row, len(completions), source)
     best = completions[values.index(max(values))]
-    if (fault := _fault(prompt, (best,), source)) is not None:
+    if (fault := blank_fault(prompt, {"the best completion": best}, source)) is not None:
         return fault
     return PreferenceExample(prompt, (best,), (), tools, source, weight_of(row, source), is_ranked=True)
 
@@ -135,12 +134,3 @@ def _key(completion: Text) -> Any:
     if isinstance(completion, str) or is_token_ids(completion):
         return completion
     return json.dumps(completion, sort_keys=True, default=repr)
-
-
-def _fault(prompt: Text, completions: Sequence[Text], source: str) -> RowFault | None:
-    if is_blank(prompt):
-        return RowFault(EMPTY_PROMPT, source, "the prompt is empty")
-    for k, completion in enumerate(completions):
-        if is_blank(completion):
-            return RowFault(EMPTY_COMPLETION, source, f"completion {k} is empty")
-    return None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from dpo_dist.config import Pairing
 from dpo_dist.data.columns import (
     REFUSED_COLUMNS,
     TOKEN_COLUMNS,
@@ -21,8 +22,6 @@ from dpo_dist.data.columns import (
 )
 from dpo_dist.data.demonstrations import demonstration, refuse_demonstration
 from dpo_dist.data.example import (
-    EMPTY_COMPLETION,
-    EMPTY_PROMPT,
     IDENTICAL_COMPLETIONS,
     MISSING_VALUE,
     PROMPTS_DIFFER,
@@ -31,11 +30,11 @@ from dpo_dist.data.example import (
     PreferenceExample,
     RowFault,
     Text,
+    blank_fault,
     common_prefix_length,
-    is_blank,
 )
 from dpo_dist.data.labels import labelled, weight_of
-from dpo_dist.data.ranked import Pairing, best_example, ranked_example
+from dpo_dist.data.ranked import best_example, ranked_example
 from dpo_dist.errors import DataError
 
 # The turns of a raw HH-RLHF dialogue.
@@ -186,11 +185,9 @@ def _split_conversations(row: Row, source: str) -> PreferenceExample | RowFault:
 def _example(
     prompt: Text, chosen: Text, rejected: Text, tools: tuple[Any, ...] | None, source: str
 ) -> PreferenceExample | RowFault:
-    if is_blank(prompt):
-        return RowFault(EMPTY_PROMPT, source, "the prompt is empty")
-    for column, completion in (("chosen", chosen), ("rejected", rejected)):
-        if is_blank(completion):
-            return RowFault(EMPTY_COMPLETION, source, f"the {column} completion is empty")
+    named = {"the chosen completion": chosen, "the rejected completion": rejected}
+    if (fault := blank_fault(prompt, named, source)) is not None:
+        return fault
     if chosen == rejected:
         return RowFault(IDENTICAL_COMPLETIONS, source, "chosen and rejected are identical")
     return PreferenceExample(prompt, (chosen, rejected), (Pair(chosen=0, rejected=1),), tools, source)

@@ -10,11 +10,10 @@ from typing import Any
 
 import datasets
 
-from dpo_dist.config import DataSource
+from dpo_dist.config import DataSource, Pairing
 from dpo_dist.data.columns import Row, holds_token_ids, ignored_columns
 from dpo_dist.data.example import PreferenceExample, RowFault
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
-from dpo_dist.data.ranked import Pairing
 from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import DataError
 

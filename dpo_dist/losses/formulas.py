@@ -199,7 +199,7 @@ def plackett_luce(
     """
     gaps_B = beta * (rejected_logratios - chosen_logratios)
     # Logarithms of sums of exponentials, from the largest on; 0 stands for the completion itself.
-    zeros_C = torch.zeros_like(completion_logps, requires_grad=False)
+    zeros_C = torch.zeros_like(completion_logps)
     largest_C = zeros_C.scatter_reduce(0, pair_chosen, gaps_B.detach(), "amax")
     shares_B = (gaps_B - largest_C[pair_chosen]).exp()
     return largest_C + torch.log((-largest_C).exp().index_add(0, pair_chosen, shares_B))

@@ -58,7 +58,8 @@ PER_TOKEN = {
     "logits/rejected": "num_rejected_tokens",
 }
 OF_LOSSES = (("loss", "pair_weight"), ("token_loss", "token_weight"), ("example_loss", "example_weight"))
-HEALTH = ("kl", "displacement", "length_drift")
+# Distance from the reference: what each sum is divided by.
+HEALTH = {"kl": "num_compared", "displacement": "num_pairs", "length_drift": "num_pairs"}
 LOGGED_STATISTICS = ("entropy", "mean_logit", "is_top1")
 COUNTS = ("tokens_processed", "tokens_unshared", "tokens_padded")
 
@@ -177,7 +178,7 @@ class Window:
         """
         denominators = {**dict.fromkeys(PER_PAIR, "num_pairs"), **PER_TOKEN}
         if has_reference:
-            denominators |= {"kl": "num_compared", "displacement": "num_pairs", "length_drift": "num_pairs"}
+            denominators |= HEALTH
         means = {
             name: self.sums[name] / self.sums[count] for name, count in denominators.items() if self.sums.get(count)
         }

@@ -2,6 +2,7 @@
 
     tokenizer.py  load a tokenizer; what identifies it
     encode.py     text examples            TokenizedExample or RowFault
+    grouping.py   rows of one prompt       one example
     writer.py     tokenised examples       Arrow file and its summary
     dataset.py    the same, memory-mapped  any row in constant time
     prepare.py    entries of data.train    one TokenizedDataset, tokenised once and found again
@@ -11,10 +12,12 @@ Rows that hold token ids already pass through unchanged, and no tokenizer is loa
 
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.grouping import MERGED
 from dpo_dist.tokenization.prepare import prepare_dataset, repeated_data
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer
 
 __all__ = [
+    "MERGED",
     "TokenizedDataset",
     "TokenizedExample",
     "TokenizerSpec",

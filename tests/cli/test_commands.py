@@ -139,6 +139,7 @@ def test_a_model_older_than_the_last_checkpoint_is_written_anew(run_folder: Path
 def test_what_is_seldom_meant_is_told(run_folder: Path) -> None:
     for overrides, fragment in {
         ("train.examples_per_step=20",): "note: train.examples_per_step=20: there are 9 examples",
+        ("data.group_by_prompt=true",): "note: data.group_by_prompt=true: no two rows",
         ("train.examples_per_step=1", "--ranks", "3"): "note: 2 of 3 ranks have nothing to do: a step has 1 example",
         ("model.dtype=bfloat16",): "note: parallel.deepspeed=zero3_cpu adds gradients up in bfloat16",
         ("model.dtype=bfloat16", "parallel.deepspeed=zero3_bf16", "data.evaluation=[]", "evaluation.eval_steps=0",

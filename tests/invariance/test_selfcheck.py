@@ -203,12 +203,12 @@ def test_shuffled_reference_moves_the_first_loss(case, beta):
 # ---- the statistics
 
 
-# Of one to three values an honest draw is beyond three standard deviations now and then, and hypothesis finds it.
-@given(st.integers(4, 200), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 200), st.integers(0, 2**32 - 1))
 @settings(max_examples=100, deadline=None)
 def test_honest_noise_is_accepted_and_ten_times_as_much_is_not(count, seed):
     noise = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    assert is_rounding(noise.tolist())
+    # One value in 400 is beyond three standard deviations, and hypothesis looks for it where there is only one.
+    assert is_rounding(noise.clamp(-2.9, 2.9).tolist())
     largest = noise.abs().max()
     assert not is_rounding((8.01 * noise / largest).tolist())
     assert not is_rounding((3.01 * noise / noise.square().mean().sqrt()).tolist())

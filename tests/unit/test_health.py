@@ -104,6 +104,8 @@ def test_training_accuracy_far_above_a_held_out_one(path: Path) -> None:
     right = totals(**{"rewards/accuracies": 4.0})
     health, _ = judged(config, right, right)
     assert accuracy_gap(health, evaluated(0.7)) == pytest.approx(0.3)
+    lenient, again = load_config(path, ["health.check_pairs=8", "health.max_accuracy_gap=0.35"]), replace(health)
+    assert judge_evaluation(again, 2, {"hh": evaluated(0.7)}, lenient) == []
     (said,) = judge_evaluation(health, 2, {"hh": evaluated(0.7), "own": evaluated(0.8)}, config)
     assert said.startswith(
         "health.max_accuracy_gap=0.25: accuracy_gap is 0.3: reward accuracy was 1.00 over the last 8"
@@ -163,13 +165,26 @@ def test_a_checkpoint_keeps_all_of_it(path: Path) -> None:
     config = load_config(path, [*BEST, "health.check_pairs=100"])
     values: dict[str, Any] = config.model_dump(mode="json")
     health, _ = judged(config, totals(kl=0.1 + 0.2))
+    health.crossed = ["kl"]
     compared(config, [0.0, 0.6, 0.7, 0.8], health)
     assert health.ended
     saved = json.loads(json.dumps(health.to_json()))
     assert restored(saved, values, config) == health
     for change in ("evaluation.early_stopping_threshold=0.1", "health.action=stop"):
         goes_on = restored(saved, values, load_config(path, [*BEST, "health.check_pairs=100", change]))
-        assert goes_on == replace(health, ended="")
+        voided = {"crossed": []} if change.startswith("health") else {}
+        assert goes_on == replace(health, ended="", **voided)
+
+
+def test_by_another_metric_nothing_is_the_best_yet(path: Path) -> None:
+    """A loss of 0.6 is no accuracy of 0.6."""
+    config = load_config(path, BEST)
+    health = compared(config, [9.0, 0.6, 0.7])
+    other = load_config(path, ["evaluation.metric_for_best_model=hh/rewards/accuracies"])
+    again = restored(health.to_json(), config.model_dump(mode="json"), other)
+    assert (again.best, again.best_step, again.num_worse) == (None, 0, 0)
+    judge_evaluation(again, 3, {"hh": evaluated(0.4), "own": evaluated()}, other)
+    assert (again.best, again.best_step) == (0.4, 3)
 
 
 # ---- settings

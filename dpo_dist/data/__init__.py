@@ -7,6 +7,7 @@
     demonstrations.py rows of a supervised run  one completion
     rows.py      one row, of any accepted shape PreferenceExample or RowFault
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
+    hub.py       a hub data set               by the library datasets, which nothing else imports
 
 A *file fault* (cannot be read, broken JSON, a column missing or of the wrong type) is always a DataError; a *row fault*
 (a null, equal or empty completions, different prompts) is returned, and `data.on_bad_row` decides. Nothing here knows

@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import cores
+
 if TYPE_CHECKING:
     from tests.machine import Machine
 
 SEED = 1234
 
-# bfloat16 by the same kinds of kernels on all machines. Where Intel's AMX adds up in another order, one weight of a run
-# in bfloat16 may be rounded to its other neighbour, and what follows tells only how far such a run leaves its oracle.
-# Read once, when torch computes first; launched ranks inherit it.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# The same kernels on every x86-64 machine: oneDNN's, ATen's and MKL's for AVX2. Where AVX512 or AMX adds up in another
+# order, one weight of a run in bfloat16 may be rounded to its other neighbour, and what follows tells only how far such a
+# run leaves its oracle. Read once, when torch computes first; launched ranks inherit it.
+for _name, _kernels in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_CBWR", "AVX2")):
+    os.environ.setdefault(_name, _kernels)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """A test shares the machine with the other worker's, unless it launches several ranks."""
+    with cores.shared():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.cores import alone
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The launcher's own environment must not reach a launch inside a launch.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -75,15 +77,16 @@ def launch(
     Raises:
         subprocess.TimeoutExpired: with what was printed until then.
     """
-    process = start(num_ranks, module, *arguments, cwd=cwd, env=env)
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired as expired:
-        kill_group(process)
-        stdout, stderr = process.communicate()
-        raise subprocess.TimeoutExpired(expired.cmd, expired.timeout, stdout, stderr) from None
-    finally:
-        kill_group(process)
+    with alone(num_ranks):
+        process = start(num_ranks, module, *arguments, cwd=cwd, env=env)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as expired:
+            kill_group(process)
+            stdout, stderr = process.communicate()
+            raise subprocess.TimeoutExpired(expired.cmd, expired.timeout, stdout, stderr) from None
+        finally:
+            kill_group(process)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

@@ -199,7 +199,7 @@ def test_schema_and_version() -> None:
 def test_deepspeed_launcher(tmp_path: Path, run_folder: Path) -> None:
     out = tmp_path / "out"
     done = launch(
-        1, "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "tests.checked",
+        1, "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dpo_dist",
         "train", str(run_folder / "run.yaml"), f"train.output_dir={out}",
         cwd=REPOSITORY, env={"DS_ACCELERATOR": "cpu"},
     )  # fmt: skip

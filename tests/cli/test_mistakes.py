@@ -362,7 +362,7 @@ def test_export_of_something_else(config: Path) -> None:
     ],
 )
 def test_two_ranks_say_it_once_and_end(config: Path, override: str, fragment: str) -> None:
-    done = launch(2, "tests.checked", "train", "run.yaml", override, cwd=config, timeout=240)
+    done = launch(2, "dpo_dist", "train", "run.yaml", override, cwd=config, timeout=240)
     assert done.returncode != 0
     ours, its_report = done.stderr.split("FAILED", 1)  # torchrun always exits with 1 itself, and says why last
     assert "exitcode  : 2" in its_report

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dpo_dist.config import LOSS_TYPES, LossConfig
 from dpo_dist.losses import PairValues, bind
+from tests.forking import fork_ranks
 from tests.golden import plain
 from tests.golden.trajectories import LOSS_CASES, SLACK, case_config, compare_run, compare_trajectory, load_case
 from tests.invariance.stories import write_request
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 
 # TRL's DPOTrainer has none of these.
 BEYOND_TRL = {"dpop", "simpo", "cpo", "orpo", "plackett_luce"}
@@ -40,7 +41,9 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         config["packing"]["max_tokens"] = 130 if num_ranks == 2 else 4096
         configs[name] = config
     write_request(folder / "request.json", configs)
-    succeeded(launch(num_ranks, "tests.invariance.worker", str(folder), cwd=folder, timeout=120 + 20 * len(configs)))
+    succeeded(
+        fork_ranks(num_ranks, "tests.invariance.worker", str(folder), cwd=folder, timeout=120 + 20 * len(configs))
+    )
     return folder
 
 

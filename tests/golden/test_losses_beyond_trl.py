@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from tests.forking import fork_ranks
 from tests.golden import plain
 from tests.golden.trajectories import (
     RELATIVE,
@@ -30,7 +31,7 @@ from tests.golden.trajectories import (
     load_rows,
 )
 from tests.invariance.stories import write_request
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 
 BETA = 0.4
 
@@ -115,7 +116,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         configs[name]["parallel"]["deepspeed"] = f"zero{stage}_cpu"
         configs[name]["packing"]["max_tokens"] = 4096 if num_ranks == 1 else 12 if name == "aot" else 130
     write_request(folder / "request.json", configs)
-    succeeded(launch(num_ranks, "tests.invariance.worker", str(folder), cwd=folder, timeout=300))
+    succeeded(fork_ranks(num_ranks, "tests.invariance.worker", str(folder), cwd=folder, timeout=300))
     return folder
 
 
@@ -144,7 +145,7 @@ def test_a_supervised_run_needs_no_reference(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     overrides = ["parallel.deepspeed=zero3_cpu", "packing.max_tokens=130"]
     environment = {"DPO_DIST_CACHE": str(tmp_path / "cache")}
-    done = succeeded(launch(2, "tests.checked", "train", "run.yaml", *overrides, cwd=tmp_path, env=environment))
+    done = succeeded(fork_ranks(2, "dpo_dist", "train", "run.yaml", *overrides, cwd=tmp_path, env=environment))
     assert "reference: none: no loss reads one" in done.stderr
     assert "first loss: skipped" in done.stderr
     assert not list((tmp_path / "cache").glob("reference*"))

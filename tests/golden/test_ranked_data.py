@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo_dist.cli import cache_dir
 from dpo_dist.demo import demo_model_folder
+from tests.forking import fork_ranks
 from tests.golden.trajectories import lines_of
-from tests.launching import REPOSITORY, launch, succeeded
+from tests.launching import REPOSITORY, succeeded
 
 RANKED = REPOSITORY.parent / "shared" / "data" / "ranked_completions.jsonl.gz"
 PER_STEP = 64
@@ -104,7 +105,7 @@ def test_an_epoch_of_all_pairs(
         "log": {"logging_steps": 2, "report_to": []},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    succeeded(launch(2, "dpo_dist", "train", "run.yaml", cwd=tmp_path, timeout=800))
+    succeeded(fork_ranks(2, "dpo_dist", "train", "run.yaml", cwd=tmp_path, timeout=800))
     lines = lines_of(tmp_path / "run")
     steps = [forms[start : start + PER_STEP] for start in range(0, len(forms), PER_STEP)]
     assert len(steps) == num_steps

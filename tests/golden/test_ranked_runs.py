@@ -19,9 +19,10 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER, RELATIVE, base_config, lines_of
 from tests.invariance.stories import write_request
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 
 BETA, ALPHA, STEPS, PER_STEP, RATE = 0.4, 0.3, 4, 6, 1e-3
 Row = dict[str, Any]
@@ -160,7 +161,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         config["parallel"]["deepspeed"] = f"zero{stage}_cpu"
         config["packing"]["max_tokens"] = 4096 if num_ranks == 1 else 90
     write_request(folder / "request.json", configs)
-    succeeded(launch(num_ranks, "tests.invariance.worker", str(folder), cwd=folder, timeout=300))
+    succeeded(fork_ranks(num_ranks, "tests.invariance.worker", str(folder), cwd=folder, timeout=300))
     return folder
 
 
@@ -252,7 +253,7 @@ def test_demonstrations_equal_plain_torch(tmp_path: Path, num_ranks: int, stage:
     config["parallel"]["deepspeed"] = f"zero{stage}_cpu"
     config["evaluation"] = {"eval_on_start": True, "metric_for_best_model": "loss", "eval_steps": STEPS}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    done = succeeded(launch(num_ranks, "tests.checked", "train", "run.yaml", cwd=tmp_path, timeout=300))
+    done = succeeded(fork_ranks(num_ranks, "dpo_dist", "train", "run.yaml", cwd=tmp_path, timeout=300))
     assert f"step 1/{STEPS}  loss " in done.stderr and "mean_token_accuracy" in done.stderr
     assert "rewards" not in done.stderr
 

@@ -12,15 +12,16 @@ from typer.testing import CliRunner
 
 from dpo_dist.cli import app
 from dpo_dist.engine import TrainingEngine
+from tests.forking import fork_ranks
 from tests.golden.trajectories import base_config, load_rows
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 
 EXPERTS, STEPS = 16, 2
 ONE_EXAMPLE = 100  # tokens of a micro-batch, so that one rank has as many of them as two
 
 
 def test_attention_split_over_heads_and_tokens_computes_the_same(tmp_path: Path) -> None:
-    succeeded(launch(2, "tests.gpu_contract.ulysses_worker", str(tmp_path / "out"), cwd=tmp_path))
+    succeeded(fork_ranks(2, "tests.gpu_contract.ulysses_worker", str(tmp_path / "out"), cwd=tmp_path))
     ranks = [json.loads((tmp_path / f"out.rank{rank}.json").read_text()) for rank in (0, 1)]
     found = [rank["none"] for rank in ranks]
     for one in found:
@@ -61,7 +62,7 @@ def _losses(folder: Path, model: Path, name: str, num_ranks: int, stage: int) ->
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     else:
-        succeeded(launch(num_ranks, "tests.checked", *arguments, cwd=folder))
+        succeeded(fork_ranks(num_ranks, "dpo_dist", *arguments, cwd=folder))
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "split" not in line]
 

@@ -36,7 +36,8 @@ def outcome_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         folder = tmp_path_factory.mktemp(f"ranks{world_size}")
         configs = _point_configs(points, world_size, folder) | (story_configs(folder) if wants_stories else {})
         write_request(folder / "request.json", configs)
-        arguments = ("tests.invariance.worker", str(folder))
+        # Type-checked ranks, as nowhere else: these runs have the most settings.
+        arguments = ("tests.checked", "tests.invariance.worker", str(folder))
         succeeded(launch(world_size, *arguments, cwd=folder, timeout=600 + 20 * len(configs)))
         return folder
 

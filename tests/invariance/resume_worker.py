@@ -17,12 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import install_import_hook
-
 from tests.launching import end_rank
-
-if __name__ == "__main__":
-    install_import_hook("dpo_dist", "beartype.beartype")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-import yaml
-from jaxtyping import install_import_hook
-
-if __name__ == "__main__":
-    install_import_hook("dpo_dist", "beartype.beartype")
-
 import torch
+import yaml
 
 from dpo_dist import sampler
 from dpo_dist.batch import RankWork

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import yaml
-from jaxtyping import install_import_hook
 
 from tests.launching import end_rank
 
@@ -20,7 +19,6 @@ from tests.launching import end_rank
 def main(folder: Path, everything: bool) -> None:
     """Run them."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    install_import_hook("dpo_dist", "beartype.beartype")
     from dpo_dist.cli.logs import set_up_logging
     from dpo_dist.distributed import process_group
     from tests.invariance.sources import OWN_CACHES, configs

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from dpo_dist import trainer
 from dpo_dist.cli import app
+from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER, base_config
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 12
@@ -150,7 +151,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for_once(
 
 def test_ranks_decide_together_and_as_one_process_does(tmp_path: Path, ended: tuple[Path, str]) -> None:
     path = written(tmp_path, "two", packing={"max_tokens": 150})
-    done = succeeded(launch(2, "tests.checked", "train", str(path), cwd=tmp_path, timeout=300))
+    done = succeeded(fork_ranks(2, "dpo_dist", "train", str(path), cwd=tmp_path, timeout=300))
     assert "evaluation.early_stopping_patience=2: loss of held_out" in done.stderr
     one, two = losses_of(ended[0] / "run"), losses_of(tmp_path / "two")
     assert two == {step: pytest.approx(one[step], rel=1e-5) for step in two}

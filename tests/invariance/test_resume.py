@@ -17,9 +17,10 @@ import yaml
 
 from dpo_dist.metrics import WALL_CLOCK
 from dpo_dist.sampler import Sampler
+from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER, base_config
 from tests.invariance.resume_worker import Action, Outcome, perform
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 from tests.tiny_engine import QUIET, only_rank
 
 # Whichever test comes first waits for all launches.
@@ -62,7 +63,7 @@ def run_actions(folder: Path, num_ranks: int, *actions: Action) -> subprocess.Co
     """One launch."""
     path = folder / "actions.json"
     path.write_text(json.dumps([asdict(action) for action in actions]))
-    return launch(num_ranks, "tests.invariance.resume_worker", str(path), cwd=folder, timeout=600)
+    return fork_ranks(num_ranks, "tests.invariance.resume_worker", str(path), cwd=folder, timeout=600)
 
 
 def outcomes(folder: Path, name: str, num_ranks: int) -> list[Outcome]:

@@ -17,9 +17,10 @@ from dpo_dist.losses import bind, mean_loss
 from dpo_dist.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from dpo_dist.selfcheck import check_first_loss
 from dpo_dist.selfcheck.blame import blame_layout
+from tests.forking import fork_ranks
 from tests.invariance import selfcheck_case as faults
 from tests.invariance.selfcheck_case import Case, builds_wrongly, nudge_one_matrix, save_model
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 from tests.parity.oracle import random_example
 from tests.tiny_engine import QUIET, only_rank
 
@@ -248,7 +249,7 @@ def test_layout_blame_needs_no_comparison_to_be_present():
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    process = succeeded(launch(2, "tests.invariance.selfcheck_worker", str(folder), cwd=folder, timeout=600))
+    process = succeeded(fork_ranks(2, "tests.invariance.selfcheck_worker", str(folder), cwd=folder, timeout=600))
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)], process.stderr
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.cli.exporting import run_export
+from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER, compare_trajectory, lines_of, load_case, load_rows
 from tests.invariance.sources import (
     ADAPTED,
@@ -30,7 +31,7 @@ from tests.invariance.sources import (
     is_by_hand,
     whole_name,
 )
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 
 # Tied embeddings that are both trained whole: PEFT warns of what is done here on purpose.
 pytestmark = [pytest.mark.timeout(0), pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")]
@@ -57,7 +58,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         folder = tmp_path_factory.mktemp(f"sources{world_size}")
         arguments = [str(folder), *(["everything"] if everything else [])]
         timeout = 300 + 20 * len(configs(folder, everything))
-        succeeded(launch(world_size, "tests.invariance.sources_worker", *arguments, cwd=folder, timeout=timeout))
+        succeeded(fork_ranks(world_size, "tests.invariance.sources_worker", *arguments, cwd=folder, timeout=timeout))
         return folder
 
     def folder_of(world_size: int, name: str) -> Path:

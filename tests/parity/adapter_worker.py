@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import install_import_hook
 from safetensors.torch import save_file
-
-if __name__ == "__main__":
-    install_import_hook("dpo_dist", "beartype.beartype")
 
 from dpo_dist.adapters import attach_adapter, export_adapter, write_adapter_settings
 from dpo_dist.attention.interface import register

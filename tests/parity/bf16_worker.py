@@ -3,12 +3,9 @@
 import sys
 from pathlib import Path
 
-from jaxtyping import install_import_hook
-
 from tests.launching import end_rank
 
 if __name__ == "__main__":
-    install_import_hook("dpo_dist", "beartype.beartype")
     from dpo_dist.cli.training import run_training
     from dpo_dist.config import load_config
     from dpo_dist.distributed import process_group

@@ -21,7 +21,8 @@ from dpo_dist.batch import build_micro_batch
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.model import load_model
 from dpo_dist.pretrained import load_config
-from tests.launching import launch, succeeded
+from tests.forking import fork_ranks
+from tests.launching import succeeded
 from tests.parity import adapter_oracle
 from tests.parity.adapter_cases import CASES, NO_MERGE, STARTS, examples_of_step, save_base, save_start
 from tests.parity.oracle import naive_statistics
@@ -96,7 +97,7 @@ def outcome(folder: Path) -> Callable[[str, str, str], tuple[Path, dict[str, Any
     def launched(name: str) -> Path:
         count, _, cases = LAUNCHES[name]
         arguments = (str(folder), str(folder / name), *cases.split())
-        succeeded(launch(count, "tests.parity.adapter_worker", *arguments, cwd=folder, timeout=500))
+        succeeded(fork_ranks(count, "tests.parity.adapter_worker", *arguments, cwd=folder, timeout=500))
         return folder / name
 
     def find(name: str, case: str, stage: str) -> tuple[Path, dict[str, Any]]:

@@ -20,8 +20,9 @@ from dpo_dist.cli.prepare import Prepared, prepare
 from dpo_dist.cli.training import run_training
 from dpo_dist.config import load_config
 from dpo_dist.errors import ConfigError
+from tests.forking import fork_ranks
 from tests.golden.trajectories import base_config, lines_of
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 from tests.parity.bf16_oracle import Arithmetic, Oracle, OracleStep, bf16
 from tests.tiny_engine import QUIET, only_rank
 
@@ -105,7 +106,7 @@ def two_ranks(tmp_path_factory) -> Path:
     """Every stage with both kinds of DeepSpeed file, on two ranks in one launch."""
     folder = tmp_path_factory.mktemp("two_ranks")
     configs = [str(write_config(folder, stage, kind)) for stage in STAGES for kind in KINDS]
-    succeeded(launch(2, "tests.parity.bf16_worker", *configs, cwd=folder, timeout=600))
+    succeeded(fork_ranks(2, "tests.parity.bf16_worker", *configs, cwd=folder, timeout=600))
     return folder
 
 
@@ -194,7 +195,7 @@ def test_float16_on_a_cpu_is_refused(tmp_path):
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_float16_on_a_cpu_ends_the_command(tmp_path, command):
     config = write_config(tmp_path, 2, "cpu", model={"dtype": "float16"})
-    process = launch(1, "tests.checked", command, str(config), cwd=tmp_path)
+    process = fork_ranks(1, "dpo_dist", command, str(config), cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr.count("model.dtype=float16 needs a GPU") == 1
     assert not (tmp_path / "zero2_cpu").exists()

@@ -6,22 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import install_import_hook
+import numpy as np
+import pyarrow as pa
+import torch
 
-with install_import_hook("dpo_dist", "beartype.beartype"):
-    import numpy as np
-    import pyarrow as pa
-    import torch
-
-    from dpo_dist.batch import RankWork
-    from dpo_dist.distributed import Ranks, barrier, process_group
-    from dpo_dist.packing import Packer, sizes_of
-    from dpo_dist.reference import CacheIdentity, ReferenceCache, numerics_of, open_cache
-    from dpo_dist.reference.keys import dataset_keys
-    from dpo_dist.reference.rows import make_batch
-    from dpo_dist.reference.store import ReferenceStore
-    from dpo_dist.tokenization import TokenizedDataset
-    from tests.stored_rows import KnownScorer, examples_of, save_dataset
+from dpo_dist.batch import RankWork
+from dpo_dist.distributed import Ranks, barrier, process_group
+from dpo_dist.packing import Packer, sizes_of
+from dpo_dist.reference import CacheIdentity, ReferenceCache, numerics_of, open_cache
+from dpo_dist.reference.keys import dataset_keys
+from dpo_dist.reference.rows import make_batch
+from dpo_dist.reference.store import ReferenceStore
+from dpo_dist.tokenization import TokenizedDataset
+from tests.stored_rows import KnownScorer, examples_of, save_dataset
 
 IDENTITY = CacheIdentity("weights", "float32", numerics_of("sdpa"))
 SCALE = 1e-5

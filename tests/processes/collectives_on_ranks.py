@@ -8,27 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import install_import_hook
+import torch
 
-with install_import_hook("dpo_dist", "beartype.beartype"):
-    import torch
-
-    from dpo_dist.distributed import (
-        Ranks,
-        StopRequest,
-        all_gather_json,
-        barrier,
-        broadcast_json,
-        broadcast_tensor,
-        join_over_ranks,
-        launched_rank,
-        process_group,
-        raise_together,
-        raising_together,
-        require_agreement,
-        sum_over_ranks,
-    )
-    from dpo_dist.errors import DataError
+from dpo_dist.distributed import (
+    Ranks,
+    StopRequest,
+    all_gather_json,
+    barrier,
+    broadcast_json,
+    broadcast_tensor,
+    join_over_ranks,
+    launched_rank,
+    process_group,
+    raise_together,
+    raising_together,
+    require_agreement,
+    sum_over_ranks,
+)
+from dpo_dist.errors import DataError
 
 LONG = "x" * 70_000
 

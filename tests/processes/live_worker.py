@@ -11,26 +11,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from jaxtyping import install_import_hook
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.loading.worker import own_bytes
+from dpo_dist.attention.interface import register
+from dpo_dist.batch import RankWork
+from dpo_dist.config import TrainConfig
+from dpo_dist.distributed import Ranks, all_gather_json, process_group
+from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
+from dpo_dist.model import ScoringModel, sharded_loading
+from dpo_dist.packing import ExampleSize, Packer
+from dpo_dist.reference import LiveReference, ReferenceSync, load_reference, save_reference
 from tests.launching import end_rank
-
-with install_import_hook("dpo_dist", "beartype.beartype"):
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from benchmarks.loading.worker import own_bytes
-    from dpo_dist.attention.interface import register
-    from dpo_dist.batch import RankWork
-    from dpo_dist.config import TrainConfig
-    from dpo_dist.distributed import Ranks, all_gather_json, process_group
-    from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
-    from dpo_dist.model import ScoringModel, sharded_loading
-    from dpo_dist.packing import ExampleSize, Packer
-    from dpo_dist.reference import LiveReference, ReferenceSync, load_reference, save_reference
-    from tests.parity.oracle import random_example
-    from tests.processes.live_engines import Sent, Setting, batch_of, live_bytes, plain_model, train_step, whole
+from tests.parity.oracle import random_example
+from tests.processes.live_engines import Sent, Setting, batch_of, live_bytes, plain_model, train_step, whole
 
 BIG = 1_000_000
 SYNC = {

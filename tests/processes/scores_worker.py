@@ -9,18 +9,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import install_import_hook
+import torch
 
+from dpo_dist.batch import MicroBatch, build_micro_batch
+from dpo_dist.distributed import Ranks, process_group
+from dpo_dist.engine import TrainingEngine, adopt_process_group, release_process_group
+from dpo_dist.logprobs import STATISTICS
 from tests.launching import end_rank
-
-with install_import_hook("dpo_dist", "beartype.beartype"):
-    import torch
-
-    from dpo_dist.batch import MicroBatch, build_micro_batch
-    from dpo_dist.distributed import Ranks, process_group
-    from dpo_dist.engine import TrainingEngine, adopt_process_group, release_process_group
-    from dpo_dist.logprobs import STATISTICS
-    from tests.processes.live_engines import LEARNING_RATE, Setting, batch_of, whole
+from tests.processes.live_engines import LEARNING_RATE, Setting, batch_of, whole
 
 warnings.simplefilter("ignore")
 

@@ -227,7 +227,7 @@ def two_rank_stories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
         with log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.checked_script", __file__, str(root)],
+                    [sys.executable, __file__, str(root)],
                     env=environment,
                     stdout=log,
                     stderr=log,

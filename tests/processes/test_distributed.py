@@ -19,14 +19,14 @@ from dpo_dist.distributed import (
     sum_over_ranks,
 )
 from dpo_dist.errors import DataError
-from tests.launching import launch
+from tests.forking import fork_ranks
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    result = launch(2, "tests.processes.collectives_on_ranks", str(folder), cwd=folder, timeout=240)
+    result = fork_ranks(2, "tests.processes.collectives_on_ranks", str(folder), cwd=folder, timeout=240)
     assert result.returncode == 0, result.stderr
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 

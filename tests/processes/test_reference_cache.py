@@ -13,7 +13,8 @@ import pytest
 
 from dpo_dist.reference.keys import dataset_keys
 from dpo_dist.reference.store import ReferenceStore
-from tests.launching import REPOSITORY, environment, launch, succeeded
+from tests.forking import fork_ranks
+from tests.launching import REPOSITORY, environment, succeeded
 from tests.processes.cache_children import IDENTITY
 from tests.stored_rows import Ids, examples_of, save_dataset, value_of
 
@@ -30,7 +31,7 @@ def completions(*names: str) -> set[tuple[Ids, Ids]]:
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    succeeded(launch(request.param, "tests.processes.cache_worker", str(folder), cwd=folder, timeout=240))
+    succeeded(fork_ranks(request.param, "tests.processes.cache_worker", str(folder), cwd=folder, timeout=240))
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(request.param)]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.forking import fork_ranks
 from tests.golden.trajectories import base_config
-from tests.launching import launch, succeeded
+from tests.launching import succeeded
 from tests.processes.live_engines import save_models
 
 STAGES = ("0", "3")
@@ -21,7 +22,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     folder = tmp_path_factory.mktemp("memory")
     save_models(folder / "models")
-    succeeded(launch(2, "tests.processes.live_worker", str(folder), "memory", cwd=folder))
+    succeeded(fork_ranks(2, "tests.processes.live_worker", str(folder), "memory", cwd=folder))
     return json.loads((folder / "memory.json").read_text())
 
 
@@ -78,7 +79,7 @@ def test_a_run_never_asks_the_policy_without_a_gradient(tmp_path: Path, deepspee
     config["parallel"]["deepspeed"] = deepspeed
     config["checkpoint"]["save_steps"] = 2
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    succeeded(launch(2, "tests.processes.live_worker", str(tmp_path), "forwards_of_a_run", cwd=tmp_path))
+    succeeded(fork_ranks(2, "tests.processes.live_worker", str(tmp_path), "forwards_of_a_run", cwd=tmp_path))
     for rank in json.loads((tmp_path / "forwards_of_a_run.json").read_text()):
         without, with_graph = rank["policy"]
         assert without == 0 and with_graph >= 2 * STEPS

@@ -10,7 +10,8 @@ import torch
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import inference_config
 from dpo_dist.errors import ConfigError
-from tests.launching import launch, succeeded
+from tests.forking import fork_ranks
+from tests.launching import succeeded
 from tests.processes.live_engines import Setting, batch_of, save_models
 from tests.tiny_engine import QUIET, only_rank
 
@@ -118,7 +119,7 @@ def test_the_reference_computes_in_its_own_dtype(folder: Path, stage: int) -> No
 @pytest.fixture(scope="module")
 def nodes(folder: Path) -> list[dict[str, Any]]:
     """What each of four ranks saw."""
-    succeeded(launch(4, "tests.processes.live_worker", str(folder), "nodes", cwd=folder))
+    succeeded(fork_ranks(4, "tests.processes.live_worker", str(folder), "nodes", cwd=folder))
     return json.loads((folder / "nodes.json").read_text())
 
 

@@ -14,7 +14,8 @@ from dpo_dist.model import ScoringModel
 from dpo_dist.pretrained import DTYPES
 from dpo_dist.reference import ReferenceSync, load_reference, save_reference
 from dpo_dist.reference import sync as sync_module
-from tests.launching import launch, succeeded
+from tests.forking import fork_ranks
+from tests.launching import succeeded
 from tests.processes.live_engines import Setting, batch_of, plain_model, save_models, train_step
 from tests.processes.live_worker import ALPHA, SYNC, SYNC_ON_NODES
 from tests.tiny_engine import QUIET, only_rank, tiny_config
@@ -38,7 +39,7 @@ def seen(models: Path) -> dict[str, list[dict[str, Any]]]:
     """What every rank saw of every case; two launches."""
     by_case: dict[str, list[dict[str, Any]]] = {}
     for num_ranks, kind in ((2, "sync"), (4, "sync_on_nodes")):
-        succeeded(launch(num_ranks, "tests.processes.live_worker", str(models), kind, cwd=models))
+        succeeded(fork_ranks(num_ranks, "tests.processes.live_worker", str(models), kind, cwd=models))
         ranks = json.loads((models / f"{kind}.json").read_text())
         by_case |= {case: [rank[case] for rank in ranks] for case in ranks[0]}
     return by_case

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.logprobs import STATISTICS
-from tests.launching import launch, succeeded
+from tests.forking import fork_ranks
+from tests.launching import succeeded
 from tests.parity.oracle import naive_logits, naive_statistics
 from tests.processes.live_engines import EXAMPLES, save_models
 from tests.processes.scores_worker import CHUNK_TOKENS, HABITS, SETTINGS
@@ -20,7 +21,7 @@ BATCHES = {0: [(1, 2), (), (2, 2)], 1: [(), (0, 2), ()]}  # positions in EXAMPLE
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scores")
     save_models(folder / "models")
-    succeeded(launch(2, "tests.processes.scores_worker", str(folder), cwd=folder, timeout=400))
+    succeeded(fork_ranks(2, "tests.processes.scores_worker", str(folder), cwd=folder, timeout=400))
     return folder
 
 

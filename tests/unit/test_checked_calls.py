@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
 from dpo_dist.losses.formulas import hinge
-from tests.launching import REPOSITORY, environment
+from tests.launching import environment
 
 WRONG_SHAPE = (
     "import torch; from dpo_dist.losses.formulas import hinge; hinge(torch.zeros(3), torch.zeros(4), beta=0.1)"
@@ -26,16 +27,14 @@ def test_a_wrong_dtype_raises_in_this_process() -> None:
         hinge(torch.zeros(4, dtype=torch.int64), torch.zeros(4), beta=0.1)
 
 
-def test_the_entry_point_of_launched_ranks_checks_calls() -> None:
-    # tests/checked.py runs `dpo_dist` as a program; here a program that calls with a wrong shape stands in its place.
-    code = (
-        "import runpy, types, unittest.mock as mock\n"
-        f"def program(*_, **__):\n    {WRONG_SHAPE}\n"
-        "run = runpy.run_module\n"
-        "with mock.patch('runpy.run_module', program): run('tests.checked', run_name='__main__')\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 1
-    assert "TypeCheckError" in process.stderr
+def test_the_entry_point_of_launched_ranks_checks_calls(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG_SHAPE)
+    codes = {}
+    for module in ("wrong", "tests.checked"):
+        command = [sys.executable, "-m", module, "wrong"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        codes[module] = ("TypeCheckError" in done.stderr, done.returncode)
+    assert codes == {
+        "wrong": (False, 1),
+        "tests.checked": (True, 1),
+    }  # torch refuses to broadcast, the checks before it

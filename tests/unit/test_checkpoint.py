@@ -450,7 +450,7 @@ def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for phase in PHASES:
         save_steps(CheckpointStore(root / phase, ALONE), *((1, 2) if phase == "replacing" else (1,)))
     subprocess.run(
-        [sys.executable, "-m", "tests.checked_script", __file__, str(root)],
+        [sys.executable, __file__, str(root)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
     )

@@ -9,7 +9,7 @@ from rich.table import Table
 from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, prepare
 from dpo_dist.cli.remarks import remarks
-from dpo_dist.cli.requirements import require_trackers, require_usable_output
+from dpo_dist.cli.requirements import output_in_use, require_possible_output, require_trackers
 from dpo_dist.cli.resuming import find_start
 from dpo_dist.cli.sources import Choice, find_source
 from dpo_dist.config import RunConfig
@@ -23,7 +23,7 @@ _MAX_SHOWN = 4  # completions of the sample
 
 def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
     """Print the report; a mistake raises as it would in training."""
-    require_usable_output(config)
+    require_possible_output(config)
     require_trackers(config)
     prepared = prepare(config, cache_dir)
     # As one of the run's ranks would see it; nothing is changed, for the run may be training at this moment.
@@ -40,7 +40,10 @@ def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
     _print_first_step(console, prepared, world_size)
     if start.text:
         console.print(start.text)
-    console.print("the configuration can be trained", style="bold")
+    in_use = output_in_use(config)
+    if in_use:
+        console.print(f"note: {in_use}")
+    console.print(f"the configuration can be trained{', in another folder' if in_use else ''}", style="bold")
 
 
 def _print_model(console: Console, prepared: Prepared, choice: Choice) -> None:

@@ -8,6 +8,7 @@
     loss_rules.py  the same of the section loss
     evaluation_rules.py the same of the sections evaluation and health
     foreign.py     names that other systems use for our options
+    guesses.py     what a misspelt name was meant to be
     yaml_lines.py  YAML with the line of every key
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
     files.py       files that are shipped with the package, and how a relative path is looked up

@@ -4,7 +4,6 @@ DeepSpeed ignores some keys silently (`"zero_optimization.stage": 3` as one dott
 second learning rate or batch size in its file would contradict the run's own. Both are errors here.
 """
 
-import difflib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 from dpo_dist.config.deepspeed_keys import DTYPES, FILE, Allowed
 from dpo_dist.config.files import names, package_file
+from dpo_dist.config.guesses import guess
 from dpo_dist.errors import ConfigError
 
 
@@ -48,8 +48,8 @@ def _find(name_or_path: str) -> Path:
     shipped = names("deepspeed_configs")
     if name_or_path in shipped:
         return package_file("deepspeed_configs", f"{name_or_path}.json")
-    close = difflib.get_close_matches(name_or_path, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"write one of {', '.join(shipped)}, or the path of a .json file"
+    meant = guess(name_or_path, shipped)
+    hint = f"did you mean {meant}?" if meant else f"write one of {', '.join(shipped)}, or the path of a .json file"
     raise ConfigError(f"parallel.deepspeed={name_or_path} is not a shipped file; {hint}")
 
 
@@ -122,9 +122,9 @@ def _unknown(path: tuple[str, ...], key: str, known: dict[str, Allowed | str]) -
     if key.split(".")[0] in known and "." in key:
         return f'is one dotted key, which DeepSpeed ignores; write it nested: {{"{key.split(".")[0]}": {{...}}}}'
     usable = [name for name, rule in known.items() if isinstance(rule, Allowed)]
-    close = difflib.get_close_matches(key, usable, n=1) or [name for name in usable if name == f"stage3_{key}"]
+    meant = guess(key, usable) or next((name for name in usable if name == f"stage3_{key}"), None)
     where = f"in {'.'.join(path)}" if path else "of DeepSpeed 0.19.8"
-    hint = f"did you mean {'.'.join((*path, close[0]))}?" if close else f"there are {', '.join(usable)}"
+    hint = f"did you mean {'.'.join((*path, meant))}?" if meant else f"there are {', '.join(usable)}"
     return f"is not a key {where}; {hint}"
 
 

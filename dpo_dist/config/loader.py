@@ -6,7 +6,6 @@ neither place may be a hub id, and stays as it is. `train.output_dir` is relativ
 """
 
 import copy
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from dpo_dist import __version__
 from dpo_dist.config.deepspeed import dtype_problems, load_deepspeed
 from dpo_dist.config.draft import Draft, read_draft
 from dpo_dist.config.files import find_input, names, package_file
+from dpo_dist.config.guesses import guess
 from dpo_dist.config.messages import SECTIONS, KeyPath, describe, dotted, key_path, meant_keys, shown
 from dpo_dist.config.models import DataSource, RunConfig
 from dpo_dist.config.rules import broken_rules, is_set, keys_without_effect, value_at
@@ -86,8 +86,8 @@ def _find_file(path: str | Path) -> Path:
     shipped = names("configs")
     if str(path) in shipped:
         return package_file("configs", f"{path}.yaml")
-    close = difflib.get_close_matches(file.stem, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped ones are {', '.join(shipped)}"
+    meant = guess(file.stem, shipped)
+    hint = f"did you mean {meant}?" if meant else f"shipped ones are {', '.join(shipped)}"
     raise ConfigError(f"{file} does not exist; give a YAML file or the name of a shipped configuration: {hint}")
 
 

@@ -28,7 +28,7 @@ from dpo_dist.config import (
     load_config,
     package_file,
 )
-from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
+from dpo_dist.config.foreign import FOREIGN_ALSO, FOREIGN_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
 from dpo_dist.config.messages import KEYS, SECTION_OF
 from dpo_dist.config.rules import broken_rules
 from dpo_dist.config.yaml_lines import YamlError, dump, parse
@@ -189,7 +189,11 @@ def test_wrong_values(minimal, override, wrong, right):
 
 
 # What else has to be set where a word is used.
-WORDS_NEED = {"prefix_tuning": ["model.gradient_checkpointing=false"], "adapter_off": ["adapter.peft_type=lora"]}
+WORDS_NEED = {
+    "prefix_tuning": ["model.gradient_checkpointing=false"],
+    "adapter_off": ["adapter.peft_type=lora"],
+    "constant_with_warmup": ["train.warmup_steps=0.1"],
+}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,8 @@ WORDS_NEED = {"prefix_tuning": ["model.gradient_checkpointing=false"], "adapter_
     [(key, word, meant) for key, words in FOREIGN_VALUES.items() for word, meant in words.items()],
 )
 def test_words_of_other_systems_are_refused_with_ours(minimal, option, word, meant):
-    assert f"(did you mean {meant}?)" in only_error(minimal, f"{option}={word}")
+    also = f" with {FOREIGN_ALSO[word]}" if word in FOREIGN_ALSO else ""
+    assert f"(did you mean {meant}{also}?)" in only_error(minimal, f"{option}={word}")
     needs = WORDS_NEED.get(meant, ())
     load_config(minimal, [f"{option}={meant}", *needs])
 

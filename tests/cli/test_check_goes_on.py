@@ -1,4 +1,4 @@
-"""What `check` remarks on and goes on, where `train` refuses."""
+"""What is remarked on: a folder in use by `check` alone, and keys without effect, once, by `check` and by `train`."""
 
 from pathlib import Path
 
@@ -42,3 +42,32 @@ def test_a_new_output_folder(config: Path) -> None:
     output = check()
     assert NOT_EMPTY not in output
     assert output.rstrip().endswith("the configuration can be trained")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remark"),
+    [
+        (["train.seed=7", "train.shuffle=false"], "train.seed=7 has no effect with train.shuffle=false: nothing else"),
+        (["data.pairing=adjacent"], "data.pairing=adjacent has no effect: no row has a list of completions; leave"),
+        (["loss.loss_weights=[1]"], "loss.loss_weights=[1.0] has no effect with one loss; leave this out"),
+        (
+            ["reference.zero_hpz_partition_size=2"],
+            "reference.zero_hpz_partition_size=2 has no effect below ZeRO stage 3, where every process holds the whole",
+        ),
+        (["health.max_accuracy_gap=0.5"], "health.max_accuracy_gap=0.5 has no effect without held-out pairs"),
+    ],
+)
+def test_keys_without_effect_on_the_result(config: Path, overrides: list[str], remark: str) -> None:
+    assert check(*overrides).count(f"note: {remark}") == 1
+    result = CliRunner().invoke(app, ["train", "run.yaml", *overrides])
+    assert result.exit_code == 0, result.output
+    assert result.output.count(remark) == 1
+
+
+def test_a_run_goes_on_with_another_seed_that_nothing_reads(config: Path) -> None:
+    """The resolved configuration has no such key, and continues the run that was started with it."""
+    arguments = ["train", "run.yaml", "train.shuffle=false", "checkpoint.resume=auto"]
+    assert CliRunner().invoke(app, [*arguments, "train.seed=7"]).exit_code == 0
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "nothing is left to do" in result.output

@@ -76,8 +76,8 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be used, whatever is wrong with it (a line that is no JSON, a missing column or
     one of the wrong type, null, equal or empty completions, different prompts, over-long): `error` counts all such rows
-    by reason and names the first ones; `skip` leaves them out and counts them. A file that breaks off, such as a cut
-    .gz or Parquet file, is always an error."""
+    by reason and names the first ones; `skip` leaves them out and counts them. Always an error: a file that breaks off
+    (a cut .gz or Parquet file), and token ids that the model does not have."""
     pairing: Pairing = "all"
     """Which completions of a row with `completions` and `scores` or `ranks` are compared: every two; the best with each
     other one; the best with the worst; neighbours in the order; or as a list (loss.loss_type=plackett_luce). Equally

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from dpo_dist.cli import app
 from tests.cli.test_mistakes import config, refuse, snapshot
+from tests.launching import launch, succeeded
 
 __all__ = ["config"]
 
@@ -71,3 +72,12 @@ def test_a_run_goes_on_with_another_seed_that_nothing_reads(config: Path) -> Non
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "nothing is left to do" in result.output
+
+
+def test_two_ranks_say_it_once(config: Path) -> None:
+    done = launch(
+        2, "tests.checked", "train", "run.yaml", "train.shuffle=false", "train.seed=7", cwd=config, timeout=240
+    )
+    succeeded(done)
+    assert done.stderr.count("train.seed=7 has no effect with train.shuffle=false") == 1
+    assert "seed" not in (config / "out" / "config.yaml").read_text()

@@ -13,7 +13,7 @@ fail() {
   exit 2
 }
 
-way="see 'Install' in README.md, then activate that environment (. .venv/bin/activate)"
+way="see 'Install' in docs/running.md, then activate that environment (. .venv/bin/activate)"
 command -v python > /dev/null || fail "there is no python; $way"
 missing=$(python - << 'PYTHON'
 from importlib.util import find_spec

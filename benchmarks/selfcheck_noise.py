@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dpo_dist import attention
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
 from dpo_dist.cli import cache_dir
 from dpo_dist.cli.prepare import prepare
@@ -61,9 +61,7 @@ def main() -> None:
         prepared = prepare(config, cache_dir())
     examples = [prepared.dataset[row] for row in range(min(int(num_examples), len(prepared.dataset)))]
     lengths_C = torch.tensor([len(ids) for example in examples for ids in example.completion_ids]).double()
-    model = load_model(
-        prepared.model_folder, prepared.model_config, attention.register("sdpa"), prepared.dtype, {}, False, False
-    )
+    model = load_model(prepared.model_folder, prepared.model_config, register("sdpa"), prepared.dtype, {}, False, False)
     layouts = {
         "shared": micro_batches(examples, PER_BATCH, True),
         "unshared": micro_batches(examples, PER_BATCH, False),

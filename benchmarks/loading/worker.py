@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from dpo_dist import attention
+from dpo_dist.attention.interface import register
 from dpo_dist.checkpoint import export_model
 from dpo_dist.config import load_deepspeed
 from dpo_dist.distributed import all_gather_json, barrier, process_group
@@ -28,7 +28,8 @@ from dpo_dist.engine import (
     inference_config,
     release_process_group,
 )
-from dpo_dist.model import ScoringModel, load_config, load_model, scoring
+from dpo_dist.model import ScoringModel, load_model, scoring
+from dpo_dist.pretrained import load_config
 
 SAMPLED_EVERY = 0.005  # seconds
 
@@ -82,7 +83,7 @@ def measure(folder: Path, out: Path, bytes_per_file: int) -> None:
         config = inference_config(engine_config(file, torch.bfloat16, ranks.device, max_grad_norm=1.0))
 
         def load() -> ScoringModel:
-            model_config, name = load_config(folder, False), attention.register("sdpa")
+            model_config, name = load_config(folder, False), register("sdpa")
             return load_model(folder, model_config, name, torch.bfloat16, config, False, trust_remote_code=False)
 
         with mock.patch.object(scoring, "can_read_slices", lambda *arguments: False), watch.part("transformers"):

@@ -16,6 +16,7 @@ from unittest import mock
 
 from dpo_dist import trainer
 from dpo_dist.cli import cache_dir, training
+from dpo_dist.cli.logs import set_up_logging
 from dpo_dist.config import load_config
 from dpo_dist.distributed import barrier, launched_rank
 from dpo_dist.reference import ReferenceCache
@@ -65,7 +66,7 @@ def main() -> None:
         with mock.patch.object(trainer.Run, "plan", plan_in_turn):
             trainer.train(run, progress)
 
-    training.set_up_logging()
+    set_up_logging()
     with (
         ExitStack() as stack,
         mock.patch.object(training, "train", timed("train", train_in_turn)),

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpo_dist import attention, losses
+from dpo_dist import losses
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
 from dpo_dist.config import LossConfig, TrainConfig, load_deepspeed
 from dpo_dist.data import Pair
@@ -34,8 +35,9 @@ from dpo_dist.engine import (
     inference_config,
     release_process_group,
 )
-from dpo_dist.model import load_config, load_model
+from dpo_dist.model import load_model
 from dpo_dist.packing import ExampleSize, Packer, StepPlan
+from dpo_dist.pretrained import load_config
 from dpo_dist.reference import LiveReference, Reference
 from dpo_dist.tokenization import TokenizedExample
 
@@ -96,7 +98,7 @@ def engines(folder: Path, ranks: Ranks, limits: dict[str, int]) -> tuple[Trainin
     file = load_deepspeed("zero3_cpu")
     file["zero_optimization"] |= limits
     policy = engine_config(file, torch.float32, ranks.device, max_grad_norm=1.0)
-    reference, name = inference_config(policy), attention.register("sdpa")
+    reference, name = inference_config(policy), register("sdpa")
     config = load_config(folder, False)
     own = load_model(folder, config, name, torch.float32, reference, False, trust_remote_code=False)
     answering = InferenceEngine(own, reference)

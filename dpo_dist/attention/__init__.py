@@ -13,12 +13,13 @@ transformers infer packing from position ids would be wrong here: the rejected c
     segments.py   one scaled_dot_product_attention per segment: CPU, and the oracle of the others
     varlen.py     one call over all segments: flash-attn 2, 3, 4 and torch. Not yet run on a GPU
 
+Here is what can be asked without a model class; `interface.py`, which needs one, is imported by its own name.
+
     T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension   W of values
     q, k of one segment
 """
 
 from dpo_dist.attention.choice import choose_backend
-from dpo_dist.attention.interface import register
 from dpo_dist.attention.limits import AttentionNeeds
 
-__all__ = ["AttentionNeeds", "choose_backend", "register"]
+__all__ = ["AttentionNeeds", "choose_backend"]

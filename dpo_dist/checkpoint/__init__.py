@@ -11,15 +11,8 @@
 | `store.py` | The `checkpoints/` folder of a run: save, find, retention |
 | `writer.py` | Parameters, one at a time, into a folder of safetensors that transformers loads |
 | `export.py` | The trained model as a Hugging Face folder, from a live engine or from a checkpoint |
-| `adapter_export.py` | A trained adapter as a folder that PEFT loads, or merged into its base model |
 """
 
-from dpo_dist.checkpoint.adapter_export import (
-    export_adapter,
-    export_adapter_checkpoint,
-    export_merged,
-    write_adapter_settings,
-)
 from dpo_dist.checkpoint.export import export_checkpoint, export_model, require_unused, write_assets
 from dpo_dist.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
@@ -34,16 +27,12 @@ __all__ = [
     "RunState",
     "Weights",
     "changed_settings",
-    "export_adapter",
-    "export_adapter_checkpoint",
     "export_checkpoint",
-    "export_merged",
     "export_model",
     "load_shards",
     "require_same",
     "require_unused",
     "save_shards",
     "verify",
-    "write_adapter_settings",
     "write_assets",
 ]

@@ -7,12 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.checkpoint import CheckpointStore
-from dpo_dist.cli.prepare import Prepared, counted, describe_adapter, prepare
+from dpo_dist.cli.prepare import Prepared, counted, describe_adapter
 from dpo_dist.cli.remarks import remarks
-from dpo_dist.cli.requirements import output_in_use, require_possible_output, require_trackers
+from dpo_dist.cli.requirements import output_in_use
 from dpo_dist.cli.resuming import find_start
 from dpo_dist.cli.sources import Choice, find_source
-from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
@@ -21,11 +20,9 @@ from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, load_token
 _MAX_SHOWN = 4  # completions of the sample
 
 
-def print_check(config: RunConfig, cache_dir: Path, world_size: int) -> None:
+def print_check(prepared: Prepared, cache_dir: Path, world_size: int) -> None:
     """Print the report; a mistake raises as it would in training."""
-    require_possible_output(config)
-    require_trackers(config)
-    prepared = prepare(config, cache_dir)
+    config = prepared.config
     # As one of the run's ranks would see it; nothing is changed, for the run may be training at this moment.
     ranks = Ranks(0, world_size, 0, torch.device("cpu"))
     start = find_start(prepared, CheckpointStore(Path(config.train.output_dir), ranks), look_only=True)

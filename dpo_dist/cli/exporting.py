@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from dpo_dist.checkpoint import export_adapter_checkpoint, export_checkpoint, export_merged, require_unused
+from dpo_dist.checkpoint import export_checkpoint, require_unused
 from dpo_dist.errors import ConfigError
-from dpo_dist.model import load_config, resolve_folder
-from dpo_dist.model.adapter_settings import KINDS, PROMPT_LEARNING
+from dpo_dist.pretrained import KINDS, PROMPT_LEARNING, load_config, resolve_folder
 
 _SETTINGS = "adapter_config.json"
 
@@ -40,6 +39,8 @@ def run_export(
         raise ConfigError("--base has no effect without --merged; leave it out")
     if not is_adapter:
         return export_checkpoint(source, out, trust_remote_code=trust_remote_code)
+    from dpo_dist.adapters import export_adapter_checkpoint
+
     if not merged:
         if (source / _SETTINGS).is_file():
             raise ConfigError(f"CHECKPOINT={source} is an exported adapter already; --merged adds it to its model")
@@ -67,6 +68,8 @@ def _merge(adapter: Path, assets: Path, out: Path, trust_remote_code: bool, base
     written = assets / "config.json"
     config: Any = load_config(assets if written.is_file() else folder, trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(assets) if (assets / "tokenizer.json").is_file() else None
+    from dpo_dist.adapters import export_merged
+
     return export_merged(
         folder, adapter, out, config.dtype or torch.float32, tokenizer, trust_remote_code=trust_remote_code
     )

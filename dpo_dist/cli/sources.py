@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_dist import attention
+from dpo_dist.attention.interface import register
 from dpo_dist.cli.prepare import Prepared, base_model_name, counted
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, broadcast_json
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
-from dpo_dist.model import attach_adapter, four_bits, load_model, num_parameters
+from dpo_dist.model import four_bits, load_model
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
+from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import (
     AdapterOffReference,
     CacheIdentity,
@@ -152,7 +153,7 @@ def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
     model = load_model(
         prepared.reference_folder,
         prepared.reference_config,
-        attention.register(prepared.reference_attention[0]),
+        register(prepared.reference_attention[0]),
         prepared.reference_dtype,
         deepspeed,
         gradient_checkpointing=False,
@@ -160,6 +161,8 @@ def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
         quantization=four_bits(config.adapter, prepared.reference_dtype) if prepared.same_base else None,
     )
     if config.adapter.adapter_name_or_path is not None and prepared.same_base:
+        from dpo_dist.adapters import attach_adapter
+
         model = attach_adapter(model, config.adapter, base_model_name(prepared), 0, None, deepspeed)
     return InferenceEngine(model, deepspeed)
 

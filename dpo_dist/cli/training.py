@@ -1,37 +1,28 @@
 """`dpo-dist train`: build a run, prove it, train it, export it."""
 
 import logging
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 
-from dpo_dist import attention, losses
+from dpo_dist import losses
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import (
-    CheckpointStore,
-    Weights,
-    export_adapter,
-    export_model,
-    write_adapter_settings,
-    write_assets,
-)
-from dpo_dist.cli.prepare import Prepared, base_model_name, counted, describe_adapter, facts, prepare
+from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
+from dpo_dist.cli.prepare import Prepared, base_model_name, counted, describe_adapter, facts, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.remarks import remarks
-from dpo_dist.cli.requirements import require_trackers, require_usable_output
 from dpo_dist.cli.resuming import Start, find_start
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
 from dpo_dist.config import RunConfig, dump_resolved
-from dpo_dist.distributed import Ranks, StopRequest, barrier, launched_rank, process_group
+from dpo_dist.distributed import Ranks, StopRequest, barrier, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import TRACKERS, MetricsFile
-from dpo_dist.model import attach_adapter, four_bits, load_model, num_parameters
+from dpo_dist.model import four_bits, load_model
 from dpo_dist.packing import StepPlan
+from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import ReferenceSync
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
@@ -40,22 +31,14 @@ from dpo_dist.trainer import Progress, Run, evaluate_all, restore, train
 logger = logging.getLogger(__name__)
 
 
-def set_up_logging() -> None:
-    """Plain lines on standard error: everything from the first rank, warnings from the others."""
-    first = launched_rank() == 0
-    prefix = "" if first else f"rank {launched_rank()}: "
-    logging.basicConfig(level=logging.WARNING, format=prefix + "%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("dpo_dist").setLevel(logging.INFO if first else logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-
 def run_training(config: RunConfig, cache_dir: Path) -> None:
     """One whole run: from configuration to exported model, or to a request to stop."""
-    require_usable_output(config)
-    require_trackers(config)
-    prepared = prepare(config, cache_dir)
+    run_prepared(prepare_run(config, cache_dir), cache_dir)
+
+
+def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
+    """The same of a run whose mistakes have been looked for."""
+    config = prepared.config
     stop = StopRequest()
     with process_group(release=release_process_group) as ranks, stop.listening():
         adopt_process_group()
@@ -129,23 +112,26 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
     model = load_model(
         prepared.model_folder,
         prepared.model_config,
-        attention.register(prepared.attention[0]),
+        register(prepared.attention[0]),
         prepared.dtype,
         prepared.deepspeed,
         config.model.gradient_checkpointing,
         config.model.trust_remote_code,
         four_bits(config.adapter, prepared.dtype),
     )
-    adapted = attach_adapter(
-        model,
-        config.adapter,
-        base_model_name(prepared),
-        config.train.seed,
-        config.train.max_steps,
-        prepared.deepspeed,
-        prepared.tokenizer.path,
-    )
-    policy = TrainingEngine(adapted, prepared.deepspeed, config.train, ranks)
+    if config.adapter.is_used:
+        from dpo_dist.adapters import attach_adapter
+
+        model = attach_adapter(
+            model,
+            config.adapter,
+            base_model_name(prepared),
+            config.train.seed,
+            config.train.max_steps,
+            prepared.deepspeed,
+            prepared.tokenizer.path,
+        )
+    policy = TrainingEngine(model, prepared.deepspeed, config.train, ranks)
     if config.adapter.is_used:
         total = num_parameters(prepared.model_folder)
         logger.info("adapter: trains %d parameters beside %d of the model", policy.num_trained, total)
@@ -204,6 +190,8 @@ def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path]
         assets = checkpoint / "model_assets"
         write_assets(assets, policy.model.export_config(), _tokenizer(prepared), _generation(policy), prepared.dtype)
         if policy.model.adapter is not None:
+            from dpo_dist.adapters import write_adapter_settings
+
             write_adapter_settings(assets, policy.model.adapter)
 
     return write
@@ -224,6 +212,8 @@ def _load_best(run: Run, progress: Progress) -> None:
 def _export(prepared: Prepared, run: Run) -> None:
     out, model = Path(run.config.train.output_dir) / "model", run.policy.model
     if model.adapter is not None:
+        from dpo_dist.adapters import export_adapter
+
         parameters = run.policy.named_adapter_parameters()
         export_adapter(out, parameters, run.ranks, model.adapter, _tokenizer(prepared))
         return

@@ -7,6 +7,7 @@
     demonstrations.py rows of a supervised run  one completion
     rows.py      one row, of any accepted shape PreferenceExample or RowFault
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
+    hub.py       a hub data set               by the library datasets, which nothing else imports
 
 A *file fault* hides the rows behind it (a cut .gz or Parquet file, a JSON array that breaks off) and is always a
 DataError. A *row fault* is all that is wrong with one row, whatever it is (a line that is no JSON, a column that is

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config import DataSource, Pairing
 from dpo_dist.data.columns import HOLDING_TEXT, Row, holds_token_ids, ignored_columns
@@ -16,6 +14,11 @@ from dpo_dist.data.example import MIXED_KINDS, PreferenceExample, RowError, RowF
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
 from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+else:
+    Dataset = Any  # a run on local files does not import the library
 
 # `name` or `owner/name`, as the hub allows them: anything else can only be a local path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,7 +36,7 @@ class Source:
     limit: int | None
     files: tuple[tuple[Path, str], ...] = ()
     """Local files in order, each with its name in messages."""
-    hub_dataset: datasets.Dataset | None = None
+    hub_dataset: Dataset | None = None
 
     def identity(self) -> list[str]:
         """What the rows depend on: names and SHA-256 of all files, or the hub data set's fingerprint.
@@ -155,19 +158,9 @@ def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path
 
 
 def _open_hub(source: DataSource, key: str) -> Source:
-    try:
-        dataset = datasets.load_dataset(source.path, split=source.split)
-    # The library raises anything from ConnectionError to pickle errors, depending on network, cache and data set.
-    except Exception as error:
-        detail = str(error).splitlines()[0] if str(error) else "no details"
-        raise DataError(
-            f"{key}.path={source.path} is not a local file or folder ({Path(source.path).absolute()} does not exist), "
-            f"and split {source.split} of the hub data set cannot be loaded ({type(error).__name__}: {detail}); "
-            "correct path or split, go online, or download the data set and give the local path"
-        ) from error
-    if not isinstance(dataset, datasets.Dataset) or len(dataset) == 0:
-        raise DataError(f"{key}.path={source.path} has no rows in split {source.split}; set another split")
-    return Source(key, f"{source.path}[{source.split}]", source.limit, hub_dataset=dataset)
+    from dpo_dist.data.hub import load_split  # noqa: PLC0415  (the library behind it takes a second to import)
+
+    return Source(key, f"{source.path}[{source.split}]", source.limit, hub_dataset=load_split(source, key))
 
 
 def _digest(path: Path, shown: str) -> str:

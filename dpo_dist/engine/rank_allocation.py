@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.adalora import RankAllocator
 from torch import Tensor, nn
 
 from dpo_dist.engine.whole import FullParameter, masters_of
@@ -48,7 +47,8 @@ class RankAllocation:
             name: FullParameter(p, masters) for name, p in named if "lora_" in name and name.endswith(f".{_NAME}")
         }
         shapes = {name: nn.Parameter(torch.empty(full.shape)) for name, full in self._parameters.items()}
-        self._allocator: Any = RankAllocator(_Copies(shapes), self.settings, _NAME)
+        assert adapter.allocator is not None, "an adapter of AdaLoRA has one"
+        self._allocator: Any = adapter.allocator(_Copies(shapes), self.settings, _NAME)
         self._gradients: dict[str, Tensor] = {}
         self.penalty = 0.0  # of the last step, as PEFT adds it to a loss
 

@@ -1,16 +1,17 @@
 """An adapter that PEFT has put into a model: what the policy adds, and how the model answers without it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from typing import TYPE_CHECKING, Any
 
 from dpo_dist.batch import MicroBatch
 from dpo_dist.model.packed import Packed, as_packed, with_virtual_embeddings, with_virtual_keys
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+else:
+    PeftModel = Any  # a run without an adapter does not import PEFT
 
 POLICY, REFERENCE = "default", "reference"  # PEFT's names of the adapter that is trained, and of its frozen copy
 
@@ -23,6 +24,8 @@ class Adapter:
     kind: str  # as `adapter.peft_type`
     base_model: str  # what the user wrote
     has_copy: bool  # the reference is a frozen copy of the adapter, not the bare model
+    layers: list[Any]  # those that PEFT can switch off
+    allocator: Callable[..., Any] | None = None  # PEFT's, which takes ranks away; of AdaLoRA
     answers: str | None = POLICY  # which adapter acts; None: none
 
     @property
@@ -52,23 +55,19 @@ class Adapter:
         PEFT's own switches also set `requires_grad` of what they switch, which a running engine relies on. So its flags
         are set here, and it is asked whether it has understood.
         """
-        layers = [module for module in self.peft.modules() if isinstance(module, _SWITCHED)]
-        before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
         answers, active = self.answers, self.peft.active_adapter
         try:
             self.answers = REFERENCE if self.has_copy else None
             if self.has_copy:
                 self.peft.active_adapter = REFERENCE
-            for layer in layers:
+            for layer in self.layers:
                 _switch(layer, self.has_copy)
             yield
         finally:
             self.answers, self.peft.active_adapter = answers, active
-            for layer, (disabled, name) in zip(layers, before, strict=True):
+            for layer, (disabled, name) in zip(self.layers, before, strict=True):
                 layer._disable_adapters, layer._active_adapter = disabled, name
-
-
-_SWITCHED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def _switch(layer: Any, to_copy: bool) -> None:

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from dpo_dist.errors import ModelError
-from dpo_dist.model.folder import first_line, weight_files
+from dpo_dist.pretrained.folder import first_line, weight_files
 
 Shape = tuple[int, ...]
 

@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.adapters import adapter_kind
+from dpo_dist.pretrained import adapter_kind
 
 _KEY = "adapter.load_in_4bit=true"
 

@@ -20,12 +20,10 @@ from dpo_dist.batch import AttentionLayout, MicroBatch
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model.adapted import Adapter
-from dpo_dist.model.architecture import logit_transform
-from dpo_dist.model.folder import first_line
 from dpo_dist.model.packed import as_packed
 from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from dpo_dist.pretrained.architecture import logit_transform
+from dpo_dist.pretrained.folder import first_line
 
 
 @contextmanager
@@ -104,7 +102,7 @@ def load_model(
     Args:
         folder: what `resolve_folder` gave.
         config: what `load_config` gave.
-        attention: the name `attention.register` gave.
+        attention: the name `attention.interface.register` gave.
         dtype: of the parameters and the computation.
         deepspeed_config: decides whether parameters are partitioned while they are read.
         gradient_checkpointing: recompute activations in backward.

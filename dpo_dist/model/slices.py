@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
 from dpo_dist.distributed import raise_together
 from dpo_dist.model.fit import find_fit
-from dpo_dist.model.folder import weight_files
+from dpo_dist.pretrained.folder import weight_files
 
 # By the run's process group and the size: what was made once. It is forgotten with the process group itself.
 _NODE_GROUPS: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()

@@ -1,7 +1,8 @@
 """Tokenised examples, memory-mapped: any row in constant time.
 
 Reading a row touches that row's pages only, so a data set may be larger than memory, and all ranks of a node share one
-copy in the page cache.
+copy in the page cache. Columns become arrays by `np.from_dlpack`: their own `to_numpy` imports pandas where that is
+installed.
 """
 
 import json
@@ -100,7 +101,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self.ignored_columns = tuple(self._summary.ignored_columns)
         self.max_token_id = self._summary.max_token_id
         self.preferences = PreferenceCounts(**self._summary.preferences)
-        self.weights = _concatenated([batch.column("weight").to_numpy() for batch in self._batches])
+        self.weights = _concatenated([np.from_dlpack(batch.column("weight")) for batch in self._batches])
         self.prompt_lengths = _concatenated([_list_lengths(batch.column("prompt_ids")) for batch in self._batches])
         nested = [batch.column("completion_ids") for batch in self._batches]
         counts = _concatenated([_list_lengths(column) for column in nested])
@@ -135,11 +136,11 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         for batch in self._batches:
             prompts, examples = batch.column("prompt_ids"), batch.column("completion_ids")
             yield IdColumns(
-                prompt_ids=prompts.values.to_numpy(),
-                prompt_starts=prompts.offsets.to_numpy(),
-                completion_ids=examples.values.values.to_numpy(),
-                completion_starts=examples.values.offsets.to_numpy(),
-                first_completion=examples.offsets.to_numpy(),
+                prompt_ids=np.from_dlpack(prompts.values),
+                prompt_starts=np.from_dlpack(prompts.offsets),
+                completion_ids=np.from_dlpack(examples.values.values),
+                completion_starts=np.from_dlpack(examples.values.offsets),
+                first_completion=np.from_dlpack(examples.offsets),
             )
 
     def pairs_of(self, index: int) -> tuple[Pair, ...]:
@@ -213,11 +214,11 @@ def _check_example(example: TokenizedExample, vocab_size: int) -> None:
 
 
 def _row_ids(values: pa.Array) -> tuple[int, ...]:
-    return tuple(values.to_numpy(zero_copy_only=True).tolist())
+    return tuple(np.from_dlpack(values).tolist())
 
 
 def _list_lengths(lists: pa.ListArray) -> np.ndarray:
-    return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    return np.diff(np.from_dlpack(lists.offsets)).astype(np.int64)
 
 
 def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
@@ -225,7 +226,7 @@ def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _largest(ids: pa.Array) -> int:
-    return int(ids.to_numpy(zero_copy_only=True).max())
+    return int(np.from_dlpack(ids).max())
 
 
 def _describe(values: np.ndarray) -> dict[str, int | float]:

@@ -52,7 +52,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_the_readme_says(run_folder: Path) -> None:
+def test_a_run_leaves_what_the_docs_say(run_folder: Path) -> None:
     out = run_folder / "out"
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model",

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist import attention
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
 from dpo_dist.cli import cache_dir
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.demo import demo_model_folder
-from dpo_dist.model import ScoringModel, load_config, load_model
+from dpo_dist.model import ScoringModel, load_model
 from dpo_dist.packing import Packer, sizes_of
+from dpo_dist.pretrained import load_config
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
 from tests.golden.record_demo_logps import PAIRS, RECORDED, digest_of, first_pairs
 from tests.launching import REPOSITORY
@@ -34,7 +35,7 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ScoringModel:
     """The demo model as a run loads it: float32, in this process alone."""
-    name = attention.register("sdpa")
+    name = register("sdpa")
     return load_model(folder, load_config(folder, False), name, torch.float32, {}, False, False).eval()
 
 

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.initialization import no_init_weights
 
-from dpo_dist.attention import register
+from dpo_dist.attention.interface import register
 from dpo_dist.config import TrainConfig
 from dpo_dist.config.deepspeed import load_deepspeed
 from dpo_dist.distributed import Ranks

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from dpo_dist.attention import register  # noqa: E402
+from dpo_dist.attention.interface import register  # noqa: E402
 from dpo_dist.batch import MicroBatch  # noqa: E402
 from dpo_dist.logprobs import STATISTICS  # noqa: E402
 from dpo_dist.model import ScoringModel  # noqa: E402

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_dist.attention import register
+from dpo_dist.attention.interface import register
 from dpo_dist.distributed import Ranks, process_group
 from tests.parity.oracle import gradients, llama_config, objective, packed, random_example, stock_and_ours
 

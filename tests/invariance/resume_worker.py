@@ -91,7 +91,7 @@ def perform(action: Action, results: Path, rank: int) -> Outcome:
 
 def main() -> None:
     """Perform the actions in order."""
-    from dpo_dist.cli.training import set_up_logging
+    from dpo_dist.cli.logs import set_up_logging
     from dpo_dist.distributed import process_group
 
     actions = Path(sys.argv[1])

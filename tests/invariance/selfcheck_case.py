@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpo_dist import attention
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch, RankWork
 from dpo_dist.config import load_config, load_deepspeed
 from dpo_dist.distributed import Ranks
@@ -93,7 +93,7 @@ def plan_of(examples: list[TokenizedExample], world_size: int, share: bool, max_
 
 def _load(folder: Path, deepspeed: dict[str, Any], dtype: torch.dtype) -> Any:
     config = AutoModelForCausalLM.from_pretrained(folder).config
-    return load_model(folder, config, attention.register("sdpa"), dtype, deepspeed, True, False)
+    return load_model(folder, config, register("sdpa"), dtype, deepspeed, True, False)
 
 
 def nudge_one_matrix(engine: InferenceEngine) -> None:

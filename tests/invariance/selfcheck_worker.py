@@ -21,7 +21,8 @@ import torch
 
 from dpo_dist import sampler
 from dpo_dist.batch import RankWork
-from dpo_dist.cli.training import run_training, set_up_logging
+from dpo_dist.cli.logs import set_up_logging
+from dpo_dist.cli.training import run_training
 from dpo_dist.config import load_config
 from dpo_dist.distributed import Ranks, barrier, process_group
 from dpo_dist.errors import DpoDistError

@@ -21,7 +21,7 @@ def main(folder: Path, everything: bool) -> None:
     """Run them."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     install_import_hook("dpo_dist", "beartype.beartype")
-    from dpo_dist.cli.training import set_up_logging
+    from dpo_dist.cli.logs import set_up_logging
     from dpo_dist.distributed import process_group
     from tests.invariance.sources import OWN_CACHES, configs
 

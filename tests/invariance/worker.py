@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Before the package is imported: every annotated call of these ranks is checked.
     install_import_hook("dpo_dist", "beartype.beartype")
-    from dpo_dist.cli.training import set_up_logging
+    from dpo_dist.cli.logs import set_up_logging
     from dpo_dist.distributed import process_group
 
     _require_checked_calls()

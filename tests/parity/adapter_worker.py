@@ -17,22 +17,17 @@ from safetensors.torch import save_file
 if __name__ == "__main__":
     install_import_hook("dpo_dist", "beartype.beartype")
 
-from dpo_dist.attention import register
+from dpo_dist.adapters import attach_adapter, export_adapter, write_adapter_settings
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
-from dpo_dist.checkpoint import (
-    CheckpointStore,
-    export_adapter,
-    load_shards,
-    save_shards,
-    write_adapter_settings,
-    write_assets,
-)
+from dpo_dist.checkpoint import CheckpointStore, load_shards, save_shards, write_assets
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks, barrier, process_group, sum_over_ranks
 from dpo_dist.engine import TrainingEngine, adopt_process_group, engine_config, release_process_group
 from dpo_dist.logprobs import STATISTICS
 from dpo_dist.losses.formulas import cpo
-from dpo_dist.model import attach_adapter, four_bits, load_config, load_model
+from dpo_dist.model import four_bits, load_model
+from dpo_dist.pretrained import load_config
 from tests.launching import end_rank
 from tests.parity.adapter_cases import (
     BETA,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_dist import attention
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.model import ScoringModel, load_model
@@ -146,6 +146,4 @@ def _sum(terms: list[Tensor], rounded: Rounding) -> Tensor:
 
 
 def _load(folder: Path, prepared: Prepared) -> ScoringModel:
-    return load_model(
-        folder, prepared.model_config, attention.register("sdpa"), prepared.dtype, {}, False, False
-    ).train()
+    return load_model(folder, prepared.model_config, register("sdpa"), prepared.dtype, {}, False, False).train()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dpo_dist.attention import register
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
 from dpo_dist.data import Pair
 from dpo_dist.model import ScoringModel

@@ -15,11 +15,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.attention import register
+from dpo_dist.adapters import export_adapter_checkpoint, export_merged
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import build_micro_batch
-from dpo_dist.checkpoint import export_adapter_checkpoint, export_merged
 from dpo_dist.checkpoint.shards import full_parameters
-from dpo_dist.model import load_config, load_model
+from dpo_dist.model import load_model
+from dpo_dist.pretrained import load_config
 from tests.launching import launch, succeeded
 from tests.parity import adapter_oracle
 from tests.parity.adapter_cases import CASES, NO_MERGE, STARTS, examples_of_step, save_base, save_start

@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dpo_dist.errors import ConfigError, ModelError
-from dpo_dist.model import PACKABLE_ROPE, SHARES_PROMPTS, decide_sharing
+from dpo_dist.pretrained import PACKABLE_ROPE, SHARES_PROMPTS, decide_sharing
 from tests.parity.oracle import (
     INITIALIZER_RANGE,
     VOCABULARY,

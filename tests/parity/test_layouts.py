@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.attention import register
-from dpo_dist.model import ScoringModel, load_config, load_model
+from dpo_dist.attention.interface import register
+from dpo_dist.model import ScoringModel, load_model
+from dpo_dist.pretrained import load_config
 from dpo_dist.tokenization import TokenizedExample
 from tests.parity.oracle import (
     VOCABULARY,

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_dist.attention import register
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch
 from dpo_dist.config import TrainConfig, load_deepspeed
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import InferenceEngine, TrainingEngine, engine_config, inference_config
-from dpo_dist.model import DTYPES, ScoringModel, load_config, load_model, scoring
+from dpo_dist.model import ScoringModel, load_model, scoring
+from dpo_dist.pretrained import DTYPES, load_config
 from tests.parity.oracle import packed, random_example
 from tests.tiny_engine import tiny_config
 

@@ -21,7 +21,7 @@ with install_import_hook("dpo_dist", "beartype.beartype"):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from benchmarks.loading.worker import own_bytes
-    from dpo_dist.attention import register
+    from dpo_dist.attention.interface import register
     from dpo_dist.batch import RankWork
     from dpo_dist.config import TrainConfig
     from dpo_dist.distributed import Ranks, all_gather_json, process_group

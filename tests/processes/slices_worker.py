@@ -20,8 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.engine import adopt_process_group
-from dpo_dist.model import load_config
 from dpo_dist.model.slices import can_read_slices, read_slices
+from dpo_dist.pretrained import load_config
 
 STAGE_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
 DTYPES = {"float32": {}, "bfloat16": {"bf16": {"enabled": True}}}

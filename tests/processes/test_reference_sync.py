@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_dist.errors import CheckpointError, ConfigError
-from dpo_dist.model import DTYPES, ScoringModel
+from dpo_dist.model import ScoringModel
+from dpo_dist.pretrained import DTYPES
 from dpo_dist.reference import ReferenceSync, load_reference, save_reference
 from dpo_dist.reference import sync as sync_module
 from tests.launching import launch, succeeded

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.attention import register
+from dpo_dist.attention.interface import register
 from dpo_dist.errors import ModelError
-from dpo_dist.model import load_config, load_model, slices
+from dpo_dist.model import load_model, slices
 from dpo_dist.model.slices import can_read_slices, elements
+from dpo_dist.pretrained import load_config
 from tests.launching import environment
 from tests.parity.test_architectures import CASES, build
 from tests.tiny_engine import QUIET, only_rank

@@ -10,23 +10,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.attention import register
+from dpo_dist.adapters import attach_adapter, export_merged, require_adapter
+from dpo_dist.adapters.export import adapter_tensors
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import build_micro_batch
-from dpo_dist.checkpoint import export_merged
-from dpo_dist.checkpoint.adapter_export import adapter_tensors
 from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import CheckpointError, ConfigError, ModelError
-from dpo_dist.model import (
-    ScoringModel,
-    adapter_kind,
-    attach_adapter,
-    base_name,
-    four_bits,
-    is_prompt_learning,
-    load_config,
-    load_model,
-    require_adapter,
-)
+from dpo_dist.model import ScoringModel, base_name, four_bits, load_model
+from dpo_dist.pretrained import adapter_kind, is_prompt_learning, load_config
 from tests.parity.adapter_cases import CASES, examples_of_step, save_base, save_start
 
 # PEFT asks transformers for what it calls deprecated, and warns of what is meant.

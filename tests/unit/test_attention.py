@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from dpo_dist.attention import AttentionNeeds, choose_backend, interface, register, segments, varlen
+from dpo_dist.attention import AttentionNeeds, choose_backend, interface, segments, varlen
 from dpo_dist.attention.gather import gather_tokens
+from dpo_dist.attention.interface import register
 from dpo_dist.attention.packages import FLASH_2, FLASH_3, FLASH_4
 from dpo_dist.batch import AttentionLayout
 from dpo_dist.errors import ConfigError, ModelError

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
-from dpo_dist.attention import AttentionNeeds, choose_backend, register, varlen
+from dpo_dist.attention import AttentionNeeds, choose_backend, varlen
+from dpo_dist.attention.interface import register
 from dpo_dist.attention.packages import FLASH_2, FLASH_3, FLASH_4, FlashPackage
 from dpo_dist.errors import ConfigError
 from tests.machine import Machine

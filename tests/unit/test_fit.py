@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dpo_dist.errors import ModelError
-from dpo_dist.model import Fit, find_fit, load_config
+from dpo_dist.model import Fit, find_fit
+from dpo_dist.pretrained import load_config
 from dpo_dist.selfcheck.blame import blame_weights
 from tests.parity.oracle import llama_config
 

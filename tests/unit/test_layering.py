@@ -114,15 +114,45 @@ def test_no_code_of_a_model_or_a_yaml_file_is_run_unasked(trees: dict[str, ast.M
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
-def test_deepspeed_is_known_where_the_decision_records_say(trees: dict[str, ast.Module]) -> None:
+@pytest.mark.parametrize(
+    ("package", "places"),
+    [
+        ("deepspeed", {"engine", "model/slices.py"}),  # docs/decisions/0007 and 0011
+        ("peft", {"adapters", "model/adapted.py"}),  # docs/decisions/0016; the second only for type checkers
+        ("datasets", {"data/hub.py", "data/sources.py"}),  # the same
+    ],
+)
+def test_a_package_is_known_where_the_decision_records_say(
+    package: str, places: set[str], trees: dict[str, ast.Module]
+) -> None:
     importers = set()
     for name, tree in trees.items():
         for node in ast.walk(tree):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(module.split(".")[0] == "deepspeed" for module in modules):
-                importers.add("engine" if name.startswith("engine/") else name)
-    assert importers == {"engine", "model/slices.py"}  # docs/decisions/0007 and 0011
+            if any(module.split(".")[0] == package for module in modules):
+                importers.add(folder if (folder := name.split("/")[0]) in places else name)
+    assert importers == places
+
+
+def _imports_at_the_top(tree: ast.Module) -> set[str]:
+    """Modules that are imported with the file, and not for type checkers only."""
+    nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_what_not_every_run_uses_is_not_imported_with_a_file(trees: dict[str, ast.Module]) -> None:
+    """tests/cli/test_imports.py looks at whole processes; here the file is named."""
+    lazy = {"dpo_dist.adapters": "adapters/", "dpo_dist.data.hub": "data/hub.py"}
+    eager = {
+        (name, module)
+        for name, tree in trees.items()
+        for module in _imports_at_the_top(tree)
+        for root, home in lazy.items()
+        if (module == root or module.startswith(f"{root}.")) and not name.startswith(home)
+    }
+    assert eager == set()
 
 
 def test_every_imported_package_is_declared(trees: dict[str, ast.Module]) -> None:

@@ -12,24 +12,23 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from dpo_dist.attention import AttentionNeeds, register
+from dpo_dist.attention import AttentionNeeds
+from dpo_dist.attention.interface import register
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogitTransform, LogProbHead
-from dpo_dist.model import (
+from dpo_dist.model import ScoringModel, load_model, sharded_loading
+from dpo_dist.pretrained import (
     SHARES_PROMPTS,
     WINDOW_IN_MASK,
-    ScoringModel,
     attention_needs,
     decide_sharing,
     identity,
     load_config,
-    load_model,
     logit_transform,
     resolve_folder,
-    sharded_loading,
 )
-from dpo_dist.model import folder as model_file
-from dpo_dist.model.folder import weight_files
+from dpo_dist.pretrained import folder as model_file
+from dpo_dist.pretrained.folder import weight_files
 from tests.parity.oracle import llama_config, our_logps, random_example
 
 KEY = "model.model_name_or_path"

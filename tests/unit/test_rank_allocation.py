@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.attention import register
+from dpo_dist.adapters import attach_adapter
+from dpo_dist.attention.interface import register
 from dpo_dist.batch import build_micro_batch
 from dpo_dist.config import AdapterConfig, TrainConfig, load_deepspeed
 from dpo_dist.engine import TrainingEngine, engine_config
 from dpo_dist.engine.whole import FullParameter, masters_of
 from dpo_dist.errors import ConfigError
-from dpo_dist.model import attach_adapter, load_config, load_model
+from dpo_dist.model import load_model
+from dpo_dist.pretrained import load_config
 from tests.parity.adapter_cases import CASES, examples_of_step, save_base
 from tests.tiny_engine import QUIET, only_rank
 

@@ -18,37 +18,23 @@ from typing import Any
 import torch
 from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.config import PeftConfig
+from peft.tuners.adalora import RankAllocator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dpo_dist.config import AdapterConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ModelError
-from dpo_dist.model.adapted import POLICY, REFERENCE, Adapter, base_name
-from dpo_dist.model.adapter_files import (
+from dpo_dist.adapters.files import (
     for_creation,
     read_settings,
     read_tensors,
-    require_adapter_folder,
     require_own_layers,
 )
-from dpo_dist.model.adapter_settings import PROMPT_LEARNING, new_settings, require_prefix
-from dpo_dist.model.folder import first_line
+from dpo_dist.adapters.settings import new_settings, require_prefix
+from dpo_dist.config import AdapterConfig
+from dpo_dist.errors import ConfigError, DpoDistError, ModelError
+from dpo_dist.model.adapted import POLICY, REFERENCE, Adapter, base_name
 from dpo_dist.model.scoring import ScoringModel, sharded_loading
-
-
-def adapter_kind(config: AdapterConfig) -> str | None:
-    """The kind of the adapter as `adapter.peft_type` says it, also of one on disk; None without an adapter.
-
-    Raises:
-        ModelError: the folder holds no adapter that can be trained here.
-    """
-    if config.adapter_name_or_path is not None:
-        return require_adapter_folder(config.adapter_name_or_path)[1]
-    return config.peft_type
-
-
-def is_prompt_learning(config: AdapterConfig) -> bool:
-    """Whether the adapter is virtual tokens before every prompt, and cannot be merged into weights."""
-    return adapter_kind(config) in PROMPT_LEARNING
+from dpo_dist.pretrained import PROMPT_LEARNING, adapter_kind, first_line, require_adapter_folder
 
 
 def attach_adapter(
@@ -103,7 +89,9 @@ def attach_adapter(
         parameter.data = parameter.data.to(dtype)
     for settings in peft.peft_config.values():
         settings.base_model_name_or_path = base_model
-    model.adopt(Adapter(peft, kind, base_model, has_copy=REFERENCE in peft.peft_config))
+    layers = [module for module in peft.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    allocator = RankAllocator if kind == "adalora" else None
+    model.adopt(Adapter(peft, kind, base_model, REFERENCE in peft.peft_config, layers, allocator))
     return model
 
 

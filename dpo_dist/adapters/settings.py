@@ -12,15 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import ConfigError, ModelError
 
-KINDS = {
-    "LORA": "lora",
-    "ADALORA": "adalora",
-    "PREFIX_TUNING": "prefix_tuning",
-    "PROMPT_TUNING": "prompt_tuning",
-    "P_TUNING": "p_tuning",
-}
-PROMPT_LEARNING = frozenset({"prefix_tuning", "prompt_tuning", "p_tuning"})
-
 
 def new_settings(
     config: AdapterConfig, model: PreTrainedModel, total_steps: int | None, tokenizer: Path | str | None

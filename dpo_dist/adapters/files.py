@@ -1,7 +1,6 @@
 """An adapter on disk that is gone on with: is it one, of a kind that can be trained here, and of this model."""
 
 import copy
-import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_dist.adapters.settings import require_targets
 from dpo_dist.errors import ModelError
-from dpo_dist.model.adapter_settings import KINDS, require_targets
-from dpo_dist.model.folder import first_line
+from dpo_dist.pretrained import first_line
+from dpo_dist.pretrained.adapter_folder import KEY, SETTINGS_FILE, WEIGHTS_FILE, adapter_values
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = "adapter.adapter_name_or_path"
 # What an adapter may say for itself. Anything else must be as PEFT has it by default: it would change the base model,
 # need data, or compute something that is not checked here.
 _FREE = frozenset(
@@ -33,61 +31,30 @@ _FREE = frozenset(
 )
 
 
-def require_adapter_folder(name: str) -> tuple[Path, str]:
-    """The folder of an adapter, and its kind as `adapter.peft_type` would say it. Reads no weights.
-
-    Args:
-        name: what the user wrote; a folder on disk.
-    Raises:
-        ModelError: it is no adapter, or none that can be trained here.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"{_KEY}={name} does not exist; give the folder that PEFT's save_pretrained wrote")
-    for file in (_CONFIG, _WEIGHTS):
-        if not (folder / file).is_file():
-            hint = "; pickled weights (adapter_model.bin) are not read" if file == _WEIGHTS else ""
-            raise ModelError(f"{_KEY}={name} has no {file}; give the folder that PEFT's save_pretrained wrote{hint}")
-    values = _values(folder, name)
-    kind = KINDS.get(str(values.get("peft_type")))
-    if kind is None:
-        raise ModelError(
-            f"{_KEY}={name}: an adapter of type {values.get('peft_type')} cannot be trained here; supported are "
-            f"{', '.join(KINDS)}"
-        )
-    if values.get("task_type") != "CAUSAL_LM":
-        raise ModelError(f"{_KEY}={name}: its task_type is {values.get('task_type')}; only CAUSAL_LM can be trained")
-    if kind == "p_tuning" or values.get("prefix_projection"):
-        raise ModelError(
-            f"{_KEY}={name}: a saved {kind} adapter holds what its encoder gave, not the encoder; it cannot be "
-            "trained any further. Start a new one by adapter.peft_type"
-        )
-    return folder, kind
-
-
 def read_settings(folder: Path, name: str) -> PeftConfig:
     """PEFT's configuration of an adapter on disk, made ready for training without dropout.
 
     Raises:
         ModelError: it cannot be used, or asks for something that is not supported.
     """
-    values = _values(folder, name)
+    values = adapter_values(folder, name)
     try:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
         settings: Any = kind.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError, AttributeError, OSError) as error:
-        raise ModelError(f"{_KEY}={name}: its {_CONFIG} cannot be used: {first_line(error)}") from None
+        raise ModelError(f"{KEY}={name}: its {SETTINGS_FILE} cannot be used: {first_line(error)}") from None
     for field in fields(settings):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(settings, field.name)
         if field.name not in _FREE and value != default and value:
             raise ModelError(
-                f"{_KEY}={name}: {field.name}={value} of its {_CONFIG} is not supported, only {field.name}={default}"
+                f"{KEY}={name}: {field.name}={value} of its {SETTINGS_FILE} is not supported, only "
+                f"{field.name}={default}"
             )
     initial = getattr(settings, "init_lora_weights", True)
     if initial not in (True, False, "gaussian", "orthogonal", "eva"):
         raise ModelError(
-            f"{_KEY}={name}: init_lora_weights={initial} changes the base model's weights; convert the adapter with "
+            f"{KEY}={name}: init_lora_weights={initial} changes the base model's weights; convert the adapter with "
             "PEFT's path_initial_model_for_weight_conversion first"
         )
     if hasattr(settings, "init_lora_weights"):
@@ -106,7 +73,7 @@ def require_own_layers(model: PreTrainedModel, settings: Any, name: str) -> None
     """
     targets = getattr(settings, "target_modules", None)
     if isinstance(targets, set | list):
-        require_targets(model, sorted(targets), f"{_KEY}={name}: target_modules")
+        require_targets(model, sorted(targets), f"{KEY}={name}: target_modules")
 
 
 def read_tensors(folder: Path, name: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,10 +86,10 @@ def read_tensors(folder: Path, name: str, expected: dict[str, Tensor]) -> dict[s
         ModelError: the file is damaged, or the adapter is one of another base model.
     """
     try:
-        tensors = load_file(folder / _WEIGHTS)
+        tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{_KEY}={name}: {_WEIGHTS} is damaged ({first_line(error)}); copy it again") from None
-    reason = f"{_KEY}={name} is an adapter of another base model than model.model_name_or_path"
+        raise ModelError(f"{KEY}={name}: {WEIGHTS_FILE} is damaged ({first_line(error)}); copy it again") from None
+    reason = f"{KEY}={name} is an adapter of another base model than model.model_name_or_path"
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:
             raise ModelError(f"{reason}, or is not complete: it has no {key}")
@@ -132,7 +99,7 @@ def read_tensors(folder: Path, name: str, expected: dict[str, Tensor]) -> dict[s
         if found != needed:
             raise ModelError(f"{reason}: its {key} has shape {found}, and this model needs {needed}")
         if not bool(torch.isfinite(tensors[key]).all()):
-            raise ModelError(f"{_KEY}={name}: {key} is not finite; the adapter is damaged")
+            raise ModelError(f"{KEY}={name}: {key} is not finite; the adapter is damaged")
     return tensors
 
 
@@ -142,13 +109,3 @@ def for_creation(settings: Any) -> PeftConfig:
     if hasattr(plain, "prompt_tuning_init"):
         plain.prompt_tuning_init = "RANDOM"
     return plain
-
-
-def _values(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{_KEY}={name}: its {_CONFIG} is damaged ({first_line(error)}); copy it again") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{_KEY}={name}: its {_CONFIG} holds no settings; give the folder PEFT wrote")
-    return values

@@ -25,10 +25,10 @@ from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_m
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError, ModelError
 from dpo_dist.model import Adapter
+from dpo_dist.pretrained.adapter_folder import SETTINGS_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # the trained adapter among PEFT's
 _PREFIX = "base_model.model."  # PEFT's own wrapping, part of every key
 

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from dpo_dist.attention import AttentionNeeds
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.logprobs import LogitTransform
-from dpo_dist.model.folder import first_line
+from dpo_dist.pretrained.folder import first_line
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Softmax attention over all keys, positions only through position_ids: checked one by one against their own stock
 # forward in tests/parity/test_architectures.py.
 SHARES_PROMPTS = frozenset(

@@ -135,14 +135,14 @@ def _tell_launcher(text: str) -> None:
         Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
-def _prepare(config: RunConfig) -> Any:
+def _prepare(config: RunConfig, look_only: bool = False) -> Any:
     """Everything that a run is made of, its mistakes found; what it takes to train is not imported before that."""
     with importing():
         from dpo_dist.cli.logs import set_up_logging
         from dpo_dist.cli.prepare import prepare_run
 
     set_up_logging()
-    return prepare_run(config, cache_dir())
+    return prepare_run(config, cache_dir(), look_only)
 
 
 def _print_version(value: bool) -> bool:
@@ -187,7 +187,7 @@ def check(
     with _user_errors():
         run_config = load_config(config, overrides or ())
         _quiet_imports()
-        prepared = _prepare(run_config)
+        prepared = _prepare(run_config, look_only=True)
         with importing():
             from dpo_dist.cli.checking import print_check
 

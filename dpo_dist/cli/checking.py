@@ -9,6 +9,7 @@ from rich.table import Table
 from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli.prepare import Prepared, counted, describe_adapter
 from dpo_dist.cli.remarks import remarks
+from dpo_dist.cli.requirements import output_in_use
 from dpo_dist.cli.resuming import find_start
 from dpo_dist.cli.sources import Choice, find_source
 from dpo_dist.distributed import Ranks
@@ -36,7 +37,10 @@ def print_check(prepared: Prepared, cache_dir: Path, world_size: int) -> None:
     _print_first_step(console, prepared, world_size)
     if start.text:
         console.print(start.text)
-    console.print("the configuration can be trained", style="bold")
+    in_use = output_in_use(config)
+    if in_use:
+        console.print(f"note: {in_use}")
+    console.print(f"the configuration can be trained{', in another folder' if in_use else ''}", style="bold")
 
 
 def _print_model(console: Console, prepared: Prepared, choice: Choice) -> None:

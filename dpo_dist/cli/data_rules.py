@@ -1,6 +1,6 @@
 """Settings and data that do not go together: found when the data have been read, before any model is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dpo_dist.config import RunConfig
 from dpo_dist.errors import ConfigError
@@ -21,15 +21,20 @@ def require_data_for(config: RunConfig, sets: Mapping[str, TokenizedDataset]) ->
         return
     for place, dataset in sets.items():
         _require_readers(config, place, dataset)
-    found = [dataset.preferences for dataset in sets.values()]
-    data, loss = config.data, config.loss
-    if data.pairing != "all" and not any(one.num_ranked for one in found):
-        raise ConfigError(f"data.pairing={data.pairing} has no effect: no row holds completions; leave this out")
-    if loss.odpo_alpha and not found[0].num_margins:
+    loss = config.loss
+    if loss.odpo_alpha and not next(iter(sets.values())).preferences.num_margins:
         raise ConfigError(
             f"loss.odpo_alpha={loss.odpo_alpha:g} has no effect: no row of data.train has a margin other than 0, nor "
             "scores; leave this out, or give the data a column margin"
         )
+
+
+def data_remarks(config: RunConfig, sets: Iterable[TokenizedDataset]) -> list[str]:
+    """What of a setting the data make superfluous, a sentence each; the result is the same."""
+    pairing = config.data.pairing
+    if pairing == "all" or config.trains_on_demonstrations or any(one.preferences.num_ranked for one in sets):
+        return []
+    return [f"data.pairing={pairing} has no effect: no row has a list of completions; leave this out"]
 
 
 def _require_readers(config: RunConfig, place: str, dataset: TokenizedDataset) -> None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.data_rules import require_data_for
-from dpo_dist.cli.requirements import require_trackers, require_usable_output
+from dpo_dist.cli.requirements import require_possible_output, require_trackers, require_usable_output
 from dpo_dist.config import DataSource, RunConfig, is_local, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
@@ -188,13 +188,17 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     return prepared
 
 
-def prepare_run(config: RunConfig, cache_dir: Path) -> Prepared:
+def prepare_run(config: RunConfig, cache_dir: Path, look_only: bool = False) -> Prepared:
     """The same of a run that writes: its folder and its trackers must be usable too.
 
+    Args:
+        config: the run's.
+        cache_dir: where dpo-dist keeps what it computes.
+        look_only: nothing will be written now, so another run's files may lie in the folder.
     Raises:
         DpoDistError: the first mistake.
     """
-    require_usable_output(config)
+    (require_possible_output if look_only else require_usable_output)(config)
     require_trackers(config)
     return prepare(config, cache_dir)
 

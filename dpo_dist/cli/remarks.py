@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from dpo_dist.cli.data_rules import data_remarks
 from dpo_dist.cli.prepare import Prepared, base_model_name, counted
+from dpo_dist.config import config_remarks
 from dpo_dist.packing import StepPlan
 from dpo_dist.tokenization import MERGED, repeated_data
 
@@ -18,7 +20,8 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
         plan: Its first step.
     """
     config = prepared.config
-    found = [*prepared.unused_weights, *_source_remarks(prepared)]
+    found = [*config_remarks(config), *prepared.unused_weights, *_source_remarks(prepared)]
+    found += data_remarks(config, (prepared.dataset, *prepared.evaluation_sets.values()))
     found += repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
     notes = [dataset.notes for dataset in (prepared.dataset, *prepared.evaluation_sets.values())]
     if config.data.group_by_prompt and not any(MERGED in of_set for of_set in notes):
@@ -47,6 +50,12 @@ def _source_remarks(prepared: Prepared) -> list[str]:
         found.append(
             f"reference.ref_model_sync_steps={reference.ref_model_sync_steps}: the run ends after "
             f"{counted(prepared.num_steps, 'step')}, before the reference follows the policy once"
+        )
+    groups, stage = reference.zero_hpz_partition_size, prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if groups is not None and stage < 3 and reference.source not in ("adapter_off", "none"):
+        found.append(
+            f"reference.zero_hpz_partition_size={groups} has no effect below ZeRO stage 3, where every process holds "
+            "the whole reference; leave it out"
         )
     adapter = prepared.config.adapter.adapter_name_or_path
     if adapter is not None:

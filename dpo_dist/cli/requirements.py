@@ -15,6 +15,17 @@ def require_usable_output(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the folder and the ways out.
     """
+    require_possible_output(config)
+    if in_use := output_in_use(config):
+        raise ConfigError(in_use)
+
+
+def require_possible_output(config: RunConfig) -> None:
+    """The folder is there, or can be made.
+
+    Raises:
+        ConfigError: naming the folder and the ways out.
+    """
     folder = Path(config.train.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.output_dir={folder} is a file; give a folder that is new or empty")
@@ -23,18 +34,24 @@ def require_usable_output(config: RunConfig) -> None:
         raise ConfigError(
             f"train.output_dir={folder} cannot be made: {parent} is no folder that can be written to; choose another"
         )
+
+
+def output_in_use(config: RunConfig) -> str | None:
+    """Why this run may not write into its folder, and the ways out; None where it may."""
+    folder, resume = Path(config.train.output_dir), config.checkpoint.resume
     if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
+        return None
+    if resume == "never":
+        return (
             f"train.output_dir={folder} is not empty; choose another folder, "
             "or continue the run in it with checkpoint.resume=auto"
         )
-    if config.checkpoint.resume == "auto" and not (folder / "config.yaml").is_file():
-        raise ConfigError(
+    if resume == "auto" and not (folder / "config.yaml").is_file():
+        return (
             f"train.output_dir={folder} is not empty and holds no run (no config.yaml); checkpoint.resume=auto "
             "continues a run in its own folder: choose that one, or a new one"
         )
+    return None
 
 
 def require_trackers(config: RunConfig) -> None:

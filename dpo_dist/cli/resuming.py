@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, RunState, require_same
 from dpo_dist.cli.prepare import Prepared
-from dpo_dist.config import ReferenceConfig
+from dpo_dist.config import ReferenceConfig, keys_without_effect
 from dpo_dist.distributed import broadcast_json
 from dpo_dist.health import restored
 
@@ -81,6 +81,8 @@ def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None
             prepared.config.reference.sync_ref_model,
         ),
     }
+    if ("train", "seed") in keys_without_effect(prepared.config):
+        del facts["train.seed"]
     facts |= _of_section("adapter", state, prepared, ("adapter_name_or_path",))  # its tensors are in the checkpoint
     facts |= _of_section("reference", state, prepared, tuple(ReferenceConfig.model_fields.keys() - {"dtype"}))
     if state.data_fingerprint == prepared.dataset.fingerprint:  # else they differ because of the data

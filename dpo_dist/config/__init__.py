@@ -8,6 +8,7 @@
     loss_rules.py  the same of the section loss
     evaluation_rules.py the same of the sections evaluation and health
     foreign.py     names that other systems use for our options
+    guesses.py     what a misspelt name was meant to be
     yaml_lines.py  YAML with the line of every key
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
     files.py       files that are shipped with the package, and how a relative path is looked up
@@ -23,7 +24,7 @@ from dpo_dist.config.adapter import AdapterConfig
 from dpo_dist.config.deepspeed import load_deepspeed
 from dpo_dist.config.evaluation import BEST_BY, EvaluationConfig, HealthConfig
 from dpo_dist.config.files import package_file
-from dpo_dist.config.loader import dump_resolved, json_schema, load_config
+from dpo_dist.config.loader import config_remarks, dump_resolved, json_schema, load_config
 from dpo_dist.config.loss import LOSS_TYPES, LossConfig
 from dpo_dist.config.models import (
     CheckpointConfig,
@@ -38,7 +39,7 @@ from dpo_dist.config.models import (
     TrainConfig,
 )
 from dpo_dist.config.reference import ReferenceConfig
-from dpo_dist.config.rules import is_local
+from dpo_dist.config.rules import is_local, keys_without_effect
 from dpo_dist.config.table import options_table
 
 __all__ = [
@@ -59,9 +60,11 @@ __all__ = [
     "ReferenceConfig",
     "RunConfig",
     "TrainConfig",
+    "config_remarks",
     "dump_resolved",
     "is_local",
     "json_schema",
+    "keys_without_effect",
     "load_config",
     "load_deepspeed",
     "options_table",

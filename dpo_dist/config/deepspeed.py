@@ -4,7 +4,6 @@ DeepSpeed ignores some keys silently (`"zero_optimization.stage": 3` as one dott
 second learning rate or batch size in its file would contradict the run's own. Both are errors here.
 """
 
-import difflib
 import json
 import math
 import os
@@ -12,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.deepspeed_keys import DTYPES, FILE, Allowed
+from dpo_dist.config.deepspeed_keys import DTYPES, FILE, ZERO, Allowed
 from dpo_dist.config.files import names, package_file
+from dpo_dist.config.guesses import guess
 from dpo_dist.errors import ConfigError
 
 
@@ -23,16 +23,27 @@ def load_deepspeed(name_or_path: str) -> dict[str, Any]:
     Args:
         name_or_path: name of a file in `deepspeed_configs/` without .json, or the path of a .json file.
     Returns:
-        The file's content. Optimizer, batch, clipping and dtype are added by the engine.
+        The file's content, without keys that its ZeRO stage does not read. Optimizer, batch, clipping and dtype are
+        added by the engine.
     Raises:
         ConfigError: with one line for each error there is.
     """
     path = _find(name_or_path)
     content = _read(path)
+    for keys, _ in _unread_keys(content):
+        section: dict[str, Any] = content
+        for key in keys[:-1]:
+            section = section[key]
+        del section[keys[-1]]
     problems = list(_problems(content))
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return content
+
+
+def deepspeed_remarks(name_or_path: str) -> list[str]:
+    """Keys of a sound file that only another ZeRO stage reads, and that change neither numbers nor memory."""
+    return [text for _, text in _unread_keys(_read(_find(name_or_path)))]
 
 
 def dtype_problems(content: dict[str, Any], dtype: str) -> Iterator[str]:
@@ -48,8 +59,8 @@ def _find(name_or_path: str) -> Path:
     shipped = names("deepspeed_configs")
     if name_or_path in shipped:
         return package_file("deepspeed_configs", f"{name_or_path}.json")
-    close = difflib.get_close_matches(name_or_path, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"write one of {', '.join(shipped)}, or the path of a .json file"
+    meant = guess(name_or_path, shipped)
+    hint = f"did you mean {meant}?" if meant else f"write one of {', '.join(shipped)}, or the path of a .json file"
     raise ConfigError(f"parallel.deepspeed={name_or_path} is not a shipped file; {hint}")
 
 
@@ -99,19 +110,44 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
             yield from _offload_problems(f"zero_optimization.{name}", section)
 
 
+def _unread_keys(content: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """The path of each key that tunes another ZeRO stage, and a sentence on it."""
+    zero = content.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return []
+    stage = zero.get("stage")
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        return []
+    found: list[tuple[tuple[str, ...], str]] = []
+    for path, section, known in (((), content, FILE), (("zero_optimization",), zero, ZERO)):
+        for key, value in section.items():
+            rule = known.get(key)
+            if isinstance(rule, Allowed) and stage not in rule.stages and not rule.is_promise:
+                found.append(((*path, key), _without_effect(_shown((*path, key), value), rule, stage)))
+    return found
+
+
+def _shown(path: tuple[str, ...], value: Any) -> str:
+    name = ".".join(path)
+    return name if isinstance(value, dict | list) else f"{name}={_text(value)}"
+
+
+def _without_effect(shown: str, rule: Allowed, stage: int) -> str:
+    stages = " or ".join(str(s) for s in sorted(rule.stages))
+    return f"{shown} has no effect at ZeRO stage {stage}; it needs stage {stages}, or leave it out"
+
+
 def _section_problems(
     path: tuple[str, ...], section: dict[str, Any], known: dict[str, Allowed | str], stage: int | None
 ) -> Iterator[str]:
     for key, value in section.items():
-        name, rule = ".".join((*path, key)), known.get(key)
-        shown = name if isinstance(value, dict | list) else f"{name}={_text(value)}"
+        name, rule, shown = ".".join((*path, key)), known.get(key), _shown((*path, key), value)
         if rule is None:
             yield f"{shown} {_unknown(path, key, known)}"
         elif isinstance(rule, str):
             yield f"{shown} is not set in a DeepSpeed file; {rule}"
         elif stage is not None and stage not in rule.stages:
-            stages = " or ".join(str(s) for s in sorted(rule.stages))
-            yield f"{shown} has no effect at ZeRO stage {stage}; it needs stage {stages}, or leave it out"
+            yield _without_effect(shown, rule, stage)
         elif rule.below is not None and isinstance(value, dict):
             yield from _section_problems((*path, key), value, rule.below, stage)
         elif name != "zero_optimization.stage" and (wrong := _wrong_value(rule, value)):
@@ -122,9 +158,9 @@ def _unknown(path: tuple[str, ...], key: str, known: dict[str, Allowed | str]) -
     if key.split(".")[0] in known and "." in key:
         return f'is one dotted key, which DeepSpeed ignores; write it nested: {{"{key.split(".")[0]}": {{...}}}}'
     usable = [name for name, rule in known.items() if isinstance(rule, Allowed)]
-    close = difflib.get_close_matches(key, usable, n=1) or [name for name in usable if name == f"stage3_{key}"]
+    meant = guess(key, usable) or next((name for name in usable if name == f"stage3_{key}"), None)
     where = f"in {'.'.join(path)}" if path else "of DeepSpeed 0.19.8"
-    hint = f"did you mean {'.'.join((*path, close[0]))}?" if close else f"there are {', '.join(usable)}"
+    hint = f"did you mean {'.'.join((*path, meant))}?" if meant else f"there are {', '.join(usable)}"
     return f"is not a key {where}; {hint}"
 
 

@@ -23,6 +23,9 @@ class Allowed:
     kind: Kind = "flag"
     stages: frozenset[int] = ALL_STAGES
     below: "dict[str, Allowed | str] | None" = None
+    is_promise: bool = False
+    """Whether a run that does not read it takes more memory or computes other numbers than its author believes; else
+    it decides how fast the stages that read it are, and at another stage there is nothing to decide."""
 
 
 _CHECKPOINTS = "checkpoints are saved and loaded by dpo_dist; leave it out"
@@ -58,15 +61,15 @@ ZERO: dict[str, Allowed | str] = {
     "stage3_prefetch_bucket_size": Allowed("count", STAGE_3),
     "stage3_param_persistence_threshold": Allowed("count", STAGE_3),
     "stage3_model_persistence_threshold": Allowed("count", STAGE_3),
-    "stage3_max_live_parameters": Allowed("count", STAGE_3),
+    "stage3_max_live_parameters": Allowed("count", STAGE_3, is_promise=True),
     "stage3_max_reuse_distance": Allowed("count", STAGE_3),
     "stage3_module_granularity_threshold": Allowed("count", STAGE_3),
     "stage3_use_all_reduce_for_fetch_params": Allowed("flag", STAGE_3),
     "stage3_allgather_sequential": Allowed("flag", STAGE_3),
-    "zero_quantized_weights": Allowed("flag", STAGE_3),
-    "zero_quantized_nontrainable_weights": Allowed("flag", STAGE_3),
-    "zero_quantized_gradients": Allowed("flag", STAGE_3),
-    "memory_efficient_linear": Allowed("flag", STAGE_3),
+    "zero_quantized_weights": Allowed("flag", STAGE_3, is_promise=True),
+    "zero_quantized_nontrainable_weights": Allowed("flag", STAGE_3, is_promise=True),
+    "zero_quantized_gradients": Allowed("flag", STAGE_3, is_promise=True),
+    "memory_efficient_linear": Allowed("flag", STAGE_3, is_promise=True),
     "override_module_apply": Allowed("flag", STAGE_3),
     "log_trace_cache_warnings": Allowed("flag", STAGE_3),
     "enable_sanity_checks": Allowed("flag", STAGE_3),
@@ -75,6 +78,7 @@ ZERO: dict[str, Allowed | str] = {
     ),
     "offload_param": Allowed(
         stages=STAGE_3,
+        is_promise=True,
         below={
             "device": Allowed("device"),
             "nvme_path": Allowed("text"),
@@ -86,6 +90,7 @@ ZERO: dict[str, Allowed | str] = {
     ),
     "offload_optimizer": Allowed(
         stages=SHARDED,
+        is_promise=True,
         below={
             "device": Allowed("device"),
             "nvme_path": Allowed("text"),

@@ -4,43 +4,47 @@ from collections.abc import Iterator
 
 from dpo_dist.config.evaluation import BEST_BY
 from dpo_dist.config.models import RunConfig
-from dpo_dist.config.source_rules import Broken, KeyPath
+from dpo_dist.config.source_rules import Broken, KeyPath, Unread
 
 _OF_A_BEST_MODEL = ("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold")
 _OF_TRAINING = ("max_kl", "max_displacement", "max_length_drift")
 _OF_PAIRS = ("rewards/accuracies", "rewards/margins", "logps/chosen")
 
 
-def evaluation_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
+def evaluation_keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
     """As `rules.keys_without_effect`, of these sections."""
-    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+    found: dict[KeyPath, Unread] = {}
     evaluation = config.evaluation
     if not config.data.evaluation:
         for key in ("eval_steps", "eval_on_start", "metric_for_best_model"):
             why = "has no effect without data.evaluation; give held-out data, or leave this out"
-            found["evaluation", key] = (("data", "evaluation"), why)
+            found["evaluation", key] = Unread(("data", "evaluation"), why)
     if evaluation.metric_for_best_model is None:
         for key in _OF_A_BEST_MODEL:
             why = "has no effect without evaluation.metric_for_best_model; set it, say to loss, or leave this out"
-            found["evaluation", key] = (("evaluation", "metric_for_best_model"), why)
+            found["evaluation", key] = Unread(("evaluation", "metric_for_best_model"), why)
     elif evaluation.early_stopping_patience is None:
         why = "has no effect without evaluation.early_stopping_patience; set it, or leave this out"
-        found["evaluation", "early_stopping_threshold"] = (("evaluation", "early_stopping_patience"), why)
+        found["evaluation", "early_stopping_threshold"] = Unread(("evaluation", "early_stopping_patience"), why)
     return found | _of_health(config)
 
 
-def _of_health(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
-    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+def _of_health(config: RunConfig) -> dict[KeyPath, Unread]:
+    """A threshold that nothing is held against trains the same model, but does not stop a run that it was to stop."""
+    found: dict[KeyPath, Unread] = {}
+    warns_only = config.health.action == "warn"
     has_held_out_pairs = bool(config.data.evaluation) and not config.trains_on_demonstrations
     if not config.has_reference:
         for key in _OF_TRAINING:
-            found["health", key] = (("reference", "source"), "has no effect without a reference; leave this out")
+            why = "has no effect without a reference; leave this out"
+            found["health", key] = Unread(("reference", "source"), why, warns_only)
     if not has_held_out_pairs:
         why = "has no effect without held-out pairs (data.evaluation); leave this out"
-        found["health", "max_accuracy_gap"] = (("data", "evaluation"), why)
+        found["health", "max_accuracy_gap"] = Unread(("data", "evaluation"), why, warns_only)
     if not config.has_reference and not has_held_out_pairs:
         for key in ("check_pairs", "action"):
-            found["health", key] = (("reference", "source"), "has no effect: nothing is judged; leave this out")
+            why = "has no effect: nothing is judged; leave this out"
+            found["health", key] = Unread(("reference", "source"), why, key == "check_pairs")
     return found
 
 

@@ -160,6 +160,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "lr_warmup_ratio": "the name here is train.warmup_steps; a value between 0 and 1 is a share of all steps",
     "max_norm": "the name here is train.max_grad_norm",
     "gradient_clipping": "the name here is train.max_grad_norm",
+    **dict.fromkeys(("beta1", "beta2"), "the names here are train.adam_beta1 and train.adam_beta2"),
     "adam_betas": "the names here are train.adam_beta1 and train.adam_beta2",
     "optim": _OPTIMIZER,
     "optimizer": _OPTIMIZER,
@@ -227,7 +228,7 @@ FOREIGN_WITHIN: dict[str, dict[str, str]] = {
     "data": dict.fromkeys(("path", "name", "split", "limit", "files"), _DATA),
 }
 
-# Words for what has another word here, or for what comes nearest to it.
+# Words for what has another word here. What only comes near to something is not in it: it would be another run.
 FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "model.dtype": {
         "bf16": "bfloat16",
@@ -262,6 +263,15 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     },
     "train.lr_scheduler_type": {
         "linear_with_warmup": "linear",
-        **dict.fromkeys(("cosine_with_warmup", "cosine_with_restarts", "cosine_with_min_lr"), "cosine"),
+        "cosine_with_warmup": "cosine",
+        "constant_warmup": "constant_with_warmup",
     },
+}
+
+# Of such a word: what has to be set beside it.
+FOREIGN_ALSO: dict[str, str] = {
+    "cdpo": "loss.label_smoothing above 0",
+    "qlora": "adapter.load_in_4bit=true",
+    "dora": "adapter.use_dora=true",
+    "rslora": "adapter.use_rslora=true",
 }

@@ -6,7 +6,6 @@ neither place may be a hub id, and stays as it is. `train.output_dir` is relativ
 """
 
 import copy
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_dist import __version__
-from dpo_dist.config.deepspeed import dtype_problems, load_deepspeed
+from dpo_dist.config.deepspeed import deepspeed_remarks, dtype_problems, load_deepspeed
 from dpo_dist.config.draft import Draft, read_draft
 from dpo_dist.config.files import find_input, names, package_file
+from dpo_dist.config.guesses import guess
 from dpo_dist.config.messages import SECTIONS, KeyPath, describe, dotted, key_path, meant_keys, shown
 from dpo_dist.config.models import DataSource, RunConfig
 from dpo_dist.config.rules import broken_rules, is_set, keys_without_effect, value_at
@@ -58,12 +58,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def config_remarks(config: RunConfig) -> list[str]:
+    """Keys of a loaded configuration that are set without effect and without harm, a sentence each."""
+    return [
+        f"{shown(path, value_at(config, path))} {unread.text}"
+        for path, unread in keys_without_effect(config).items()
+        if unread.same_result and is_set(config, path)
+    ] + [
+        f"parallel.deepspeed={config.parallel.deepspeed}: {text}"
+        for text in deepspeed_remarks(config.parallel.deepspeed)
+    ]
+
+
 def dump_resolved(config: RunConfig) -> str:
-    """YAML of a whole run, without keys that have no effect in it; reading it gives an equal RunConfig."""
+    """YAML of a whole run, without keys that have no effect in it; reading it gives the same run.
+
+    An equal RunConfig, unless a key is set without effect: that one is not written.
+    """
     values = config.model_dump(mode="json")
     for section, key in keys_without_effect(config):
-        if not is_set(config, (section, key)):
-            values[str(section)].pop(str(key), None)
+        values[str(section)].pop(str(key), None)
     present = {section: _without_null(keys) for section, keys in values.items()}
     head = f"# The resolved configuration of a run of dpo_dist {__version__}: every option that has an effect.\n"
     return head + dump({section: keys for section, keys in present.items() if keys})
@@ -86,8 +100,8 @@ def _find_file(path: str | Path) -> Path:
     shipped = names("configs")
     if str(path) in shipped:
         return package_file("configs", f"{path}.yaml")
-    close = difflib.get_close_matches(file.stem, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"shipped ones are {', '.join(shipped)}"
+    meant = guess(file.stem, shipped)
+    hint = f"did you mean {meant}?" if meant else f"shipped ones are {', '.join(shipped)}"
     raise ConfigError(f"{file} does not exist; give a YAML file or the name of a shipped configuration: {hint}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from dpo_dist.config.loss import LOSS_TYPES, NO_REFERENCE, LossConfig
 from dpo_dist.config.models import RunConfig
-from dpo_dist.config.source_rules import Broken, KeyPath
+from dpo_dist.config.source_rules import Broken, KeyPath, Unread
 
 # Parameters of losses -> the losses that read them. Equal to the table in `losses` by a test.
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -24,22 +24,23 @@ OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", 
 NOT_WEIGHTED = ("aot", "aot_unpaired", "cpo", "orpo", "plackett_luce", "sft")
 
 
-def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
+def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
     """As `rules.keys_without_effect`, of this section."""
     loss, cause = config.loss, ("loss", "loss_type")
-    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+    found: dict[KeyPath, Unread] = {}
     chosen = " and ".join(loss.loss_types)
     for key, readers in READ_BY.items():
         if not set(readers) & set(loss.loss_types):
             why = f"has no effect with loss.loss_type={chosen}; {_listed(readers)} {_read(readers)} it: leave this out"
-            found["loss", key] = (cause, why)
+            found["loss", key] = Unread(cause, why)
     if len(loss.loss_types) == 1:
-        found["loss", "loss_weights"] = (
+        found["loss", "loss_weights"] = Unread(
             cause,
             f"has no effect with one loss; leave this out, or let loss.loss_type be a list: [{chosen}, ...]",
+            same_result=loss.loss_weights == [1.0],
         )
     if loss.f_divergence_type != "alpha_divergence":
-        found["loss", "f_alpha_divergence_coef"] = (
+        found["loss", "f_alpha_divergence_coef"] = Unread(
             ("loss", "f_divergence_type"),
             f"has no effect with loss.f_divergence_type={loss.f_divergence_type}; alpha_divergence reads it: leave "
             "this out",
@@ -47,7 +48,7 @@ def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, 
     if config.trains_on_demonstrations:
         for key in ("pairing", "group_by_prompt"):
             why = f"has no effect with loss.loss_type={chosen} and no reference: nothing is compared; leave this out"
-            found["data", key] = (cause, why)
+            found["data", key] = Unread(cause, why)
     return found
 
 

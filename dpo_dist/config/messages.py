@@ -1,6 +1,5 @@
 """What is wrong with a key, and what would be right, in one line."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dpo_dist.config.foreign import FOREIGN_KEYS, FOREIGN_SOURCE_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
+from dpo_dist.config.foreign import FOREIGN_ALSO, FOREIGN_KEYS, FOREIGN_SOURCE_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
+from dpo_dist.config.guesses import guess
 from dpo_dist.config.models import DataSource, RunConfig
 from dpo_dist.config.section import UNION_TAGS
 
@@ -133,9 +133,9 @@ def _did_you_mean(value: Any, path: KeyPath) -> str:
     words = re.findall(r"Literal\[(.*?)\]", str(field.annotation)) if field else []
     choices = re.findall(r"'(.*?)'", words[0]) if words else []
     word = str(value).lower().removeprefix("torch.")
-    foreign = FOREIGN_VALUES.get(dotted(path[:2]), {}).get(word)
-    close = [foreign] if foreign else difflib.get_close_matches(word, choices, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    meant = FOREIGN_VALUES.get(dotted(path[:2]), {}).get(word) or guess(word, choices)
+    also = f" with {FOREIGN_ALSO[word]}" if word in FOREIGN_ALSO else ""
+    return f" (did you mean {meant}{also}?)" if meant else ""
 
 
 def unknown_key(path: KeyPath, value: Any) -> str:
@@ -154,12 +154,10 @@ def unknown_key(path: KeyPath, value: Any) -> str:
         return f"{text} is not a key {at}; write {SECTION_OF[key]}.{key}"
     if key in FOREIGN_KEYS:
         return f"{text} is not a key {at}; {FOREIGN_KEYS[key]}"
-    close = difflib.get_close_matches(key.lower(), KEYS.get(where, SECTIONS), n=1, cutoff=0.6)
-    if close:
-        return f"{text} is not a key {at}; did you mean {where + '.' if where else ''}{close[0]}?"
-    close = difflib.get_close_matches(key.lower(), SECTION_OF, n=1, cutoff=0.7)
-    if close:
-        return f"{text} is not a key {at}; did you mean {SECTION_OF[close[0]]}.{close[0]}?"
+    if (meant := guess(key, KEYS.get(where, SECTIONS))) is not None:
+        return f"{text} is not a key {at}; did you mean {where + '.' if where else ''}{meant}?"
+    if (meant := guess(key, SECTION_OF)) is not None:
+        return f"{text} is not a key {at}; did you mean {SECTION_OF[meant]}.{meant}?"
     return f"{text} is not a key {at}; there are {', '.join(KEYS.get(where, SECTIONS))}"
 
 
@@ -173,7 +171,7 @@ def meant_keys(error: ErrorDetails) -> set[str]:
 
 
 def _advice_for_source(key: str) -> str:
-    close = difflib.get_close_matches(key.lower(), DataSource.model_fields, n=1)
     if key in FOREIGN_SOURCE_KEYS:
         return FOREIGN_SOURCE_KEYS[key]
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(DataSource.model_fields)}"
+    meant = guess(key, DataSource.model_fields)
+    return f"did you mean {meant}?" if meant else f"there are {', '.join(DataSource.model_fields)}"

@@ -1,7 +1,8 @@
 """Which combinations of options are impossible, and which keys have no effect in a combination.
 
-A key counts as set if it differs from its default. A set key that would be ignored is an error, as is a combination
-that cannot do what it says: nothing is changed or ignored silently.
+A key counts as set if it differs from its default. A set key that would be ignored is an error where the run would be
+another one than its author believes, as is a combination that cannot do what it says; where the result is the same, it
+is remarked on. Nothing is changed or ignored silently.
 """
 
 import re
@@ -12,56 +13,57 @@ from typing import Any
 from dpo_dist.config.evaluation_rules import evaluation_keys_without_effect, evaluation_rules
 from dpo_dist.config.loss_rules import loss_keys_without_effect, loss_rules
 from dpo_dist.config.models import RunConfig
-from dpo_dist.config.source_rules import Broken, KeyPath, source_keys_without_effect, source_rules
+from dpo_dist.config.source_rules import Broken, KeyPath, Unread, source_keys_without_effect, source_rules
 
-__all__ = ["Broken", "KeyPath", "broken_rules", "is_set", "keys_without_effect", "value_at"]
+__all__ = ["Broken", "KeyPath", "Unread", "broken_rules", "is_set", "keys_without_effect", "value_at"]
 
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
-    """Keys that this combination never reads -> the key that makes it so, and the reason."""
+def keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
+    """Keys that this combination never reads -> why, and whether that matters."""
     found = {
         **source_keys_without_effect(config),
         **loss_keys_without_effect(config),
         **evaluation_keys_without_effect(config),
     }
     if config.train.max_steps is not None:
-        found["train", "num_train_epochs"] = (
+        found["train", "num_train_epochs"] = Unread(
             ("train", "max_steps"),
             f"has no effect while train.max_steps={config.train.max_steps} sets the run's length; set one of the two",
         )
     if config.data.max_length is None:
-        found["data", "truncation_mode"] = (
+        found["data", "truncation_mode"] = Unread(
             ("data", "max_length"),
             "has no effect without data.max_length; set data.max_length, or leave this out",
         )
     if config.train.lr_scheduler_type == "constant":
-        found["train", "warmup_steps"] = (
+        found["train", "warmup_steps"] = Unread(
             ("train", "lr_scheduler_type"),
             "has no effect with train.lr_scheduler_type=constant; use constant_with_warmup, or leave this out",
         )
-    if not config.train.shuffle:
-        found["train", "seed"] = (
+    if not config.train.shuffle and not config.adapter.is_used:  # an adapter's first values are random
+        found["train", "seed"] = Unread(
             ("train", "shuffle"),
             "has no effect with train.shuffle=false: nothing else is random; leave this out, or shuffle",
+            same_result=True,
         )
     name = config.model.model_name_or_path
     if is_local(name):
         what = "names the demo model" if name == "demo" else "is a local folder"
         why = f"has no effect: model.model_name_or_path={name} {what}; only a hub id has revisions; leave this out"
-        found["model", "revision"] = (("model", "model_name_or_path"), why)
+        found["model", "revision"] = Unread(("model", "model_name_or_path"), why)
     if name == "demo" and all(is_local(other) for other in _other_names(config).values()):
         why = "has no effect: the demo model brings no code; leave this out"
-        found["model", "trust_remote_code"] = (("model", "model_name_or_path"), why)
+        found["model", "trust_remote_code"] = Unread(("model", "model_name_or_path"), why, same_result=True)
     return found
 
 
 def broken_rules(config: RunConfig) -> Iterator[Broken]:
     """Every rule that a configuration of valid values breaks."""
-    for path, (cause, text) in keys_without_effect(config).items():
-        if is_set(config, path):
-            yield path, (cause,), text
+    for path, unread in keys_without_effect(config).items():
+        if not unread.same_result and is_set(config, path):
+            yield path, (unread.cause,), unread.text
     yield from _model_rules(config)
     yield from _data_rules(config)
     yield from _run_rules(config)

@@ -1,6 +1,7 @@
 """Rules of the sections `adapter` and `reference`, as in `rules.py`."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from dpo_dist.config.adapter import AdapterConfig
 from dpo_dist.config.models import RunConfig
@@ -8,6 +9,19 @@ from dpo_dist.config.models import RunConfig
 KeyPath = tuple[str | int, ...]
 Broken = tuple[KeyPath, tuple[KeyPath, ...], str]
 """The offending key, the other keys its verdict depends on, and `what is wrong; what would be right`."""
+
+
+class Unread(NamedTuple):
+    """Why a key has no effect, and whether that matters."""
+
+    cause: KeyPath
+    """The key that makes it so."""
+    text: str
+    """`what is wrong; what would be right`."""
+    same_result: bool = False
+    """The run does all that the key asks for as it is: worth a remark. Else it is another run than one may believe: an
+    error. docs/decisions/0015-strictness.md has every verdict."""
+
 
 _PROMPT_LEARNING = ("prefix_tuning", "prompt_tuning", "p_tuning")
 _LOW_RANK = ("lora", "adalora")
@@ -39,51 +53,58 @@ _ASKED_BY: dict[str, tuple[str, ...]] = {
     "store_token_logps": ("cache",),
     "sync_ref_model": ("live",),
 }
+# Of these, the sources under which all that they ask for is the case anyway.
+_GRANTED: dict[str, tuple[str, ...]] = {
+    "per_microbatch": ("none",),
+    "offload_param": ("adapter_off", "none"),
+    "zero_hpz_partition_size": ("adapter_off", "none"),
+    "verify_rows": ("live", "adapter_off", "none"),
+}
 
 
-def source_keys_without_effect(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
+def source_keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
     """As `rules.keys_without_effect`, of these two sections."""
     return {**_unread_adapter_keys(config.adapter), **_unread_reference_keys(config)}
 
 
-def _unread_adapter_keys(adapter: AdapterConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
-    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+def _unread_adapter_keys(adapter: AdapterConfig) -> dict[KeyPath, Unread]:
+    found: dict[KeyPath, Unread] = {}
     kind, continued = adapter.peft_type, adapter.adapter_name_or_path
     if continued is not None:
         why = f"has no effect: adapter.adapter_name_or_path={continued} brings its own settings; leave this out"
         for key in ("peft_type", *(key for key in _READ_BY if key not in _QUANTISATION)):
-            found["adapter", key] = (("adapter", "adapter_name_or_path"), why)
+            found["adapter", key] = Unread(("adapter", "adapter_name_or_path"), why)
     else:
         for key, kinds in _READ_BY.items():
             if kind not in kinds:
                 which = f"with adapter.peft_type={kind}" if kind else "without adapter.peft_type"
                 why = f"has no effect {which}; it belongs to {' and '.join(kinds)}: leave this out, or set peft_type"
-                found["adapter", key] = (("adapter", "peft_type"), why)
+                found["adapter", key] = Unread(("adapter", "peft_type"), why)
     if not adapter.load_in_4bit:
         for key in _QUANTISATION[1:]:
             why = "has no effect without adapter.load_in_4bit; set it to true, or leave this out"
-            found.setdefault(("adapter", key), (("adapter", "load_in_4bit"), why))
+            found.setdefault(("adapter", key), Unread(("adapter", "load_in_4bit"), why))
     return found
 
 
-def _unread_reference_keys(config: RunConfig) -> dict[KeyPath, tuple[KeyPath, str]]:
-    found: dict[KeyPath, tuple[KeyPath, str]] = {}
+def _unread_reference_keys(config: RunConfig) -> dict[KeyPath, Unread]:
+    found: dict[KeyPath, Unread] = {}
     reference, source = config.reference, config.reference.source
     cause = ("reference", "source")
     for key, sources in _ASKED_BY.items():
         if source != "auto" and source not in sources:
             why = f"has no effect with reference.source={source}; it belongs to {' and '.join(sources)}; leave this out"
-            found["reference", key] = (cause, why)
+            found["reference", key] = Unread(cause, why, source in _GRANTED.get(key, ()))
     if not reference.sync_ref_model:
         for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             why = "has no effect without reference.sync_ref_model; set it to true, or leave this out"
-            found["reference", key] = (("reference", "sync_ref_model"), why)
+            found["reference", key] = Unread(("reference", "sync_ref_model"), why)
     if source in ("adapter_off", "none"):
         what = (
             "the policy without its adapters is the reference" if source == "adapter_off" else "there is no reference"
         )
         why = f"has no effect with reference.source={source}: {what}; leave this out, or use live or cache"
-        found["model", "reference_name_or_path"] = (cause, why)
+        found["model", "reference_name_or_path"] = Unread(cause, why)
     return found
 
 

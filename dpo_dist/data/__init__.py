@@ -9,9 +9,10 @@
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
     hub.py       a hub data set               by the library datasets, which nothing else imports
 
-A *file fault* (cannot be read, broken JSON, a column missing or of the wrong type) is always a DataError; a *row fault*
-(a null, equal or empty completions, different prompts) is returned, and `data.on_bad_row` decides. Nothing here knows
-tokens.
+A *file fault* hides the rows behind it (a cut .gz or Parquet file, a JSON array that breaks off) and is always a
+DataError. A *row fault* is all that is wrong with one row, whatever it is (a line that is no JSON, a column that is
+missing or of the wrong type, equal or empty completions), and is returned: `data.on_bad_row` decides. Nothing here
+knows tokens.
 """
 
 from dpo_dist.data.example import Message, Pair, PreferenceExample, RowFault

@@ -4,8 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from dpo_dist.data.example import Message, Messages
-from dpo_dist.errors import DataError
+from dpo_dist.data.example import (
+    BROKEN_TEXT,
+    MISSING_COLUMN,
+    UNREAD_COLUMN,
+    WRONG_ROLE,
+    Message,
+    Messages,
+    RowError,
+)
 
 Row = dict[str, Any]
 Kind = Literal["pair", "ranking", "demonstration"]
@@ -104,9 +111,9 @@ def read_columns(row: Row) -> tuple[str, ...]:
 def required(row: Row, column: str, source: str, shapes: str = SHAPES) -> Any:
     """A column that the row must have, of any type; `shapes` says in an error what rows may hold."""
     if column not in row:
-        raise DataError(
-            f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {shapes}; a value that is missing "
-            "in some rows only is written as null, which data.on_bad_row=skip passes over"
+        raise RowError(
+            f"{source}: no column {column} (the row has {', '.join(row) or 'none'}); {shapes}",
+            MISSING_COLUMN,
         )
     if row[column] is None:
         raise MissingValueError(f"{column} is null")
@@ -118,7 +125,7 @@ def all_strings(row: Row, columns: Sequence[str], source: str) -> bool:
     strings = [column for column in columns if isinstance(row[column], str)]
     others = [column for column in columns if column not in strings]
     if strings and others:
-        raise DataError(
+        raise RowError(
             f"{source}: {' and '.join(strings)} {'is a string' if len(strings) == 1 else 'are strings'}, "
             f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} not; "
             "give all columns of a row as strings, or all as message lists"
@@ -126,11 +133,15 @@ def all_strings(row: Row, columns: Sequence[str], source: str) -> bool:
     for column in strings:
         _check_text(row[column], column, source)
     if strings and tools_of(row, source):
-        raise DataError(f"{source}: tools are set, and nothing shows them to the model; give the row as message lists")
+        raise RowError(
+            f"{source}: tools are set, and nothing shows them to the model; give the row as message lists",
+            UNREAD_COLUMN,
+        )
     if strings and system_of(row, source):
-        raise DataError(
+        raise RowError(
             f"{source}: system is set, and rows of strings have no place for it; "
-            "write it into the prompt and remove the column, or give the row as message lists"
+            "write it into the prompt and remove the column, or give the row as message lists",
+            UNREAD_COLUMN,
         )
     return bool(strings)
 
@@ -157,9 +168,11 @@ def answers_of(values: Mapping[str, Any], prompt: Messages, source: str) -> tupl
         answers = [answer[begins:] for answer in answers]
     for column, messages in zip(values, answers, strict=True):
         if messages and messages[0]["role"] != "assistant":
-            raise DataError(
+            raise RowError(
                 f"{source}: {column} begins with a message of role {messages[0]['role']!r}; where the prompt stands in "
-                "a column of its own, a completion begins with the assistant's message (or leave out the prompt column)"
+                "a column of its own, a completion begins with the assistant's message (or leave out the column "
+                "prompt)",
+                WRONG_ROLE,
             )
     return tuple(answers)
 
@@ -172,12 +185,14 @@ def _message(value: Any, where: str, source: str) -> Message:
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
         if not isinstance(speaker, str) or speaker not in ROLES:
-            raise DataError(f"{source}: {where}.from={speaker!r} is not known; use one of {', '.join(ROLES)}")
+            raise RowError(
+                f"{source}: {where}.from={speaker!r} is not known; use one of {', '.join(ROLES)}", WRONG_ROLE
+            )
         message["role"] = ROLES[speaker]
         if "value" in message:
             message["content"] = message.pop("value")
     if not isinstance(message.get("role"), str):
-        raise DataError(f"{source}: {where} has no role; a message is {{role, content}} or {{from, value}}")
+        raise RowError(f"{source}: {where} has no role; a message is {{role, content}} or {{from, value}}", WRONG_ROLE)
     content = message.get("content", "" if message.get("tool_calls") else None)
     if not isinstance(content, str):
         _wrong_type(source, f"{where}.content", content, "a string")
@@ -204,8 +219,9 @@ def with_system(messages: Messages, column: str, row: Row, source: str) -> Messa
     if not messages or messages[0]["role"] != "system":
         return ({"role": "system", "content": system}, *messages)
     if messages[0]["content"].strip() != system.strip():
-        raise DataError(
-            f"{source}: system is set, and {column} begins with another system message; keep one of the two"
+        raise RowError(
+            f"{source}: system is set, and {column} begins with another system message; keep one of the two",
+            WRONG_ROLE,
         )
     return messages
 
@@ -214,9 +230,10 @@ def refuse_without_effect(row: Row, source: str) -> None:
     """Token ids are used as they are: what would change the rendered text comes too late."""
     for column, value in (("system", system_of(row, source)), ("tools", tools_of(row, source))):
         if value:
-            raise DataError(
+            raise RowError(
                 f"{source}: {column} is set, and the token ids are used as they are; "
-                f"remove the column {column} (what it says must be in prompt_ids already)"
+                f"remove the column {column} (what it says must be in prompt_ids already)",
+                UNREAD_COLUMN,
             )
 
 
@@ -227,7 +244,7 @@ def tools_of(row: Row, source: str) -> tuple[Any, ...] | None:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise DataError(
+            raise RowError(
                 f"{source}: tools is not JSON ({error}); give a list of tools, or the list as JSON"
             ) from None
     if not tools:
@@ -251,13 +268,14 @@ def _check_text(text: str, where: str, source: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
+        raise RowError(
             f"{source}: {where} holds half of a surrogate pair at character {error.start}; "
-            "write the character as UTF-8 or as a complete \\uXXXX\\uXXXX pair"
+            "write the character as UTF-8 or as a complete \\uXXXX\\uXXXX pair",
+            BROKEN_TEXT,
         ) from None
 
 
 def _wrong_type(source: str, where: str, value: Any, wanted: str) -> NoReturn:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise DataError(f"{source}: {where}={shown} is of the wrong type ({type(value).__name__}); give {wanted}")
+    raise RowError(f"{source}: {where}={shown} is of the wrong type ({type(value).__name__}); give {wanted}")

@@ -18,22 +18,24 @@ from dpo_dist.data.columns import (
 )
 from dpo_dist.data.example import (
     NO_ANSWER,
+    NO_PREFERENCE,
     PreferenceExample,
+    RowError,
     RowFault,
     Text,
     blank_fault,
 )
 from dpo_dist.data.labels import weight_of
-from dpo_dist.errors import DataError
 
 
 def refuse_demonstration(row: Row, source: str) -> None:
     """A run on preferences reads no demonstrations."""
     if kind_of(row) == "demonstration":
         _refuse_label(row, source)
-        raise DataError(
+        raise RowError(
             f"{source}: the row is a demonstration, with nothing that its completion is better than; a supervised run "
-            "reads those (loss.loss_type=sft without a reference), or give chosen and rejected"
+            "reads those (loss.loss_type=sft without a reference), or give chosen and rejected",
+            NO_PREFERENCE,
         )
 
 
@@ -41,7 +43,7 @@ def demonstration(row: Row, source: str) -> PreferenceExample | RowFault | None:
     """The example of one completion that a row holds; None where only both of its dialogues tell the prompt.
 
     Raises:
-        DataError, MissingValueError: as `parse_row`.
+        RowError, MissingValueError: as `parse_row`.
     """
     _refuse_label(row, source)
     if holds_token_ids(row):
@@ -112,7 +114,8 @@ def _example(prompt: Text, completion: Text, row: Row, source: str) -> Preferenc
 
 def _refuse_label(row: Row, source: str) -> None:
     if "label" in read_columns(row) and row.get("label") not in (None, True):
-        raise DataError(
+        raise RowError(
             f"{source}: label={row['label']!r}: completions that are only good or bad (KTO) are not supported; give "
-            "the good ones alone for a supervised run, or chosen and rejected for the same prompt"
+            "the good ones alone for a supervised run, or chosen and rejected for the same prompt",
+            NO_PREFERENCE,
         )

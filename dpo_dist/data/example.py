@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
+from dpo_dist.errors import DataError
+
 Message = dict[str, Any]
 Messages = tuple[Message, ...]
 Text = str | tuple[Message, ...] | tuple[int, ...]
@@ -17,6 +19,14 @@ MISSING_VALUE = "missing_value"
 TEMPLATE_ERROR = "template_error"
 NO_PREFERENCE = "no_preference"
 NO_ANSWER = "no_answer"
+BROKEN_JSON = "broken_json"
+BROKEN_TEXT = "broken_text"
+MISSING_COLUMN = "missing_column"
+MIXED_KINDS = "mixed_kinds"
+UNREAD_COLUMN = "unread_column"
+WRONG_NUMBER = "wrong_number"
+WRONG_ROLE = "wrong_role"
+WRONG_TYPE = "wrong_type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +63,26 @@ class PreferenceExample:
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A well-formed row that is useless as a preference: `data.on_bad_row` decides what happens to it."""
+    """A row that cannot be used: `data.on_bad_row` decides what happens to it."""
 
     reason: str
     source: str
     what: str
+    way_out: str = "repair the row"
+
+
+class RowError(DataError):
+    """`file:line: what is wrong; what would be right` of one row; whoever reads rows makes a `RowFault` of it."""
+
+    def __init__(self, message: str, reason: str = WRONG_TYPE) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def fault_of(error: RowError, source: str) -> RowFault:
+    """The same as a value."""
+    what, _, way_out = str(error).removeprefix(f"{source}: ").partition("; ")
+    return RowFault(error.reason, source, what, way_out or "repair the row")
 
 
 def is_token_ids(text: Text) -> TypeGuard[tuple[int, ...]]:

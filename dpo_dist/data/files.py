@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_dist.data.columns import COLUMNS, HOLDING_TEXT
+from dpo_dist.data.example import BROKEN_JSON, BROKEN_TEXT, WRONG_TYPE, RowError, RowFault, fault_of
 from dpo_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -32,14 +33,17 @@ def data_suffix(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
-def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     """(line, row) of every row: the line where it begins, or the row's number in Parquet and Arrow, from 1.
+
+    A row behind which the next one is found all the same is a fault of that row: a line of JSON Lines that is no JSON
+    or no UTF-8, an element that is no object. What hides everything behind it is an error.
 
     Args:
         path: the file; data_suffix(path) is not None.
         shown: its name in messages, as the user wrote it.
     Raises:
-        DataError: at the first line that cannot be read, or if the file holds no row.
+        DataError: where nothing can be read any more, or if the file holds no row.
     """
     suffix = data_suffix(path)
     if suffix == ".parquet":
@@ -52,10 +56,12 @@ def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = _json_lines_rows(path, shown)
     empty = True
     for line, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{shown}:{line}: the row is of type {type(row).__name__}; give a JSON object per row")
         empty = False
-        yield line, row
+        if isinstance(row, dict | RowFault):
+            yield line, row
+        else:
+            what = f"the row is of type {type(row).__name__}"
+            yield line, RowFault(WRONG_TYPE, f"{shown}:{line}", what, "give a JSON object per row")
     if empty:
         raise DataError(f"{shown}:1: the file has no rows; give at least one preference")
 
@@ -86,14 +92,19 @@ def _is_json_array(path: Path, shown: str) -> bool:
 
 def _json_lines_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
     for line, raw in _lines(path, shown):
-        # Without its end of line: what is missing at the end would be reported as column 1 of the next.
-        text = _decode(raw, shown, line).rstrip()
-        if not text:
-            continue
         try:
-            yield line, json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _broken_json(shown, line, _problem(error, text, "line")) from None
+            # Without its end of line: what is missing at the end would be reported as column 1 of the next.
+            if text := _decode(raw, shown, line).rstrip():
+                yield line, _json_row(text, shown, line)
+        except RowError as error:
+            yield line, fault_of(error, f"{shown}:{line}")
+
+
+def _json_row(text: str, shown: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken_json(shown, line, _problem(error, text, "line")) from None
 
 
 def _json_array_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
@@ -130,8 +141,9 @@ def _decode(raw: bytes, shown: str, line: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown}:{line}: byte {error.start + 1} of the line is not UTF-8 ({error.reason}); save the file as UTF-8"
+        raise RowError(
+            f"{shown}:{line}: byte {error.start + 1} of the line is not UTF-8 ({error.reason}); save the file as UTF-8",
+            BROKEN_TEXT,
         ) from None
 
 
@@ -147,10 +159,11 @@ def _problem(error: Exception, text: str, whole: str) -> str:
     return f"{what}, and the {whole} ends after column {column}: cut off?"
 
 
-def _broken_json(shown: str, line: int, problem: str) -> DataError:
-    return DataError(
+def _broken_json(shown: str, line: int, problem: str) -> RowError:
+    return RowError(
         f"{shown}:{line}: broken JSON ({problem}); "
-        "give one JSON object per line, or one array of objects for the whole file"
+        "give one JSON object per line, or one array of objects for the whole file",
+        BROKEN_JSON,
     )
 
 
@@ -159,18 +172,22 @@ def _broken_json(shown: str, line: int, problem: str) -> DataError:
 
 def _columnar_rows(
     batches: Iterator[tuple[pa.RecordBatch, dict[str, None]]], shown: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     line = 0
     try:
         for batch, unread in batches:
             for values in zip(*batch.columns, strict=True):
-                row = {
-                    name: without_nulls(value.as_py()) for name, value in zip(batch.schema.names, values, strict=True)
-                }
                 line += 1
+                try:
+                    row = {
+                        name: without_nulls(value.as_py())
+                        for name, value in zip(batch.schema.names, values, strict=True)
+                    }
+                except UnicodeDecodeError as error:
+                    what = f"a string is not UTF-8 ({error.reason})"
+                    yield line, RowFault(BROKEN_TEXT, f"{shown}:{line}", what, "write the file again")
+                    continue
                 yield line, row | unread
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown}:{line + 1}: a string is not UTF-8 ({error.reason}); write the file again") from error
     except (pa.ArrowException, *_READ_ERRORS) as error:
         raise _damaged(shown, line + 1, error) from error
 

@@ -20,15 +20,16 @@ from dpo_dist.data.columns import (
 from dpo_dist.data.example import (
     IDENTICAL_COMPLETIONS,
     NO_PREFERENCE,
+    UNREAD_COLUMN,
     Pair,
     PreferenceExample,
+    RowError,
     RowFault,
     Text,
     blank_fault,
     is_token_ids,
 )
 from dpo_dist.data.labels import values_of, weight_of
-from dpo_dist.errors import DataError
 
 _ONE_PAIR = ("margin", "chosen_probability")
 
@@ -37,13 +38,14 @@ def ranked_example(row: Row, source: str, pairing: Pairing) -> PreferenceExample
     """The example of such a row: completions that stand in a pair, each once.
 
     Raises:
-        DataError, MissingValueError: as `parse_row`.
+        RowError, MissingValueError: as `parse_row`.
     """
     for column in _ONE_PAIR:
         if row.get(column) is not None:
-            raise DataError(
+            raise RowError(
                 f"{source}: {column} belongs to one pair, and the row holds completions; their scores or ranks say all "
-                f"of it: remove the column {column}"
+                f"of it: remove the column {column}",
+                UNREAD_COLUMN,
             )
     prompt, completions, tools = _texts(row, source)
     values, weight = values_of(row, len(completions), source), weight_of(row, source)
@@ -113,7 +115,7 @@ def _texts(row: Row, source: str) -> tuple[Text, tuple[Text, ...], tuple[Any, ..
     completions = required(row, column, source)
     if not isinstance(completions, list) or len(completions) < 2:
         what = f"has {len(completions)}" if isinstance(completions, list) else f"is {completions!r}"
-        raise DataError(f"{source}: {column} {what}; give a list of two or more completions")
+        raise RowError(f"{source}: {column} {what}; give a list of two or more completions")
     named = {f"{column}[{k}]": completion for k, completion in enumerate(completions)}
     if holds_token_ids(row):
         refuse_without_effect(row, source)

@@ -25,9 +25,11 @@ from dpo_dist.data.example import (
     IDENTICAL_COMPLETIONS,
     MISSING_VALUE,
     PROMPTS_DIFFER,
+    UNREAD_COLUMN,
     Messages,
     Pair,
     PreferenceExample,
+    RowError,
     RowFault,
     Text,
     blank_fault,
@@ -35,7 +37,6 @@ from dpo_dist.data.example import (
 )
 from dpo_dist.data.labels import labelled, weight_of
 from dpo_dist.data.ranked import best_example, ranked_example
-from dpo_dist.errors import DataError
 
 # The turns of a raw HH-RLHF dialogue.
 HUMAN_TURN = "\n\nHuman:"
@@ -53,11 +54,11 @@ def parse_row(
         pairing: which of a row's completions are compared, where it holds more than two.
         demonstrations: read the best completion alone.
     Raises:
-        DataError: if a column is missing or of the wrong type: a fault of the file, not of this preference.
+        RowError: if a column is missing, of the wrong type, or would not be read.
     """
     for column, reason in REFUSED_COLUMNS.items():
         if row.get(column):
-            raise DataError(f"{source}: {column} is set, and {reason}; remove the column or the row")
+            raise RowError(f"{source}: {column} is set, and {reason}; remove the column or the row", UNREAD_COLUMN)
     try:
         if demonstrations:
             return _demonstrated(row, source)
@@ -129,9 +130,10 @@ def _from_named_question(row: Row, source: str) -> PreferenceExample | RowFault:
         all_strings(row, ("prompt", "chosen", "rejected"), source)  # says that the types differ
     # One is enough: whether both were asked the same is a matter of this row, and found below.
     if row["prompt"].strip() not in questions:
-        raise DataError(
+        raise RowError(
             f"{source}: prompt is a string, and not the first user message of the conversations chosen and rejected; "
-            "leave out the prompt column, or give the prompt as messages and chosen and rejected as answers only"
+            "leave out the prompt column, or give the prompt as messages and chosen and rejected as answers only",
+            PROMPTS_DIFFER,
         )
     return _split_conversations(row, source)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config import DataSource, Pairing
-from dpo_dist.data.columns import Row, holds_token_ids, ignored_columns
-from dpo_dist.data.example import PreferenceExample, RowFault
+from dpo_dist.data.columns import HOLDING_TEXT, Row, holds_token_ids, ignored_columns
+from dpo_dist.data.example import MIXED_KINDS, PreferenceExample, RowError, RowFault, fault_of
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
 from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import DataError
@@ -49,9 +49,9 @@ class Source:
         return [*parts, str(self.limit)]
 
     def holds_token_ids(self) -> bool:
-        """Whether the rows are already tokenised; the first row tells."""
-        _, first = next(self._raw_rows())
-        return holds_token_ids(first)
+        """Whether the rows are already tokenised; the first row with a prompt or completion tells."""
+        kinds = (_is_tokenised(row) for _, row in islice(self._raw_rows(), self.limit))
+        return next((kind for kind in kinds if kind is not None), False)
 
     def examples(
         self, ignored: set[str] | None = None, pairing: Pairing = "all", demonstrations: bool = False
@@ -62,22 +62,28 @@ class Source:
             ignored: gets the names of the columns that mean nothing here, as they are met.
             pairing, demonstrations: see `parse_row`.
         Raises:
-            DataError: at a fault of the file, naming file:line.
+            DataError: at a fault of the file that hides the rows behind it, naming file:line.
         """
         tokenised: bool | None = None
         for where, row in islice(self._raw_rows(), self.limit):
-            if tokenised is None:
-                tokenised = holds_token_ids(row)
-            elif tokenised != holds_token_ids(row):
+            if isinstance(row, RowFault):
+                yield row
+                continue
+            kind = _is_tokenised(row)
+            tokenised = kind if tokenised is None else tokenised
+            if kind is not None and kind != tokenised:
                 kinds = ("text", "token ids") if tokenised else ("token ids", "text")
-                raise DataError(
-                    f"{where}: the row holds {kinds[0]}, earlier rows hold {kinds[1]}; use one kind per source"
-                )
+                what = f"the row holds {kinds[0]}, earlier rows hold {kinds[1]}"
+                yield RowFault(MIXED_KINDS, where, what, "use one kind per source")
+                continue
             if ignored is not None:
                 ignored |= ignored_columns(row, demonstrations)
-            yield parse_row(row, where, pairing, demonstrations)
+            try:
+                yield parse_row(row, where, pairing, demonstrations)
+            except RowError as error:
+                yield fault_of(error, where)
 
-    def _raw_rows(self) -> Iterator[tuple[str, Row]]:
+    def _raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         if self.hub_dataset is not None:
             for number, row in enumerate(self.hub_dataset, start=1):
                 yield (
@@ -88,6 +94,13 @@ class Source:
         for path, shown in self.files:
             for line, row in read_rows(path, shown):
                 yield f"{shown}:{line}", row
+
+
+def _is_tokenised(row: Row | RowFault) -> bool | None:
+    """Whether a row holds token ids or text; None where it holds neither."""
+    if isinstance(row, RowFault) or all(row.get(column) is None for column in HOLDING_TEXT):
+        return None
+    return holds_token_ids(row)
 
 
 def open_source(source: DataSource, key: str) -> Source:

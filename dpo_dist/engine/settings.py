@@ -13,8 +13,6 @@ from dpo_dist.errors import ConfigError
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-_WITHOUT_EFFECT = "has no effect below ZeRO stage 3, where every process holds the whole reference; leave it out"
-
 
 def adopt_process_group() -> None:
     """Make DeepSpeed use the process group that exists; it would do so itself later, and print."""
@@ -63,7 +61,7 @@ def inference_config(
         dtype: `reference.dtype`; None: the policy's.
         offload_param: `reference.offload_param`. A policy that keeps its shards in host memory by the DeepSpeed file
             has a reference that does so as well.
-        hpz_partition_size: `reference.zero_hpz_partition_size`.
+        hpz_partition_size: `reference.zero_hpz_partition_size`; below stage 3 nothing is gathered between nodes anyway.
         ranks: needed for the last two.
 
     Raises:
@@ -77,9 +75,10 @@ def inference_config(
             raise ConfigError("reference.dtype=float16 needs a GPU; use float32 or bfloat16")
     if zero.get("stage", 0) < 3:
         if offload_param:
-            raise ConfigError(f"reference.offload_param=true {_WITHOUT_EFFECT}")
-        if hpz_partition_size is not None:
-            raise ConfigError(f"reference.zero_hpz_partition_size={hpz_partition_size} {_WITHOUT_EFFECT}")
+            raise ConfigError(
+                "reference.offload_param=true has no effect below ZeRO stage 3, where every process holds the whole "
+                "reference on its device; use a DeepSpeed file of stage 3, or leave it out"
+            )
         # DeepSpeed refuses stages 1 and 2 where there is no optimizer to shard.
         return {**config, "zero_optimization": {"stage": 0}}
     zero.pop("offload_optimizer", None)

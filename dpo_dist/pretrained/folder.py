@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
 
+_ADAPTER = "adapter_config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLED_BYTES = 4096  # of a tensor, to tell it from another one
 
@@ -40,6 +41,7 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
                 f"{key}={name} does not exist; give the folder save_pretrained wrote, or a hub id such as owner/name"
             )
         folder = _download(name, key, revision)
+    _refuse_adapter(folder, name, key)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{key}={name} has no config.json; give the folder save_pretrained wrote, or a hub id")
     if not any(folder.glob("*.safetensors")):
@@ -57,6 +59,31 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
             "folder again"
         )
     return folder
+
+
+def _refuse_adapter(folder: Path, name: str, key: str) -> None:
+    """An adapter's folder is no model, whatever else lies in it."""
+    weights = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model")]
+    if not (folder / _ADAPTER).is_file() or (weights and (folder / "config.json").is_file()):
+        return
+    whole = f"to make a whole model of it, run `dpo-dist export {name} NEW_FOLDER --merged`"
+    if key == "model.model_name_or_path":
+        base = _base_of(folder) or "the model that it belongs to"
+        way_out = f"to go on training it, set adapter.adapter_name_or_path={name} and {key}={base}; {whole}"
+    elif key == "model.reference_name_or_path":
+        way_out = f"{whole}; a run with adapter.adapter_name_or_path={name} has it as its reference without this key"
+    else:
+        way_out = "give the model that it belongs to"
+    raise ModelError(f"{key}={name} is an adapter, not a model (it has {_ADAPTER}, and no model's weights); {way_out}")
+
+
+def _base_of(folder: Path) -> str | None:
+    """The model that an adapter names as its own, if any."""
+    try:
+        named = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) and named else None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
     tokenizer.py  load a tokenizer; what identifies it
     encode.py     text examples            TokenizedExample or RowFault
     grouping.py   rows of one prompt       one example
+    bad_rows.py   rows without use         counts, and a message
     writer.py     tokenised examples       Arrow file and its summary
     dataset.py    the same, memory-mapped  any row in constant time
     prepare.py    entries of data.train    one TokenizedDataset, tokenised once and found again

@@ -203,7 +203,8 @@ class Encoder:
             cut = tuple(ids[: limit - num_prompt] for ids in example.completion_ids)
             return replace(example, completion_ids=cut)
         what = f"prompt and completion have {longest} tokens (the prompt {num_prompt}), data.max_length={limit}"
-        return RowFault(OVER_LONG, example.source, what)
+        way_out = "raise data.max_length, set data.truncation_mode=drop or keep_start"
+        return RowFault(OVER_LONG, example.source, what, way_out)
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:

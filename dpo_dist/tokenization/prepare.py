@@ -24,6 +24,7 @@ from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
 from dpo_dist.data.example import OVER_LONG
 from dpo_dist.errors import DataError
+from dpo_dist.tokenization.bad_rows import BadRows
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import Encoder, TokenizedExample
 from dpo_dist.tokenization.grouping import PromptGroups
@@ -61,7 +62,8 @@ def prepare_dataset(
         first_index: index of the first of them there.
         demonstrations: read the best completion of each row alone, for a supervised run.
     Raises:
-        DataError: at a fault of a file; at a bad row unless data.on_bad_row is skip; if a source has no usable row.
+        DataError: at a fault of a file; if there are bad rows, of all of them, unless data.on_bad_row is skip; if a
+            source has no usable row.
         ModelError: if text has to be tokenised, and the tokenizer cannot be loaded or lacks what the rows need.
     """
     opened = [open_source(source, f"{section}.{first_index + index}") for index, source in enumerate(sources)]
@@ -76,7 +78,8 @@ def prepare_dataset(
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 if not is_whole(folder):
-                    _write(folder, opened, data, encoder, demonstrations)
+                    place = section if len(opened) > 1 else opened[0].key
+                    _write(folder, opened, data, encoder, demonstrations, place)
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
@@ -151,7 +154,14 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: Encoder, demonstrations: bool) -> None:
+def _write(
+    folder: Path,
+    sources: Sequence[Source],
+    data: DataConfig,
+    encoder: Encoder,
+    demonstrations: bool,
+    place: str,
+) -> None:
     """Tokenise into a temporary folder, bring it to the disk, give it its name. Needs the lock."""
     for leftover in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(leftover)
@@ -165,9 +175,12 @@ def _write(folder: Path, sources: Sequence[Source], data: DataConfig, encoder: E
         with closing(ExampleWriter(partial)) as writer:
             bad_rows: Counter[str] = Counter()
             ignored: set[str] = set()
+            refused, num_read = BadRows(), 0
             for source in sources:
                 rows = source.examples(ignored, data.pairing, demonstrations)
-                _write_source(source, rows, data, encoder, writer, bad_rows)
+                num_read += _write_source(source, rows, data, encoder, writer, bad_rows, refused)
+            if refused.total:
+                raise DataError(refused.refusal(place, num_read))
             writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())), sorted(ignored))
         for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
             _sync(partial / name)
@@ -188,8 +201,14 @@ def _write_source(
     encoder: Encoder,
     writer: ExampleWriter,
     bad_rows: Counter[str],
-) -> None:
-    counts: Counter[str] = Counter()
+    refused: BadRows,
+) -> int:
+    """Write the examples of a source, and count its bad rows: those left out, and those that refuse the run.
+
+    Returns:
+        How many rows were read.
+    """
+    left_out = BadRows()
     groups = PromptGroups() if data.group_by_prompt else None
     write = writer.write if groups is None else groups.add
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
@@ -197,8 +216,8 @@ def _write_source(
         for result in _encoded(group, encoder):
             num_read += 1
             if isinstance(result, RowFault):
-                _count_or_raise(result, data, counts)
-            else:
+                (left_out if _is_left_out(result, data) else refused).add(result)
+            elif not refused.total:  # else only the bad ones matter from here on
                 write(result)
         if time.monotonic() >= next_log_s:
             next_log_s += _LOG_EVERY_S
@@ -207,33 +226,28 @@ def _write_source(
         for example in groups.examples():
             writer.write(example)
         encoder.notes.update(groups.notes)
+    counts = left_out.counts
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
-    if writer.num_examples == num_before:
+    if writer.num_examples == num_before and not refused.total:
         raise DataError(
             f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
-            "repair the data, or change the setting that leaves the rows out"
+            f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"
         )
     if counts:
         _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)
     bad_rows.update(counts)
+    return num_read
 
 
 def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Iterator[TokenizedExample | RowFault]:
-    """The group in its order, faults in their places, so that the first fault of the file is the one reported."""
+    """The group in its order, faults in their places, so that the first faults of the file are the ones shown."""
     encoded = iter(encoder.encode([item for item in group if isinstance(item, PreferenceExample)]))
     for item in group:
         yield item if isinstance(item, RowFault) else next(encoded)
 
 
-def _count_or_raise(fault: RowFault, data: DataConfig, counts: Counter[str]) -> None:
-    over_long = fault.reason == OVER_LONG
-    left_out = data.on_bad_row == "skip" or (over_long and data.truncation_mode != "error")
-    if not left_out:
-        way_out = (
-            "raise data.max_length, set data.truncation_mode=drop or keep_start," if over_long else "repair the row,"
-        )
-        raise DataError(f"{fault.source}: {fault.what}; {way_out} or set data.on_bad_row=skip ({fault.reason})")
-    counts[fault.reason] += 1
+def _is_left_out(fault: RowFault, data: DataConfig) -> bool:
+    return data.on_bad_row == "skip" or (fault.reason == OVER_LONG and data.truncation_mode != "error")
 
 
 def _grouped(items: Iterable[PreferenceExample | RowFault], size: int) -> Iterator[list[PreferenceExample | RowFault]]:

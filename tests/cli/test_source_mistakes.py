@@ -93,7 +93,6 @@ def test_nothing_to_precompute(config: Path) -> None:
         (["reference.source=adapter_off"], ["no adapters to switch off", "adapter.peft_type"]),
         (["adapter.peft_type=adalora", "train.max_steps=null"], ["number of updates", "train.max_steps"]),
         (["reference.offload_param=true"], ["reference.offload_param=true", "ZeRO stage 3"]),
-        (["reference.zero_hpz_partition_size=2"], ["reference.zero_hpz_partition_size=2", "ZeRO stage 3"]),
         (
             ["reference.zero_hpz_partition_size=2", "parallel.deepspeed=zero3_cpu"],
             ["reference.zero_hpz_partition_size=2", "does not divide the 1 processes"],

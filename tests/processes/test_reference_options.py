@@ -58,13 +58,14 @@ def test_offload_param() -> None:
 def test_hpz() -> None:
     assert _zero(hpz_partition_size=4, ranks=GPU)["zero_hpz_partition_size"] == 4
     assert "zero_hpz_partition_size" not in _zero(ranks=GPU)
+    below = inference_config(Setting(2).policy_config(CPU), hpz_partition_size=4, ranks=GPU)
+    assert below["zero_optimization"] == {"stage": 0}  # nothing is gathered, between nodes or within
 
 
 @pytest.mark.parametrize(
     ("stage", "options", "expected"),
     [
         (2, {"offload_param": True}, r"reference.offload_param=true has no effect below ZeRO stage 3"),
-        (0, {"hpz_partition_size": 4}, r"reference.zero_hpz_partition_size=4 has no effect below ZeRO stage 3"),
         (3, {"hpz_partition_size": 3}, r"zero_hpz_partition_size=3 does not divide the 8 processes"),
         (3, {"hpz_partition_size": 16}, r"zero_hpz_partition_size=16 does not divide the 8 processes"),
         (3, {"hpz_partition_size": 8}, r"zero_hpz_partition_size=8 makes all processes of this run one group"),

@@ -34,6 +34,11 @@ def read(path: Path | str, **settings: Any) -> list[PreferenceExample | RowFault
     return list(open_source(DataSource(path=str(path), **settings), "data.train.0").examples())
 
 
+def texts(path: Path) -> list[str]:
+    """What a user is told of each row; "" of one that can be used."""
+    return [f"{row.source}: {row.what}; {row.way_out}" if isinstance(row, RowFault) else "" for row in read(path)]
+
+
 def write(path: Path, rows: list[Any]) -> Path:
     """Rows in the format that the name says."""
     name, compressed = path.name.removesuffix(".gz"), path.suffix == ".gz"
@@ -344,13 +349,47 @@ def test_row_faults(row: dict[str, Any], reason: str) -> None:
         ({"prompt": "P", "chosen": "\ud800", "rejected": "r"}, "chosen holds half of a surrogate pair at character 0"),
     ],
 )
-def test_file_faults_of_a_row_name_the_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_faults_of_a_row_name_the_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "pairs.jsonl", [row])
-    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:1: .*{re.escape(message)}"):
-        read(path)
+    (text,) = texts(path)
+    assert re.search(f"^{re.escape(str(path))}:1: .*{re.escape(message)}", text)
 
 
 GOOD_LINE = json.dumps(STRINGS[0]).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "message"),
+    [
+        (
+            "a.json",
+            b'[\n{"prompt":\n"abc',
+            3,
+            "(Unterminated string starting at column 1, and the file ends after column 4",
+        ),
+        ("a.json", b"[" + GOOD_LINE, 1, "',' or ']' expected after a row, and the file ends: cut off?)"),
+        ("a.jsonl", b"[" * 100_000, 1, "broken JSON ("),
+        ("a.jsonl", b"", 1, "the file has no rows"),
+        ("a.jsonl", b"\n \n", 1, "the file has no rows"),
+        ("a.json", b"[]", 1, "the file has no rows"),
+        ("a.json", b"[\n" + GOOD_LINE + b',\n{"prompt" 1}]', 3, "broken JSON (Expecting ':' delimiter"),
+        ("a.json", b"[\n" + GOOD_LINE + b"\n" + GOOD_LINE + b"]", 3, "',' or ']' expected after a row"),
+        ("a.json", b"[\n" + GOOD_LINE + b",\n]", 3, "broken JSON (Expecting value"),
+        ("a.json", b"[" + GOOD_LINE + b"\n", 2, "',' or ']' expected after a row"),
+        ("a.json", b"[" + GOOD_LINE + b"]\n{}", 1, "more text after the array"),
+        ("a.jsonl.gz", gzip.compress(GOOD_LINE, mtime=0)[:12], 1, "the file is damaged"),
+        ("a.jsonl.gz", GOOD_LINE, 1, "the file is damaged or not of its type"),
+        ("a.parquet", b"PAR1 no parquet", 1, "the file is damaged or not of its type"),
+        ("a.parquet.gz", b"no gzip", 1, "the file is damaged or not of its type"),
+        ("a.arrow", b"no arrow file", 1, "the file is damaged or not of its type"),
+        ("a.arrow", b"", 1, "cannot be read from here on"),
+    ],
+)
+def test_file_faults_name_the_line(tmp_path: Path, name: str, content: bytes, line: int, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{line}: .*{re.escape(message)}"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -371,38 +410,32 @@ GOOD_LINE = json.dumps(STRINGS[0]).encode()
             "(Expecting value at column 11, and the line ends after column 10: cut off?)",
         ),
         ("a.jsonl", b'{"prompt": "a"', 1, "(Expecting ',' delimiter at column 15, and the line ends after column 14"),
-        (
-            "a.json",
-            b'[\n{"prompt":\n"abc',
-            3,
-            "(Unterminated string starting at column 1, and the file ends after column 4",
-        ),
-        ("a.json", b"[" + GOOD_LINE, 1, "',' or ']' expected after a row, and the file ends: cut off?)"),
         ("a.jsonl", GOOD_LINE + b"\n3\n", 2, "the row is of type int"),
         ("a.jsonl", GOOD_LINE + b'\n\n{"prompt": "\xff"}', 3, "byte 13 of the line is not UTF-8"),
-        ("a.jsonl", b"[" * 100_000, 1, "broken JSON ("),
-        ("a.jsonl", b"", 1, "the file has no rows"),
-        ("a.jsonl", b"\n \n", 1, "the file has no rows"),
-        ("a.json", b"[]", 1, "the file has no rows"),
-        ("a.json", b"[\n" + GOOD_LINE + b',\n{"prompt" 1}]', 3, "broken JSON (Expecting ':' delimiter"),
-        ("a.json", b"[\n" + GOOD_LINE + b"\n" + GOOD_LINE + b"]", 3, "',' or ']' expected after a row"),
-        ("a.json", b"[\n" + GOOD_LINE + b",\n]", 3, "broken JSON (Expecting value"),
-        ("a.json", b"[" + GOOD_LINE + b"\n", 2, "',' or ']' expected after a row"),
-        ("a.json", b"[" + GOOD_LINE + b"]\n{}", 1, "more text after the array"),
         ("a.json", b"[\n\n3]", 3, "the row is of type int"),
-        ("a.jsonl.gz", gzip.compress(GOOD_LINE, mtime=0)[:12], 1, "the file is damaged"),
-        ("a.jsonl.gz", GOOD_LINE, 1, "the file is damaged or not of its type"),
-        ("a.parquet", b"PAR1 no parquet", 1, "the file is damaged or not of its type"),
-        ("a.parquet.gz", b"no gzip", 1, "the file is damaged or not of its type"),
-        ("a.arrow", b"no arrow file", 1, "the file is damaged or not of its type"),
-        ("a.arrow", b"", 1, "cannot be read from here on"),
     ],
 )
-def test_file_faults_name_the_line(tmp_path: Path, name: str, content: bytes, line: int, message: str) -> None:
+def test_a_bad_line_is_a_fault_of_its_row(tmp_path: Path, name: str, content: bytes, line: int, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{line}: .*{re.escape(message)}"):
-        read(path)
+    *before, text = texts(path)
+    assert re.search(f"^{re.escape(str(path))}:{line}: .*{re.escape(message)}", text)
+    assert before == [""] * (GOOD_LINE in content)
+
+
+def test_rows_behind_a_bad_line_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join([GOOD_LINE, b"{", b"3", b"\xff", b'{"id": 1}', GOOD_LINE, b""]))
+    first, *faults, last = read(path)
+    assert isinstance(first, PreferenceExample) and isinstance(last, PreferenceExample)
+    assert last.source == f"{path}:6"
+    reasons = [(fault.reason, fault.source) for fault in faults if isinstance(fault, RowFault)]
+    assert reasons == [
+        ("broken_json", f"{path}:2"),
+        ("wrong_type", f"{path}:3"),
+        ("broken_text", f"{path}:4"),
+        ("missing_column", f"{path}:5"),
+    ]
 
 
 def test_truncated_gzip_gives_its_whole_lines_first(tmp_path: Path) -> None:
@@ -424,8 +457,8 @@ def test_invalid_utf8_in_arrow_names_its_row(tmp_path: Path) -> None:
     table = table.set_column(2, "rejected", broken)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:2: a string is not UTF-8"):
-        read(path)
+    first, second = texts(path)
+    assert first == "" and second.startswith(f"{path}:2: a string is not UTF-8")
 
 
 def test_parquet_of_something_else_names_its_columns(tmp_path: Path) -> None:
@@ -437,8 +470,16 @@ def test_parquet_of_something_else_names_its_columns(tmp_path: Path) -> None:
 def test_text_and_token_ids_in_one_source(tmp_path: Path) -> None:
     ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
     path = write(tmp_path / "pairs.jsonl", [ids, ids, STRINGS[0]])
-    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:3: the row holds text, earlier rows hold token ids"):
-        read(path)
+    text = f"{path}:3: the row holds text, earlier rows hold token ids; use one kind per source"
+    assert texts(path) == ["", "", text]
+
+
+def test_a_row_without_text_does_not_decide_what_the_source_holds(tmp_path: Path) -> None:
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    path = write(tmp_path / "pairs.jsonl", [3, {"id": 1}, ids])
+    source = open_source(DataSource(path=str(path)), "data.train.0")
+    assert source.holds_token_ids()
+    assert isinstance(list(source.examples())[2], PreferenceExample)
 
 
 # ---- settings that name no data

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from dpo_dist.config import RunConfig, load_deepspeed
+from dpo_dist.config.deepspeed import deepspeed_remarks
 from dpo_dist.config.deepspeed_keys import BF16, DTYPES, FILE, FP16, ZERO, Allowed
+from dpo_dist.config.files import names
 from dpo_dist.config.messages import KEYS
 from dpo_dist.errors import ConfigError
 
@@ -100,8 +102,7 @@ def test_what_is_ours_is_refused_with_its_owner(tmp_path, key, value, owner):
             "offload_optimizer has no effect at ZeRO stage 0",
         ),
         (with_stage(2, zero={"stage3_max_live_parameters": 1}), "has no effect at ZeRO stage 2; it needs stage 3"),
-        (with_stage(3, zero={"allgather_bucket_size": 1}), "has no effect at ZeRO stage 3; it needs stage 1 or 2"),
-        (with_stage(0, zero={"reduce_bucket_size": 1}), "has no effect at ZeRO stage 0; it needs stage 1 or 2 or 3"),
+        (with_stage(2, zero={"zero_quantized_gradients": True}), "has no effect at ZeRO stage 2; it needs stage 3"),
         (with_stage(zero={"offload_param": {"device": "none"}}), "offload_param.device=none offloads nothing"),
         (with_stage(zero={"offload_param": {}}), "offload_param.device is missing; write cpu or nvme"),
         (with_stage(zero={"offload_param": {"device": "nvme"}}), "nvme_path goes with device nvme"),
@@ -124,6 +125,40 @@ def test_what_is_ours_is_refused_with_its_owner(tmp_path, key, value, owner):
 def test_faulty_files(tmp_path, content, expected):
     (line,) = problems_of(tmp_path, content)
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "stages"),
+    [
+        (
+            with_stage(3, zero={"allgather_bucket_size": 1}),
+            "zero_optimization.allgather_bucket_size=1",
+            "3; it needs stage 1 or 2",
+        ),
+        (
+            with_stage(0, zero={"reduce_bucket_size": 1}),
+            "zero_optimization.reduce_bucket_size=1",
+            "0; it needs stage 1 or 2 or 3",
+        ),
+        (
+            with_stage(2, zero={"stage3_prefetch_bucket_size": 1}),
+            "zero_optimization.stage3_prefetch_bucket_size=1",
+            "2; it needs stage 3",
+        ),
+        (with_stage(2, aio={"queue_depth": 8}), "aio", "2; it needs stage 3"),
+    ],
+)
+def test_what_tunes_another_stage_is_remarked_on_and_left_out(tmp_path, content, key, stages):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert deepspeed_remarks(str(path)) == [f"{key} has no effect at ZeRO stage {stages}, or leave it out"]
+    stage = content["zero_optimization"]["stage"]
+    assert load_deepspeed(str(path)) == {"zero_optimization": {"stage": stage}}
+
+
+def test_a_shipped_file_has_nothing_to_remark_on():
+    for name in names("deepspeed_configs"):
+        assert deepspeed_remarks(name) == []
 
 
 def test_all_errors_of_a_file_at_once(tmp_path):

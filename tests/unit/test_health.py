@@ -210,8 +210,11 @@ def test_by_another_metric_nothing_is_the_best_yet(path: Path) -> None:
             ["evaluation.metric_for_best_model=hh/loss", "evaluation.early_stopping_threshold=0.1"],
             "no effect without evaluation.early_stopping_patience",
         ),
-        (["loss.loss_type=simpo", "health.max_kl=0.5"], "has no effect without a reference"),
-        (["loss.loss_type=sft", "health.max_accuracy_gap=0.5"], "has no effect without held-out pairs"),
+        (["loss.loss_type=simpo", "health.max_kl=0.5", "health.action=stop"], "has no effect without a reference"),
+        (
+            ["loss.loss_type=sft", "health.max_accuracy_gap=0.5", "health.action=stop"],
+            "has no effect without held-out pairs",
+        ),
         (["loss.loss_type=sft", "health.action=stop"], "has no effect: nothing is judged"),
         (["health.max_displacement=1.5"], "must be <= 1"),
         (["health.max_kl=0"], "must be > 0"),

@@ -219,7 +219,10 @@ def test_reference_with_another_vocabulary(config: Path) -> None:
     (config / "other" / "model.safetensors").write_bytes((GOLDEN / "tiny_policy" / "model.safetensors").read_bytes())
     message = refuse(config, "model.reference_name_or_path=other")
     # Its weights do not fit its configuration either; that is not what is to be said.
-    assert "model.reference_name_or_path=other has a vocabulary of 64 tokens, the policy one of 128" in message
+    assert (
+        f"model.reference_name_or_path={config / 'other'} has a vocabulary of 64 tokens, the policy one of 128"
+        in message
+    )
 
 
 def test_text_without_a_tokenizer(config: Path) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SEED = 1234
 
 # The same kernels on every x86-64 machine: oneDNN's, ATen's and MKL's for AVX2. Where AVX512 or AMX adds up in another
-# order, one weight of a run in bfloat16 may be rounded to its other neighbour, and what follows tells only how far such a
-# run leaves its oracle. Read once, when torch computes first; launched ranks inherit it.
+# order, one weight of a run in bfloat16 may be rounded to its other neighbour, and what follows tells only how far such
+# a run leaves its oracle. Read once, when torch computes first; launched ranks inherit it.
 for _name, _kernels in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_CBWR", "AVX2")):
     os.environ.setdefault(_name, _kernels)
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.forking import fork_ranks
-from tests.golden.trajectories import CASES, case_config, compare_run, load_case
+from tests.golden.trajectories import CASES, case_config, compare_run, lines_of, load_case
 from tests.launching import launch, succeeded
 
 # Each stage and world size once; the cases are spread over them. ga2 and ga4 accumulated 2 and 4 micro-batches in TRL:
@@ -47,3 +47,16 @@ def test_the_run_equals_the_recorded_one(
     processes = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     assert f"{processes} on cpu, ZeRO stage {stage}," in printed
     assert compare_run(out, case) == []
+
+
+def test_each_step_has_the_rate_of_the_schedule(tmp_path: Path) -> None:
+    """The recorded runs have a constant rate. Here the first is 0: the same pairs have the same loss once more."""
+    config = case_config(load_case("sigmoid"), tmp_path / "run")
+    config["train"] |= {"examples_per_step": 24, "max_steps": 4, "lr_scheduler_type": "linear", "warmup_steps": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    environment = {"DPO_DIST_CACHE": str(tmp_path / "cache")}
+    succeeded(fork_ranks(1, "dpo_dist", "train", "run.yaml", cwd=tmp_path, env=environment))
+    lines, peak = lines_of(tmp_path / "run"), config["train"]["learning_rate"]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0, peak, 2 / 3 * peak, 1 / 3 * peak])
+    losses = [line["loss"] for line in lines]
+    assert losses[0] == losses[1] > losses[2] > losses[3]

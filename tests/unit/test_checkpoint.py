@@ -213,6 +213,23 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(
     assert Path(name).name in str(caught.value) and f"checkpoint.resume={newer}" in str(caught.value)
 
 
+def test_each_file_is_read_by_one_of_the_ranks_that_share_them(checkpoints: CheckpointStore) -> None:
+    (folder,) = save_steps(checkpoints, 1)
+    for name in list_files(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        noticed = []
+        for share in [(0, 3), (1, 3), (2, 3)]:
+            try:
+                verify(folder, share)
+            except CheckpointError as error:
+                assert name in str(error)
+                noticed.append(share)
+        assert len(noticed) == (3 if name == "state.json" else 1), name  # which all ranks read in any case
+        (folder / name).write_bytes(content)
+    verify(folder)
+
+
 def test_no_usable_checkpoint_is_an_error_of_its_own(checkpoints: CheckpointStore) -> None:
     for folder in save_steps(checkpoints, 1, 2):
         flip_byte(folder / SHARD)

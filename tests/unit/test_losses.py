@@ -376,8 +376,9 @@ def test_the_likelihood_term_of_a_loss_is_sft(name: str, factor: float) -> None:
     )
 
 
-def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it() -> None:
-    batch = build_micro_batch(EXAMPLES, [0, 2], share_prompts=True)
+@pytest.mark.parametrize("ld_alpha", [None, 0.25])  # which weighs tokens in sums, not in how likely they are
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it(ld_alpha: float | None) -> None:
+    batch = build_micro_batch(EXAMPLES, [0, 2], share_prompts=True, ld_alpha=ld_alpha)
     logps = torch.tensor(LOGPS, dtype=torch.float64)
     of_tokens = [-0.1 * m for m in range(len(batch.target_ids_M))]
     squares = [-0.05 * m - 0.3 for m in range(len(of_tokens))]

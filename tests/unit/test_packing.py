@@ -82,6 +82,24 @@ def test_every_example_once_within_the_budget_and_ranks_in_step(
     assert plan.num_pairs == sum(len(size.pairs) for size in sizes)
 
 
+def test_a_budget_may_be_filled_and_not_exceeded_by_one_token() -> None:
+    def num_bins(*tokens: int) -> list[int]:
+        sizes = [ExampleSize(1, (count,), ()) for count in tokens]  # packed: 1 + count - 1 tokens
+        plan = Packer(1, 10, 20, True).plan(0, range(len(sizes)), sizes)
+        return [len(plan.micro_batches[0]), len(plan.reference_bins[0])]
+
+    assert num_bins(6, 4) == num_bins(4, 3, 3) == [1, 1]
+    assert num_bins(6, 5) == num_bins(4, 4, 3) == [2, 1]
+    assert num_bins(10, 10, 1) == [3, 2]
+
+
+def test_what_a_step_is_divided_by() -> None:
+    compared = ExampleSize(4, (3, 5), (Pair(0, 1, 2.0), Pair(1, 0, 0.5)), weight=3.0)
+    demonstrated = ExampleSize(2, (7,), (), weight=1.5)
+    plan = Packer(1, 100, 100, True).plan(0, range(2), [compared, demonstrated])
+    assert plan.weights == (2.0 + 0.5, 2.0 * 3 + 0.5 * 5 + 1.5 * 7, 3.0 + 1.5)
+
+
 @given(**STEPS)
 def test_depends_on_lengths_only(raw: list[RawSize], world_size: int, share: bool, slack: int) -> None:
     """Computed twice, by anybody, from lengths alone: it is equal; which rows they are does not matter."""

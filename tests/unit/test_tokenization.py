@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from dpo_dist.config import DataConfig, DataSource
-from dpo_dist.data import Pair
+from dpo_dist.data import Pair, PreferenceExample, RowFault
+from dpo_dist.data.example import EMPTY_COMPLETION
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import DataError, ModelError
 from dpo_dist.tokenization import (
@@ -23,6 +24,7 @@ from dpo_dist.tokenization import (
     prepare_dataset,
     repeated_data,
 )
+from dpo_dist.tokenization.encode import Encoder
 from dpo_dist.tokenization.tokenizer import tokenizer_digest
 from tests.byte_tokenizer import BOS, CHATML, EOS, save_tokenizer
 
@@ -244,6 +246,15 @@ def test_bad_rows_are_errors_or_counted(run: Any) -> None:
     dataset = run(rows, on_bad_row="skip")
     assert len(dataset) == 300
     assert dataset.bad_rows == {"empty_completion": 1, "identical_completions": 1}
+
+
+@pytest.mark.parametrize("completions", [((2,), ()), ((), (2,)), ((), ())])
+def test_a_completion_without_a_token_is_a_fault_beside_one_that_has_some(completions: Any) -> None:
+    """As where a tokenizer drops all of a text."""
+    data = DataConfig(train=[DataSource(path="unread")])
+    example = PreferenceExample((1,), completions, (Pair(0, 1),), None, "pairs.jsonl:1")
+    (fault,) = Encoder(data, None, "").encode([example])
+    assert isinstance(fault, RowFault) and fault.reason == EMPTY_COMPLETION
 
 
 def test_no_usable_row_is_always_an_error(run: Any) -> None:

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Run the tests from a fresh clone: ./launch/test.sh [pytest arguments], as in: ./launch/test.sh -k losses
+# Run the tests from a fresh clone, set-up included:
 #
-# Does all set-up first (see launch/setup.sh for its environment variables). A test that is skipped for a reason not
-# listed in tests/plugin_skips.py fails the run.
+#   ./launch/test.sh              the default set: what proves the product
+#   ./launch/test.sh --all        everything but `-m slow`, which is run by hand before a release
+#   ./launch/test.sh -k losses    some of them; every pytest argument is passed on
+#
+# The first two run two tests at a time. A test that is skipped for a reason not listed in tests/plugin_skips.py fails
+# the run. See launch/setup.sh for the environment variables.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,8 +16,13 @@ source launch/setup.sh
 set_up demo test
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Launched ranks compile what they import to be checked while they run; without a cache each of them does so anew.
+# Type-checked ranks compile what they import to be checked while they run; without a cache each of them does so anew.
 unset PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE=1 # a test that reaches for the network must fail on every machine, not only without one
+two_at_a_time=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+case "${1:-}" in
+"") set -- "${two_at_a_time[@]}" -m "not slow and not thorough" ;;
+--all) set -- "${two_at_a_time[@]}" "${@:2}" ;;
+esac
 # In the foreground, so that `--pdb` has the terminal; Ctrl-C goes to pytest, and ranks it leaves behind end with us.
 env "$mark" python -m pytest "$@"

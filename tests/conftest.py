@@ -4,7 +4,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,28 @@ SEED = 1234
 # a run leaves its oracle. Read once, when torch computes first; launched ranks inherit it.
 for _name, _kernels in (("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_CBWR", "AVX2")):
     os.environ.setdefault(_name, _kernels)
+
+
+# Files whose tests wait for launches come first, so that no worker is left alone with them at the end.
+_LONGEST_FIRST = ("golden", "invariance", "processes", "gpu_contract", "parity", "cli", "unit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two workers, what takes long begins first."""
+    items.sort(key=lambda item: _LONGEST_FIRST.index(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file go to one worker, and so do the files of `invariance` that look at the same launches."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "one launch" if file.endswith(("/test_points.py", "/test_stories.py")) else file
+
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

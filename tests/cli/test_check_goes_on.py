@@ -75,9 +75,7 @@ def test_a_run_goes_on_with_another_seed_that_nothing_reads(config: Path) -> Non
 
 
 def test_two_ranks_say_it_once(config: Path) -> None:
-    done = launch(
-        2, "dpo_dist", "train", "run.yaml", "train.shuffle=false", "train.seed=7", cwd=config, timeout=240
-    )
+    done = launch(2, "dpo_dist", "train", "run.yaml", "train.shuffle=false", "train.seed=7", cwd=config, timeout=240)
     succeeded(done)
     assert done.stderr.count("train.seed=7 has no effect with train.shuffle=false") == 1
     assert "seed" not in (config / "out" / "config.yaml").read_text()

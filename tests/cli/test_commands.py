@@ -41,6 +41,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"output_dir": str(folder / "out"), "examples_per_step": 5, "learning_rate": 1e-3},
         "evaluation": {"eval_steps": 2, "eval_on_start": True},
         "parallel": {"deepspeed": "zero3_cpu"},
+        "reference": {"source": "live"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     result = CliRunner().invoke(app, ["train", str(folder / "run.yaml")])

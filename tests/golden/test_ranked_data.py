@@ -83,6 +83,7 @@ def test_sharing_saves_more_than_two_thirds(forms: list[tuple[int, int, int]]) -
     assert unshared / processed >= 3.4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_steps", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_an_epoch_of_all_pairs(
     rows: list[dict[str, Any]], forms: list[tuple[int, int, int]], folder: Path, tmp_path: Path, num_steps: int

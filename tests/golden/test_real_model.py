@@ -67,6 +67,7 @@ def _assert_equal_to_recorded(
         assert logps == pytest.approx((one["chosen_logp"], one["rejected_logp"]), abs=TOLERANCE, rel=0), one
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
 @pytest.mark.parametrize("name", FILES)
 def test_public_pairs(name: str, model: ScoringModel, folder: Path, tmp_path: Path) -> None:

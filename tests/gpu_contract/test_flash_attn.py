@@ -14,6 +14,8 @@ from torch.nn.attention.varlen import varlen_attn
 from tests.gpu_contract.interpreted import PACKAGES
 from tests.launching import REPOSITORY, environment
 
+pytestmark = pytest.mark.thorough
+
 VARLEN = REPOSITORY / "dpo_dist" / "attention" / "varlen.py"
 FUNCTION = "flash_attn_varlen_func"
 # Of flash-attn 2 and 3 from the installed source; of flash-attn 4 from its wheel, which needs CUDA to be imported.

@@ -15,6 +15,8 @@ from benchmarks.gpu_kit.__main__ import PARTS, main, section
 from benchmarks.gpu_kit.kit import BUDGETS, LIMIT_SECONDS, TINY, Failed, Kit, Skipped, cause_in
 from tests.launching import REPOSITORY, environment, kill_group, start
 
+pytestmark = pytest.mark.thorough
+
 # Waits in the standard library alone: nothing has to be imported for it.
 WAITING = ("timeit", "-n1", "-r1", "import time; time.sleep(123)")
 

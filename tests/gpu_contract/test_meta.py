@@ -9,6 +9,8 @@ import pytest
 
 from tests.launching import REPOSITORY, environment
 
+pytestmark = pytest.mark.thorough
+
 LAYERS = 32
 FAULTS = ("positions on the host", "float32 weights", "field by field", "careless")
 

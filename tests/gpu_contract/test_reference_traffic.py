@@ -13,6 +13,8 @@ import pytest
 from benchmarks.reference_traffic import __main__ as benchmark
 from tests.launching import REPOSITORY, environment
 
+pytestmark = pytest.mark.thorough
+
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.reference_traffic", *arguments]

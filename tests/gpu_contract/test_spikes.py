@@ -16,6 +16,8 @@ from tests.forking import fork_ranks
 from tests.golden.trajectories import base_config, load_rows
 from tests.launching import succeeded
 
+pytestmark = pytest.mark.thorough
+
 EXPERTS, STEPS = 16, 2
 ONE_EXAMPLE = 100  # tokens of a micro-batch, so that one rank has as many of them as two
 

@@ -11,6 +11,8 @@ import yaml
 from tests.golden.trajectories import base_config
 from tests.launching import environment
 
+pytestmark = pytest.mark.thorough
+
 # Ranks that are played, by world size: the first, the second, and the last, which may have no example.
 PLAYED = {8: (0, 1, 7), 64: (0, 63), 1024: (0, 1, 1023)}
 EXAMPLES_PER_STEP, STEPS, STOPPED_AFTER = 24, 6, 4

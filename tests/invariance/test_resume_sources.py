@@ -11,7 +11,7 @@ from tests.invariance.resume_worker import Action
 from tests.invariance.test_resume import outcomes, reproducible, run_actions, trained_steps, write_config
 from tests.launching import succeeded
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.thorough]
 
 OWN_WEIGHTS: dict[str, Any] = {"model": {"reference_name_or_path": None}}
 RUNS: dict[str, dict[str, Any]] = {

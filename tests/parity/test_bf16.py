@@ -119,6 +119,7 @@ def test_two_ranks_follow_the_oracle(two_ranks, stage, kind):
     assert run.follows(oracle), run.distance(oracle)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_rank_follows_the_oracle(tmp_path, stage, kind):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dpo_dist.batch import build_micro_batch
 from dpo_dist.data import Pair
@@ -229,7 +230,9 @@ def test_nothing_to_keep_is_fine(tmp_path: Path) -> None:
 # ---- trackers
 
 
-def test_tensorboard_files_can_be_read(tmp_path: Path) -> None:
+def test_tensorboard_files_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files of one second are read in the order of their numbers, as text: 10 before 9. A later start is another second.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     tracker = TRACKERS["tensorboard"](tmp_path, {}, 0)
     tracker.log({"loss": 0.5, "rewards/chosen": -1.0}, 1)
     tracker.log({"loss": 0.75}, 2)

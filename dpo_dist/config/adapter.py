@@ -15,8 +15,8 @@ class AdapterConfig(Section):
     `p_tuning`: virtual tokens before every prompt. null: all weights are
     trained, unless adapter_name_or_path is given."""
     adapter_name_or_path: Text | None = None
-    """Folder of an adapter to go on training; kind and sizes are what its own adapter_config.json says. A frozen copy
-    of it on the same weights is the reference. null: a new adapter."""
+    """Folder of an adapter to continue training; kind and sizes are what its own adapter_config.json says. A frozen
+    copy of it on the same weights is the reference. null: a new adapter."""
     lora_r: Annotated[int, Field(ge=1)] = 16
     """Rank of `lora`."""
     lora_alpha: Annotated[Number, Field(gt=0)] = 32

@@ -22,17 +22,17 @@ class EvaluationConfig(Section):
     """When the held-out data sets are evaluated, and what follows from it."""
 
     eval_steps: Annotated[int, Field(ge=0)] = 0
-    """Evaluate after so many updates, and after the last one; more than the run has: only at the end. 0: never."""
+    """Evaluate every this many updates, and after the last one; more than the run has: only at the end. 0: never."""
     eval_on_start: Flag = False
     """Evaluate before the first update, too."""
     metric_for_best_model: Text | None = None
-    """Save a checkpoint whenever this number of a held-out set is better than ever before, and keep the best whatever
+    """Save a checkpoint whenever this number of a held-out set is better than any before, and keep the best whatever
     checkpoint.save_total_limit is: `loss`, `rewards/accuracies`, `rewards/margins`, `logps/chosen` or
     `mean_token_accuracy`; of several held-out sets the name first, as in `hh/loss`. null: no checkpoint is the best."""
     load_best_model_at_end: Flag = False
     """Write the best checkpoint's weights to `model/` instead of the last ones (metric_for_best_model)."""
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
-    """End the run after so many evaluations in a row that are no better than the best one (metric_for_best_model).
+    """End the run after this many evaluations in a row that are no better than the best one (metric_for_best_model).
     null: never."""
     early_stopping_threshold: Annotated[Number, Field(ge=0)] = 0.0
     """By how much an evaluation must be better than the best one to count as better for early_stopping_patience."""
@@ -59,7 +59,7 @@ class HealthConfig(Section):
     """`warn`: say so, and which setting to change, each time a threshold is crossed; `stop`: say so, and end the run as
     early stopping does, with a checkpoint and a model."""
     check_pairs: Annotated[int, Field(ge=1)] = 512
-    """Judge training by the means over so many pairs at a time, and no evaluation after fewer."""
+    """Judge training by the means over this many pairs at a time, and no evaluation after fewer."""
     max_kl: Annotated[Number, Field(gt=0)] = 1.0
     """Nats per token that completions of the data may have become less likely than under the reference (`kl`)."""
     max_displacement: Share = 0.9

@@ -59,7 +59,7 @@ class DataSource(Section):
     split: Text = "train"
     """Split of a folder or hub data set. A single file has none."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first so many rows. null: all."""
+    """Use only this many rows, the first ones. null: all."""
 
 
 class DataConfig(Section):
@@ -70,13 +70,13 @@ class DataConfig(Section):
     evaluation: list[DataSource] = []
     """Held-out data sets; each is evaluated as a whole, and reported under its own name."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Longest prompt plus completion, in tokens. null: no limit but packing.max_tokens."""
+    """Longest prompt plus completion, in tokens. null: no limit except packing.max_tokens."""
     truncation_mode: Literal["drop", "keep_start", "error"] = "error"
     """What happens to an example longer than max_length: left out, cut at its end, or the run is refused."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens to a row that cannot be used, whatever is wrong with it (a line that is no JSON, a missing column or
-    one of the wrong type, null, equal or empty completions, different prompts, over-long): `error` counts all such rows
-    by reason and names the first ones; `skip` leaves them out and counts them. Always an error: a file that breaks off
+    """What happens to a row that cannot be used, whatever is wrong with it (a line that is not JSON, a missing column
+    or one of the wrong type, null, equal or empty completions, different prompts, over-long): `error` counts all such rows
+    by reason and names the first ones; `skip` leaves them out and counts them. Always an error: a truncated file
     (a cut .gz or Parquet file), and token ids that the model does not have."""
     pairing: Pairing = "all"
     """Which completions of a row with `completions` and `scores` or `ranks` are compared: every two; the best with each
@@ -157,9 +157,9 @@ class CheckpointConfig(Section):
     """When the run's state is saved, and what it starts from."""
 
     save_steps: Annotated[int, Field(ge=0)] = 500
-    """Save after so many updates, and at the end. 0: only at the end."""
+    """Save every this many updates, and at the end. 0: only at the end."""
     save_total_limit: Annotated[int, Field(ge=1)] | None = None
-    """Keep the newest so many checkpoints. null: all."""
+    """Keep this many of the newest checkpoints. null: all."""
     resume: Text = "never"
     """`never`: start new; `auto`: go on from the newest sound checkpoint of output_dir, if there is one; or the path
     of a checkpoint to go on from."""
@@ -169,7 +169,7 @@ class LogConfig(Section):
     """Where the run's numbers go; `metrics.jsonl` is always written."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 1
-    """Write one line of metrics, means over these updates, after so many updates."""
+    """Write one line of metrics, means over these updates, every this many updates."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Trackers that get the same numbers. []: none."""
 

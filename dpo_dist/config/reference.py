@@ -31,7 +31,7 @@ class ReferenceConfig(Section):
     """`cache`: the folder with the stored log-probabilities of this one reference; made if it does not exist. null: a
     folder for each reference below the cache folder of dpo-dist."""
     verify_rows: Annotated[int, Field(ge=0)] = 8
-    """`cache`: compute so many stored rows again at the start, and refuse the cache where they differ by more than
+    """`cache`: compute this many stored rows again at the start, and refuse the cache where they differ by more than
     rounding. 0: trust it."""
     store_token_logps: Flag = False
     """`cache`: keep the log-probability of every token as well, 4 bytes each."""

@@ -8,7 +8,7 @@ from dpo_dist.config.loader import json_schema
 _HEAD = """# Every option
 
 Written by `dpo-dist schema --table`. In a file an option stands under its section (`train:` and below it `seed: 1`), on
-the command line it is `train.seed=1`. What has no default must be given.
+the command line it is `train.seed=1`. Keys without a default are required.
 """
 _SOURCE = "data.train.0, data.evaluation.0"
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

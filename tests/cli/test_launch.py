@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,18 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _listen() -> None:
-    """Under nohup, or in the background of a script, tests inherit ignored signals, which no shell can take over."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+@contextmanager
+def _listening() -> Iterator[None]:
+    """Under nohup, or in the background of a script, tests inherit ignored signals, which no shell can take over.
+
+    Not by `preexec_fn`: that copies this process, which may have more memory mapped than the machine has.
+    """
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -58,9 +67,9 @@ def start(tmp_path: Path) -> Iterator:
 
     def run(rank: str) -> tuple[subprocess.Popen, int]:
         script = f'set -euo pipefail; source \'{SETUP}\'; run_stoppable python3 -c "$1" python3 -c "$2"'
-        process = subprocess.Popen(
-            ["bash", "-c", script, "bash", AGENT, rank], cwd=tmp_path, start_new_session=True, preexec_fn=_listen
-        )
+        with _listening():
+            command = ["bash", "-c", script, "bash", AGENT, rank]
+            process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
         started.append(process)
         _wait_until(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text())
         return process, int((tmp_path / "rank").read_text())

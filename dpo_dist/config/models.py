@@ -75,8 +75,8 @@ class DataConfig(Section):
     """What happens to an example longer than max_length: left out, cut at its end, or the run is refused."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be used, whatever is wrong with it (a line that is not JSON, a missing column
-    or one of the wrong type, null, equal or empty completions, different prompts, over-long): `error` counts all such rows
-    by reason and names the first ones; `skip` leaves them out and counts them. Always an error: a truncated file
+    or one of the wrong type, null, equal or empty completions, different prompts, over-long): `error` counts all such
+    rows by reason and names the first ones; `skip` leaves them out and counts them. Always an error: a truncated file
     (a cut .gz or Parquet file), and token ids that the model does not have."""
     pairing: Pairing = "all"
     """Which completions of a row with `completions` and `scores` or `ranks` are compared: every two; the best with each

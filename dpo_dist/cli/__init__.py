@@ -86,9 +86,9 @@ def cache_dir() -> Path:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Inside, packages are imported, in a quarter less time.
+    """Inside, packages are imported, in a fifth less time.
 
-    They make a million objects that stay, and the garbage collector looks through them again and again. It is off
+    They make very many objects that stay, and the garbage collector looks through them again and again. It is off
     meanwhile, and leaves them alone afterwards.
     """
     gc.disable()

@@ -1,6 +1,6 @@
 """All that can be known before a process group exists: files, data, packing, model. Shared by all commands.
 
-The data comes first: a mistake in it is found without importing DeepSpeed or a model class, in a third of the time.
+The data comes first: a mistake in it is found without importing DeepSpeed or a model class, in half the time.
 """
 
 import hashlib

@@ -192,6 +192,8 @@ FOREIGN_KEYS: dict[str, str] = {
     "generate_during_eval": _NONE,
     "logging_strategy": "the name here is log.logging_steps",
     "logging_first_step": "the first line is written after log.logging_steps updates",
+    "do_train": "leave it out: `dpo-dist train` trains",
+    "do_eval": "leave it out: data.evaluation and evaluation.eval_steps decide whether and when it evaluates",
     "logging_dir": "everything is written to train.output_dir",
     "run_name": "the run is named by train.output_dir",
     "use_wandb": "the name here is log.report_to: [wandb]",

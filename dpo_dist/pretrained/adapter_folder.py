@@ -6,9 +6,9 @@ from typing import Any
 
 from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import ModelError
-from dpo_dist.pretrained.folder import first_line
+from dpo_dist.pretrained.folder import ADAPTER_SETTINGS, first_line
 
-SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS_FILE, WEIGHTS_FILE = ADAPTER_SETTINGS, "adapter_model.safetensors"
 KEY = "adapter.adapter_name_or_path"
 KINDS = {
     "LORA": "lora",

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
 
-_ADAPTER = "adapter_config.json"
+ADAPTER_SETTINGS = "adapter_config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLED_BYTES = 4096  # of a tensor, to tell it from another one
 
@@ -64,7 +64,7 @@ def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -
 def _refuse_adapter(folder: Path, name: str, key: str) -> None:
     """An adapter's folder is no model, whatever else lies in it."""
     weights = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model")]
-    if not (folder / _ADAPTER).is_file() or (weights and (folder / "config.json").is_file()):
+    if not (folder / ADAPTER_SETTINGS).is_file() or (weights and (folder / "config.json").is_file()):
         return
     whole = f"to make a whole model of it, run `dpo-dist export {name} NEW_FOLDER --merged`"
     if key == "model.model_name_or_path":
@@ -74,13 +74,15 @@ def _refuse_adapter(folder: Path, name: str, key: str) -> None:
         way_out = f"{whole}; a run with adapter.adapter_name_or_path={name} has it as its reference without this key"
     else:
         way_out = "give the model that it belongs to"
-    raise ModelError(f"{key}={name} is an adapter, not a model (it has {_ADAPTER}, and no model's weights); {way_out}")
+    raise ModelError(
+        f"{key}={name} is an adapter, not a model (it has {ADAPTER_SETTINGS}, and no model's weights); {way_out}"
+    )
 
 
 def _base_of(folder: Path) -> str | None:
     """The model that an adapter names as its own, if any."""
     try:
-        named = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        named = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return named if isinstance(named, str) and named else None
@@ -145,7 +147,7 @@ def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
 
 def adapter_identity(folder: Path) -> str:
     """The same of an adapter: its tensors, and what its configuration makes of them."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
     for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
         settings.pop(name, None)
     return hashlib.sha256((identity(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()[:16]

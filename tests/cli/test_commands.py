@@ -16,6 +16,7 @@ from dpo_dist import __version__
 from dpo_dist.cli import app
 from dpo_dist.cli.progress import as_text, reporting
 from dpo_dist.config import LOSS_TYPES
+from tests.cores import alone
 from tests.launching import REPOSITORY, launch, succeeded
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -199,11 +200,12 @@ def test_schema_and_version() -> None:
 
 def test_deepspeed_launcher(tmp_path: Path, run_folder: Path) -> None:
     out = tmp_path / "out"
-    done = launch(
-        1, "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dpo_dist",
-        "train", str(run_folder / "run.yaml"), f"train.output_dir={out}",
-        cwd=REPOSITORY, env={"DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
+    with alone(num_ranks=2):
+        done = launch(
+            1, "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "dpo_dist",
+            "train", str(run_folder / "run.yaml"), f"train.output_dir={out}",
+            cwd=REPOSITORY, env={"DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
     succeeded(done)
     assert (out / "model" / "model.safetensors").is_file()
     assert "2 ranks on cpu" in done.stderr

@@ -101,3 +101,9 @@ def test_betas_of_the_optimizer_are_not_the_loss_parameter(minimal: Path) -> Non
 def test_a_shipped_file_that_is_none_of_several(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"write one of .*zero1, .*or the path of a \.json file"):
         load_deepspeed("zero4")
+
+
+@pytest.mark.parametrize("override", ["do_train=true", "train.do_eval=true"])
+def test_what_a_command_does_anyway_is_to_be_left_out(minimal: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="is not a key .*; leave it out: "):
+        load_config(minimal, [override])

@@ -105,5 +105,5 @@ def test_a_shipped_file_that_is_none_of_several(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["do_train=true", "train.do_eval=true"])
 def test_what_a_command_does_anyway_is_to_be_left_out(minimal: Path, override: str) -> None:
-    with pytest.raises(ConfigError, match="is not a key .*; leave it out: "):
+    with pytest.raises(ConfigError, match=r"is not a key .*; leave it out: "):
         load_config(minimal, [override])

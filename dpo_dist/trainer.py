@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import CheckpointStore, RunState, Weights, changed_settings
+from dpo_dist.checkpoint import CheckpointStore, RunState, Weights
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
@@ -249,8 +249,6 @@ def restore(run: Run, folder: Path) -> Progress:
     if run.ranks.is_first:
         run.metrics_file.keep_until(state.step)
         logger.info("resuming after step %d (%d examples) from %s", state.step, state.examples_seen, folder)
-        for change in changed_settings(state, run.config.model_dump(mode="json")):
-            logger.warning("changed since the checkpoint: %s", change)
     window, health = Window.from_json(state.metrics_window), restored(state.health, state.config, run.config)
     progress = Progress(state.step, state.num_tokens, state.pairs_seen, window, health)
     if evaluation_is_due(run, state.step) and health.evaluated != state.step:

@@ -84,7 +84,7 @@ def attach_adapter(
         if type(parameter).__name__ == "Params4bit":
             raise ConfigError(
                 f"adapter.lora_modules_to_save={config.lora_modules_to_save} with adapter.load_in_4bit=true: {name} "
-                "is kept in 4 bits and cannot be trained whole; give it an addition by adapter.lora_target_modules"
+                "is kept in 4 bits and cannot be trained whole; adapt it through adapter.lora_target_modules"
             )
         parameter.data = parameter.data.to(dtype)
     for settings in peft.peft_config.values():
@@ -186,4 +186,4 @@ def _peft_errors(config: AdapterConfig) -> Iterator[None]:
     except DpoDistError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise ConfigError(f"{source} cannot be put into this model: {first_line(error)}") from error
+        raise ConfigError(f"{source} does not fit this model: {first_line(error)}") from error

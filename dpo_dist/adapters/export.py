@@ -85,7 +85,7 @@ def export_adapter_checkpoint(checkpoint: Path, out: Path) -> Path:
     assets = checkpoint / ASSETS_FOLDER
     if not (assets / SETTINGS_FILE).is_file():
         raise CheckpointError(
-            f"{checkpoint}: {ASSETS_FOLDER}/{SETTINGS_FILE} is missing; it is no adapter's checkpoint"
+            f"{checkpoint}: {ASSETS_FOLDER}/{SETTINGS_FILE} is missing; it is not a checkpoint of an adapter"
         )
     settings = _settings_of(assets)
     dtype = getattr(torch, json.loads((assets / "config.json").read_text(encoding="utf-8")).get("dtype") or "float32")
@@ -124,8 +124,8 @@ def export_merged(
     settings = _settings_of(adapter)
     if settings.is_prompt_learning:
         raise ConfigError(
-            f"{adapter}: an adapter of type {settings.peft_type.value} is virtual tokens and cannot be merged into "
-            "weights; export the adapter alone"
+            f"{adapter}: an adapter of type {settings.peft_type.value} consists of virtual tokens and cannot be "
+            "merged into weights; export the adapter alone"
         )
     model = _merge(base, adapter, trust_remote_code)
     heads = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -96,7 +96,7 @@ def require_targets(model: PreTrainedModel, targets: Any, key: str) -> None:
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
     if not targets:
-        raise ConfigError(f"{key}=[] names no layer; use all-linear, or some of {_linear_names(model)}")
+        raise ConfigError(f"{key}=[] names no layers; use all-linear, or some of {_linear_names(model)}")
     for target in targets:
         found = {name: module for name, module in modules.items() if _ends(name, target)}
         if not found:
@@ -104,7 +104,7 @@ def require_targets(model: PreTrainedModel, targets: Any, key: str) -> None:
         if any(module is head for module in found.values()):
             raise ConfigError(
                 f"{key}={target} is the output head, whose log-probabilities are computed chunk by chunk from its own "
-                "weights, without an addition; train it whole by adapter.lora_modules_to_save"
+                "weights, without an adapter; train it in full through adapter.lora_modules_to_save"
             )
         for name, module in found.items():
             if not isinstance(module, nn.Linear | Conv1D):
@@ -130,14 +130,14 @@ def require_whole(model: PreTrainedModel, targets: Any, whole: list[str]) -> Non
             raise ConfigError(f"{key} matches no module of this model; it has {', '.join(names)}")
         for name in found:
             if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
-                raise ConfigError(f"{key} matches {name}, which is a list of modules; name what is in it")
+                raise ConfigError(f"{key} matches {name}, which is a list of modules; name its members")
             if model.get_decoder() is modules[name]:
                 raise ConfigError(f"{key} is the whole decoder; train all weights instead, by adapter.peft_type=null")
             inner = [inner for inner in modules if inner == name or inner.startswith(f"{name}.")]
             both = [one for one in inner if _is_target(model, modules[one], one, targets)]
             if both:
                 raise ConfigError(
-                    f"{key} is trained whole, and {both[0]} in it gets an addition by "
+                    f"{key} is trained whole, and {both[0]} in it gets an adapter through "
                     "adapter.lora_target_modules; a layer can have one of the two"
                 )
 

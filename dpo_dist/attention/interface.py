@@ -72,7 +72,7 @@ def _require_window(module: nn.Module, sliding_window: int | None) -> None:
     has_window = getattr(module, "sliding_window", None) and getattr(module, "is_sliding", True)
     if has_window and sliding_window is None:
         raise ModelError(
-            f"model.model_name_or_path: {type(module).__name__} has a sliding window and does not hand it to its "
+            f"model.model_name_or_path: {type(module).__name__} has a sliding window and does not pass it to its "
             "kernel; only models of this architecture without sliding window can be packed"
         )
 

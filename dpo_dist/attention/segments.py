@@ -41,7 +41,8 @@ def sdpa_segments(
         else:
             mask = visible(layout, q.shape[2], k.shape[2], window, q.device)
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
-    return torch.cat(outputs, 2).transpose(1, 2)
+    # Contiguous, as from any other kernel: some architectures ask for a view of it.
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1)
 
 
 def visible(

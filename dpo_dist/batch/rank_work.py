@@ -60,8 +60,14 @@ class RankWork:
         """One of the rank's examples, by its position in the step."""
         return self._examples[position]
 
-    def build(self, positions: Sequence[int], share_prompts: bool) -> MicroBatch:
-        """A micro-batch of some of the rank's examples; none gives a filler."""
-        examples = [self._examples[position] for position in positions]
+    def build(self, positions: Sequence[int], share_prompts: bool, limit: int | None = None) -> MicroBatch:
+        """A micro-batch of some of the rank's examples; none gives a filler.
+
+        Args:
+            positions: in the step.
+            share_prompts: compute each prompt once, or once per completion.
+            limit: take only so many tokens, the first ones, of every prompt and of every completion.
+        """
+        examples = [self._examples[position].beginning(limit) for position in positions]
         offsets = [self._offsets[position] for position in positions]
         return build_micro_batch(examples, offsets, share_prompts, self._ld_alpha)

@@ -139,7 +139,7 @@ def verify(folder: Path, share: tuple[int, int] | None = (0, 1)) -> None:
     for name in sorted(files.keys() - present):
         raise CheckpointError(f"{folder}: {name} is missing; {MANIFEST_FILE} lists it")
     for name in sorted(set(present) - files.keys()):
-        raise CheckpointError(f"{folder}: {name} is not listed in {MANIFEST_FILE}; it does not belong there, remove it")
+        raise CheckpointError(f"{folder}: {name} is not listed in {MANIFEST_FILE}; remove it")
     for name, record in files.items():
         size = (folder / name).stat().st_size
         if size != record.size:

@@ -54,7 +54,7 @@ def require_harmless(path: Path, name: str) -> None:
         path: The file.
         name: How the message calls it.
     Raises:
-        CheckpointError: naming the file and what it wants to import.
+        CheckpointError: naming the file and what it would import.
     """
     try:
         foreign = sorted(set(get_unsafe_globals_in_checkpoint(str(path))) - set(ALLOWED_GLOBALS))
@@ -64,7 +64,7 @@ def require_harmless(path: Path, name: str) -> None:
         ) from None
     if foreign:
         raise CheckpointError(
-            f"{name} wants to import {', '.join(foreign)} while loading; it is not loaded: "
+            f"{name} would import {', '.join(foreign)} while loading; it is not loaded: "
             "a checkpoint of this program holds tensors and plain values only"
         )
     # The list of names sees no class that is made up while unpickling; the restricted unpickler does.

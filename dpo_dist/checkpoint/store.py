@@ -215,7 +215,7 @@ class CheckpointStore:
                 return folder
             faults.append(fault)
             if self.ranks.is_first:
-                logger.warning("checkpoint.resume=auto passes over a damaged checkpoint: %s", fault)
+                logger.warning("checkpoint.resume=auto skips a damaged checkpoint: %s", fault)
         if faults:
             raise NoUsableCheckpointError(
                 f"checkpoint.resume=auto: none of the {len(faults)} checkpoints in {self.folder} can be used; restore "
@@ -258,9 +258,9 @@ class CheckpointStore:
                     logger.warning("%s restored; the save that was to replace it was interrupted", original)
                 elif path.name.startswith((_STAGING, REPLACED_PREFIX)):
                     remove_path(path)
-                    logger.warning("%s removed; an interrupted save has left it", path)
+                    logger.warning("%s removed; it was left by an interrupted save", path)
             except OSError as error:
-                logger.warning("%s is left of an interrupted save and cannot be removed (%s)", path, error)
+                logger.warning("%s was left by an interrupted save and cannot be removed (%s)", path, error)
 
     def _step_folders(self) -> list[Path]:
         if not self.folder.is_dir():

@@ -83,7 +83,7 @@ class ModelWriter:
         """Whether this weight was added under another name already; it must then be the same."""
         tied = primary in self.primary_of.values()
         if not tied and primary in self.added:
-            raise CheckpointError(f"{name} came twice; the model was not written")
+            raise CheckpointError(f"{name} was given twice; the model was not written")
         if not tied:
             return False
         digest = _digest(tensor)

@@ -240,7 +240,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a run's configuration, for editors and checkers; or all options or losses as a table."""
     if table and losses:
-        raise typer.BadParameter("--table and --losses are two pages; ask for one of them")
+        raise typer.BadParameter("--table and --losses print different pages; give one of them")
     if losses:
         from dpo_dist.losses import losses_table
 

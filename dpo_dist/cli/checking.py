@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.checkpoint import CheckpointStore
-from dpo_dist.cli.prepare import Prepared, counted, describe_adapter
+from dpo_dist.cli.describe import counted, describe_adapter
+from dpo_dist.cli.prepare import Prepared
 from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.requirements import output_in_use
 from dpo_dist.cli.resuming import find_start
@@ -15,7 +16,7 @@ from dpo_dist.cli.sources import Choice, find_source
 from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
-from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, load_tokenizer
+from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, describe_notes, load_tokenizer
 
 _MAX_SHOWN = 4  # completions of the sample
 
@@ -31,12 +32,14 @@ def print_check(prepared: Prepared, cache_dir: Path, world_size: int) -> None:
         choice.cache.require_writable()
     console = Console(highlight=False, soft_wrap=True, markup=False)
     _print_model(console, prepared, choice)
-    for name, dataset in {"data.train": prepared.dataset, **prepared.evaluation_sets}.items():
+    for name, dataset in prepared.datasets.items():
         _print_data(console, name, dataset)
     _print_sample(console, prepared)
     _print_first_step(console, prepared, world_size)
     if start.text:
         console.print(start.text)
+    for change in start.changes:
+        console.print(f"note: {change}")
     in_use = output_in_use(config)
     if in_use:
         console.print(f"note: {in_use}")
@@ -54,6 +57,9 @@ def _print_model(console: Console, prepared: Prepared, choice: Choice) -> None:
         console.print(f"adapter            {describe_adapter(prepared)}")
     console.print(f"dtype              {prepared.config.model.dtype}")
     console.print(f"attention kernel   {kernel}: {kernel_reason}")
+    tried = "packed log-probabilities of a small random model equal those of its own forward"
+    if not any(model.tried.untried for model in prepared.architectures):
+        console.print(f"architecture       {tried}")
     console.print(f"prefix sharing     {'on' if shared else 'off'}: {sharing_reason}")
     disabled = prepared.model_config.disabled_dropout
     console.print(f"dropout            off{f' (the model has {disabled})' if disabled else ''}")
@@ -70,9 +76,10 @@ def _print_data(console: Console, name: str, dataset: TokenizedDataset) -> None:
     for kind, values in stats.items():
         table.add_row(kind, *(f"{values[column]:.0f}" for column in columns))
     console.print(table)
-    for what, counts in (("rows left out", dataset.bad_rows), ("notes", dataset.notes)):
-        for reason, count in counts.items():
-            console.print(f"{what}: {count} x {reason}")
+    for reason, count in dataset.bad_rows.items():
+        console.print(f"rows left out: {count} x {reason}")
+    for note in describe_notes(dataset.notes, len(dataset)):
+        console.print(f"note: {note}")
     if dataset.ignored_columns:
         console.print(f"columns ignored: {', '.join(dataset.ignored_columns)}")
 
@@ -123,8 +130,8 @@ def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> 
     console.print(f"first step on {counted(world_size, 'rank')}: {counts}")
     for rank, bins in enumerate(plan.micro_batches):
         loads = [sum(tokens[i] for i in one) for one in bins]
-        bins_of_reference = len(plan.reference_bins[rank])
-        console.print(f"  rank {rank}: micro-batches of {loads} tokens; reference in {bins_of_reference} bins")
+        forwards = counted(len(plan.reference_bins[rank]), "forward")
+        console.print(f"  rank {rank}: micro-batches of {loads} tokens; reference in {forwards}")
     console.print(f"  {sum(tokens)} tokens processed; every {own} on its own {unshared}{padded}")
     console.print(
         f"steps              {prepared.num_steps}, {prepared.sampler.steps_per_epoch} per epoch of "

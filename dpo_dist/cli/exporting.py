@@ -50,8 +50,8 @@ def run_export(
     kind = json.loads((settings / _SETTINGS).read_text(encoding="utf-8")).get("peft_type")
     if KINDS.get(kind) in PROMPT_LEARNING:
         raise ConfigError(
-            f"--merged: the adapter of {source} is of type {kind}, virtual tokens that no weight can stand for; leave "
-            "--merged out"
+            f"--merged: the adapter of {source} is of type {kind}, virtual tokens that cannot be merged into weights; "
+            "leave --merged out"
         )
     if (source / _SETTINGS).is_file():
         return _merge(source, source, out, trust_remote_code, base, cache_dir)

@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from dpo_dist.cli.prepare import counted, facts, prepare
+from dpo_dist.cli.describe import counted, facts
+from dpo_dist.cli.prepare import prepare
 from dpo_dist.cli.sources import fill_cache, open_reference_cache, require_reference
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import process_group

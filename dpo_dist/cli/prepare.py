@@ -3,8 +3,6 @@
 The data comes first: a mistake in it is found without importing DeepSpeed or a model class, in half the time.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +12,16 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
+from dpo_dist.cli.architectures import Architecture, require_positions
 from dpo_dist.cli.data_rules import require_data_for
 from dpo_dist.cli.requirements import require_possible_output, require_trackers, require_usable_output
-from dpo_dist.config import DataSource, RunConfig, is_local, load_deepspeed
+from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
 from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.pretrained import (
     DTYPES,
     adapter_identity,
-    adapter_kind,
     attention_needs,
     decide_sharing,
     identity,
@@ -40,6 +38,7 @@ class Prepared:
     """A run whose mistakes have been found, as far as one process can find them."""
 
     config: RunConfig
+    cache_dir: Path
     model_folder: Path
     reference_folder: Path
     model_config: PretrainedConfig
@@ -86,13 +85,17 @@ class Prepared:
         if not self.config.has_reference:
             return "none"
         adapter = self.config.adapter
-        parts = [identity(self.reference_folder)]
+        parts = [self.weights_of(self.reference_folder)]
         if adapter.adapter_name_or_path is not None and self.same_base:
-            parts.append(adapter_identity(Path(adapter.adapter_name_or_path)))
+            parts.append(adapter_identity(Path(adapter.adapter_name_or_path), self.cache_dir / "weights"))
         if adapter.load_in_4bit and self.same_base:
             nested = "-nested" if adapter.use_bnb_nested_quant else ""
             parts.append(f"{adapter.bnb_4bit_quant_type}{nested}")
         return "+".join(parts)
+
+    def weights_of(self, folder: Path) -> str:
+        """Hash of a model's weights."""
+        return identity(folder, self.cache_dir / "weights")
 
     @cached_property
     def deepspeed(self) -> dict[str, Any]:
@@ -108,15 +111,35 @@ class Prepared:
         from dpo_dist.model import find_fit
 
         model = self.config.model
-        places = [("model.model_name_or_path", self.model_folder, self.model_config)]
-        if not self.same_base:
-            places.append(("model.reference_name_or_path", self.reference_folder, self.reference_config))
         found = []
-        for key, folder, its_config in places:
+        for key, folder, its_config in self.models:
             fit = find_fit(folder, its_config, model.trust_remote_code)
             fit.require(key, folder)
             found.append(fit.remark(key, folder))
         return tuple(filter(None, found))
+
+    @property
+    def models(self) -> list[tuple[str, Path, PretrainedConfig]]:
+        """Policy and, where it is made of other weights, reference: its key, its folder, its configuration."""
+        places = [("model.model_name_or_path", self.model_folder, self.model_config)]
+        if not self.same_base:
+            places.append(("model.reference_name_or_path", self.reference_folder, self.reference_config))
+        return places
+
+    @cached_property
+    def architectures(self) -> list[Architecture]:
+        """What small models of the architectures told; one that cannot be trained is refused."""
+        from dpo_dist.model import try_architecture
+
+        trust = self.config.model.trust_remote_code
+        return [
+            Architecture(key, one, try_architecture(one, key, self.sharing[0], trust)) for key, _, one in self.models
+        ]
+
+    @property
+    def datasets(self) -> dict[str, TokenizedDataset]:
+        """All data sets, by what they are called."""
+        return {"data.train": self.dataset, **self.evaluation_sets}
 
     @property
     def num_steps(self) -> int:
@@ -178,8 +201,8 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(
-        config, model_folder, reference_folder, model_config, reference_config, tokenizer, dataset, evaluation_sets,
-        kernels[0], kernels[1], sharing, sampler,
+        config, cache_dir, model_folder, reference_folder, model_config, reference_config, tokenizer,
+        dataset, evaluation_sets, kernels[0], kernels[1], sharing, sampler,
     )  # fmt: skip
     for checked in (dataset, *evaluation_sets.values()):
         row = longest_example(checked, prepared.sharing[0])
@@ -208,6 +231,8 @@ def _require_model(prepared: Prepared) -> None:
     from dpo_dist.model import four_bits
 
     config = prepared.config
+    virtual = is_prompt_learning(config.adapter) if config.adapter.is_used else False
+    require_positions(prepared.architectures, prepared.datasets, config.adapter.num_virtual_tokens if virtual else 0)
     _ = prepared.deepspeed, prepared.unused_weights
     four_bits(config.adapter, prepared.dtype)
     if config.adapter.is_used:
@@ -222,48 +247,6 @@ def _require_model(prepared: Prepared) -> None:
 def this_device() -> torch.device:
     """Where a run on this machine computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
-    """What every rank must have alike. Where a node keeps data and models is its own affair: what they hold counts."""
-    values = prepared.config.model_dump(mode="json")
-    for source in (*values["data"]["train"], *values["data"]["evaluation"]):
-        del source["path"]
-    del values["model"]["model_name_or_path"], values["model"]["reference_name_or_path"]
-    del values["model"]["tokenizer_name_or_path"], values["adapter"]["adapter_name_or_path"]
-    del values["reference"]["cache_dir"]  # the first rank's alone is used
-    held_out = {
-        f"the data of data.evaluation.{index}": dataset.fingerprint
-        for index, dataset in enumerate(prepared.evaluation_sets.values())
-    }
-    return {
-        "the configuration": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
-        "the training data": prepared.dataset.fingerprint,
-        **held_out,
-        "the policy's weights": identity(prepared.model_folder),
-        "the reference's weights": prepared.reference_identity,
-        "the first step's plan": plan.fingerprint,
-    }
-
-
-def describe_adapter(prepared: Prepared) -> str:
-    """What is trained instead of all weights, for people."""
-    adapter, kind = prepared.config.adapter, adapter_kind(prepared.config.adapter)
-    if adapter.adapter_name_or_path is not None:
-        return f"{kind}, going on from {adapter.adapter_name_or_path}; a frozen copy of it is the reference"
-    quantised = f", frozen weights in 4 bits ({adapter.bnb_4bit_quant_type})" if adapter.load_in_4bit else ""
-    return f"{kind}{quantised}"
-
-
-def base_model_name(prepared: Prepared) -> str:
-    """How an exported adapter names the model that it belongs to: a hub id, or a folder that is found from anywhere."""
-    name = prepared.config.model.model_name_or_path
-    return str(prepared.model_folder.resolve()) if is_local(name) else name
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:

@@ -43,7 +43,7 @@ def reporting(num_steps: int, first_step: int, visible: bool) -> Iterator[Report
 
 def as_text(line: Mapping[str, Any], num_steps: int) -> str:
     """A written line as one line of a log."""
-    what = f"evaluation of {line['dataset']}: " if line.get("split") == "evaluation" else ""
+    what = f"held-out {line['dataset']}: " if line.get("split") == "evaluation" else ""
     rate = f"  {line['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in line else ""
     return f"step {line['step']}/{num_steps}  {what}{_numbers(line)}{rate}"
 

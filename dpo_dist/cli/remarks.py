@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from dpo_dist.cli.architectures import architecture_remarks
 from dpo_dist.cli.data_rules import data_remarks
-from dpo_dist.cli.prepare import Prepared, base_model_name, counted
+from dpo_dist.cli.describe import base_model_name, counted
+from dpo_dist.cli.prepare import Prepared
 from dpo_dist.config import config_remarks
 from dpo_dist.packing import StepPlan
 from dpo_dist.tokenization import MERGED, repeated_data
@@ -21,6 +23,7 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
     """
     config = prepared.config
     found = [*config_remarks(config), *prepared.unused_weights, *_source_remarks(prepared)]
+    found += architecture_remarks(prepared.architectures, prepared.datasets)
     found += data_remarks(config, (prepared.dataset, *prepared.evaluation_sets.values()))
     found += repeated_data(config.data, prepared.dataset, list(prepared.evaluation_sets.values()))
     notes = [dataset.notes for dataset in (prepared.dataset, *prepared.evaluation_sets.values())]

@@ -32,7 +32,7 @@ def require_possible_output(config: RunConfig) -> None:
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _is_virtual(parent):
         raise ConfigError(
-            f"train.output_dir={folder} cannot be made: {parent} is no folder that can be written to; choose another"
+            f"train.output_dir={folder} cannot be made: {parent} is not a writable folder; choose another"
         )
 
 

@@ -1,9 +1,9 @@
 """What a run goes on from, found and judged before any model is loaded. Shared by `check` and `train`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, RunState, require_same
+from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, RunState, changed_settings, require_same
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.config import ReferenceConfig, keys_without_effect
 from dpo_dist.distributed import broadcast_json
@@ -18,6 +18,7 @@ class Start:
     first_step: int  # the first line of metrics it may write
     is_finished: bool  # every step has been made, and the model been written
     text: str  # what to tell the user; "" where it is what anybody expects
+    changes: list[str] = field(default_factory=list)  # settings that are not what they were, one line each
 
 
 def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = False) -> Start:
@@ -49,7 +50,8 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
         text += f" and the model is in {model}: nothing is left to do; with {way_on} it would go on"
     if ended:
         text += f" (ended early: {ended})"
-    return Start(folder, state.step + 1, is_finished, text)
+    changes = changed_settings(state, prepared.config.model_dump(mode="json"))
+    return Start(folder, state.step + 1, is_finished, text, [f"changed since the checkpoint: {one}" for one in changes])
 
 
 def _is_model_of(checkpoint: Path, store: CheckpointStore, model: Path) -> bool:

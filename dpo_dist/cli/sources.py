@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from dpo_dist.attention.interface import register
-from dpo_dist.cli.prepare import Prepared, base_model_name, counted
+from dpo_dist.cli.describe import base_model_name, counted
+from dpo_dist.cli.prepare import Prepared
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, broadcast_json
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config

@@ -11,7 +11,8 @@ from dpo_dist import losses
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
-from dpo_dist.cli.prepare import Prepared, base_model_name, counted, describe_adapter, facts, prepare_run
+from dpo_dist.cli.describe import base_model_name, counted, describe_adapter, facts
+from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.resuming import Start, find_start
@@ -25,7 +26,7 @@ from dpo_dist.packing import StepPlan
 from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import ReferenceSync
 from dpo_dist.selfcheck import Proof, check_agreement, prove
-from dpo_dist.tokenization import load_tokenizer
+from dpo_dist.tokenization import describe_notes, load_tokenizer
 from dpo_dist.trainer import Progress, Run, evaluate_all, restore, train
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
         start = find_start(prepared, store)
         if ranks.is_first and start.text:
             logger.info(start.text)
+            for change in start.changes:
+                logger.warning(change)
         if start.is_finished:
             return
         choice = find_source(prepared, ranks, cache_dir)
@@ -258,6 +261,9 @@ def _announce(prepared: Prepared, plan: StepPlan, ranks: Ranks) -> None:
     logger.info("%s, %s of %d", examples, steps, len(plan.examples))
     for remark in remarks(prepared, plan):
         logger.warning(remark)
+    for name, dataset in prepared.datasets.items():
+        for note in describe_notes(dataset.notes, len(dataset)):
+            logger.warning("%s: %s", name, note)
     if prepared.dataset.bad_rows:
         logger.info("rows left out: %s", prepared.dataset.bad_rows)
     if prepared.dataset.ignored_columns:

@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"parallel.deepspeed={path} is not usable JSON ({error}); correct it") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"parallel.deepspeed={path} holds no object; write {{...}} with zero_optimization in it")
+        raise ConfigError(f"parallel.deepspeed={path} holds no JSON object; write {{...}} with zero_optimization in it")
     return content
 
 
@@ -89,7 +89,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _problems(content: dict[str, Any]) -> Iterator[str]:
@@ -167,11 +167,11 @@ def _unknown(path: tuple[str, ...], key: str, known: dict[str, Allowed | str]) -
 def _wrong_value(rule: Allowed, value: Any) -> str | None:
     """What is wrong with the kind of a value, or None."""
     if value == "auto":
-        return "is filled in by other programs, not here; write a value, or leave it out"
+        return "is only filled in by other programs; write a value, or leave it out"
     if rule.below is not None:
         return "is not an object; write {...}"
     if rule.kind == "flag" and not isinstance(value, bool):
-        return "is not a truth value; write true or false"
+        return "is neither true nor false; write one of them"
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if rule.kind == "count" and not (is_number and value >= 0 and value == int(value)):
         return "is not a whole number from 0; write one"
@@ -182,7 +182,7 @@ def _wrong_value(rule: Allowed, value: Any) -> str | None:
     if rule.kind == "text" and not (isinstance(value, str) and value):
         return "is not text; write text"
     if rule.kind == "list" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-        return "is not a list of texts; write [...]"
+        return "is not a list of strings; write [...]"
     return None
 
 

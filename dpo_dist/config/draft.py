@@ -78,7 +78,7 @@ class Draft:
         except YamlError as error:
             raise _CannotSetError(f"{name} is not valid YAML ({error}); put the value in quotes") from None
         if not text.strip():
-            raise _CannotSetError(f"{name}= is empty; write a value, or {name}=null to take the key out")
+            raise _CannotSetError(f"{name}= is empty; write a value, or {name}=null to remove the key")
         if not document.lines:
             raise _CannotSetError(f"{name} has only a comment as its value; put the value in quotes")
         what = shown(tuple(parts), document.value)
@@ -90,7 +90,7 @@ class Draft:
             and parts[2] in DataSource.model_fields
         ):
             meant = shown((*parts[:2], 0, *parts[2:]), document.value)
-            raise _CannotSetError(f"{what} names no element of the list; did you mean {meant}?")
+            raise _CannotSetError(f"{what} is not an element of the list; did you mean {meant}?")
         return document.value
 
 
@@ -138,7 +138,7 @@ def _set(values: dict[str, Any], parts: list[str], value: Any) -> KeyPath:
             if not is_new:
                 container.pop(key)
             elif isinstance(container, list):
-                raise _CannotSetError(f"{'.'.join(parts)}=null takes out an element that is not there; leave it out")
+                raise _CannotSetError(f"{'.'.join(parts)}=null removes an element that is not there; leave it out")
             elif field_at(tuple(path)) is None:
                 container[key] = None  # stays, to be refused as unknown
             break

@@ -108,9 +108,9 @@ def _wrong_value(error: ErrorDetails) -> str:
     if kind in ("float_parsing", "float_type"):
         return "is not a number; write one, without a unit"
     texts = {
-        "value_error": "is a truth value; write a number",
+        "value_error": "is true or false, not a number; write a number",
         "finite_number": "is not finite; write a finite number",
-        "bool_type": "is not a truth value; write true or false",
+        "bool_type": "is neither true nor false; write one of them",
         "string_type": "is not text; write text, in quotes if it looks like something else",
         "string_pattern_mismatch": "is empty; write a name or path, or leave the key out",
         "list_type": "is not a list; write it in brackets, [] for none",

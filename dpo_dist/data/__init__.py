@@ -2,6 +2,10 @@
 
     files.py     bytes of a local file          (line, row) with the line numbers a user can look up
     columns.py   the columns of a row           each checked, and in one form
+    values.py    what is inside of them         text, token ids, no nulls
+    json_columns.py columns that hold JSON      their values
+    arrow_checks.py a damaged Arrow file        an error, not a signal
+    saved.py     a folder of save_to_disk       its files
     labels.py    the numbers of a row           weight, margin, probability, scores, ranks
     ranked.py    rows of many completions       which are compared
     demonstrations.py rows of a supervised run  one completion

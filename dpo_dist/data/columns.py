@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from dpo_dist.data.example import (
-    BROKEN_TEXT,
     MISSING_COLUMN,
     UNREAD_COLUMN,
     WRONG_ROLE,
@@ -13,6 +12,7 @@ from dpo_dist.data.example import (
     Messages,
     RowError,
 )
+from dpo_dist.data.values import check_nested, check_text, without_nulls, wrong_type
 
 Row = dict[str, Any]
 Kind = Literal["pair", "ranking", "demonstration"]
@@ -55,7 +55,9 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-MAX_TOKEN_ID = 2**31 - 1
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # those that no chat template knows as roles
+# What other data sets call a prompt.
+_PROMPTS = frozenset({"question", "instruction", "input", "query", "problem"})
 
 
 class MissingValueError(Exception):
@@ -131,7 +133,7 @@ def all_strings(row: Row, columns: Sequence[str], source: str) -> bool:
             "give all columns of a row as strings, or all as message lists"
         )
     for column in strings:
-        _check_text(row[column], column, source)
+        check_text(row[column], column, source)
     if strings and tools_of(row, source):
         raise RowError(
             f"{source}: tools are set, and nothing shows them to the model; give the row as message lists",
@@ -149,7 +151,7 @@ def all_strings(row: Row, columns: Sequence[str], source: str) -> bool:
 def messages_of(value: Any, column: str, source: str) -> Messages:
     """A list of messages, each as {role, content, ...}."""
     if not isinstance(value, list):
-        _wrong_type(source, column, value, "a list of messages")
+        wrong_type(source, column, value, "a list of messages")
     return tuple(_message(message, f"{column}[{index}]", source) for index, message in enumerate(value))
 
 
@@ -180,23 +182,24 @@ def answers_of(values: Mapping[str, Any], prompt: Messages, source: str) -> tupl
 def _message(value: Any, where: str, source: str) -> Message:
     """A message as {role, content, ...}; ShareGPT's {from, value} is renamed."""
     if not isinstance(value, dict):
-        _wrong_type(source, where, value, "a message {role, content}")
+        wrong_type(source, where, value, "a message {role, content}")
     message = {key: item for key, item in value.items() if item is not None}
+    check_nested({key: item for key, item in message.items() if key not in ("content", "value")}, where, source)
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
         if not isinstance(speaker, str) or speaker not in ROLES:
-            raise RowError(
-                f"{source}: {where}.from={speaker!r} is not known; use one of {', '.join(ROLES)}", WRONG_ROLE
-            )
+            raise RowError(f"{source}: {where}.from={speaker!r} is unknown; use one of {', '.join(ROLES)}", WRONG_ROLE)
         message["role"] = ROLES[speaker]
         if "value" in message:
             message["content"] = message.pop("value")
-    if not isinstance(message.get("role"), str):
+    # The same names as roles; `tool` and the like are left to the chat template.
+    message["role"] = _SPEAKERS.get(str(message.get("role")), message.get("role"))
+    if not isinstance(message["role"], str):
         raise RowError(f"{source}: {where} has no role; a message is {{role, content}} or {{from, value}}", WRONG_ROLE)
     content = message.get("content", "" if message.get("tool_calls") else None)
     if not isinstance(content, str):
-        _wrong_type(source, f"{where}.content", content, "a string")
-    _check_text(content, f"{where}.content", source)
+        wrong_type(source, f"{where}.content", content, "a string")
+    check_text(content, f"{where}.content", source)
     return {**message, "content": content}
 
 
@@ -206,8 +209,8 @@ def system_of(row: Row, source: str) -> str:
     if system is None:
         return ""
     if not isinstance(system, str):
-        _wrong_type(source, "system", system, "a string")
-    _check_text(system, "system", source)
+        wrong_type(source, "system", system, "a string")
+    check_text(system, "system", source)
     return system if system.strip() else ""
 
 
@@ -247,35 +250,26 @@ def tools_of(row: Row, source: str) -> tuple[Any, ...] | None:
             raise RowError(
                 f"{source}: tools is not JSON ({error}); give a list of tools, or the list as JSON"
             ) from None
+        tools = without_nulls(tools)
     if not tools:
         return None
+    check_nested(tools, "tools", source)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        _wrong_type(source, "tools", tools, "a list of tools (JSON schemas of functions)")
+        wrong_type(source, "tools", tools, "a list of tools (JSON schemas of functions)")
     return tuple(tools)
 
 
-def token_ids_of(value: Any, column: str, source: str) -> tuple[int, ...]:
-    """A list of token ids."""
-    if not isinstance(value, list):
-        _wrong_type(source, column, value, "a list of token ids")
-    for index, token in enumerate(value):
-        if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
-            _wrong_type(source, f"{column}[{index}]", token, "a token id (an integer >= 0)")
-    return tuple(value)
+def require_no_other_text(row: Row, source: str) -> None:
+    """Refuse text that stands in columns which nobody reads, in a row of strings without a prompt.
 
-
-def _check_text(text: str, where: str, source: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    The prompt would be what chosen and rejected happen to begin with, and the question would never reach the model.
+    """
+    unread = {name: value for name, value in row.items() if name not in COLUMNS and isinstance(value, str)}
+    texts = [name for name, value in unread.items() if len(value.split()) > 1 or (value.strip() and name in _PROMPTS)]
+    if texts:
         raise RowError(
-            f"{source}: {where} holds half of a surrogate pair at character {error.start}; "
-            "write the character as UTF-8 or as a complete \\uXXXX\\uXXXX pair",
-            BROKEN_TEXT,
-        ) from None
-
-
-def _wrong_type(source: str, where: str, value: Any, wanted: str) -> NoReturn:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise RowError(f"{source}: {where}={shown} is of the wrong type ({type(value).__name__}); give {wanted}")
+            f"{source}: there is no column prompt, and text in {', '.join(texts)} would not be read: the prompt would "
+            "be what chosen and rejected begin with; rename the column of the prompt to prompt, or remove what is no "
+            "part of it",
+            UNREAD_COLUMN,
+        )

@@ -12,7 +12,6 @@ from dpo_dist.data.columns import (
     read_columns,
     refuse_without_effect,
     required,
-    token_ids_of,
     tools_of,
     with_system,
 )
@@ -26,6 +25,7 @@ from dpo_dist.data.example import (
     blank_fault,
 )
 from dpo_dist.data.labels import weight_of
+from dpo_dist.data.values import token_ids_of
 
 
 def refuse_demonstration(row: Row, source: str) -> None:

@@ -19,6 +19,8 @@ MISSING_VALUE = "missing_value"
 TEMPLATE_ERROR = "template_error"
 NO_PREFERENCE = "no_preference"
 NO_ANSWER = "no_answer"
+NOT_RENDERED = "not_rendered"
+PROMPT_MOVED = "prompt_moved"
 BROKEN_JSON = "broken_json"
 BROKEN_TEXT = "broken_text"
 MISSING_COLUMN = "missing_column"
@@ -101,12 +103,17 @@ def is_blank(text: Text) -> bool:
 
 
 def blank_fault(prompt: Text, completions: Mapping[str, Text], source: str) -> RowFault | None:
-    """What of a row is empty, if anything; completions by what to call them."""
+    """What of a row is empty, or no answer, if anything; completions by what to call them."""
     if is_blank(prompt):
         return RowFault(EMPTY_PROMPT, source, "the prompt is empty")
     for name, completion in completions.items():
         if is_blank(completion):
             return RowFault(EMPTY_COMPLETION, source, f"{name} is empty")
+        if not isinstance(completion, str) and not is_token_ids(completion):
+            role = cast(Messages, completion)[-1]["role"]
+            if role != "assistant":
+                what = f"{name} ends with a message of role {role!r}: there is no answer to learn from"
+                return RowFault(NO_ANSWER, source, what, "let it end with the assistant's message")
     return None
 
 

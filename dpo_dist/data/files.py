@@ -15,12 +15,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_dist.data.arrow_checks import checked_batch
 from dpo_dist.data.columns import COLUMNS, HOLDING_TEXT
 from dpo_dist.data.example import BROKEN_JSON, BROKEN_TEXT, WRONG_TYPE, RowError, RowFault, fault_of
+from dpo_dist.data.json_columns import json_decoders
 from dpo_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 ROWS_PER_BATCH = 1024
+_PROMPTS = HOLDING_TEXT - {"chosen", "rejected"}  # with one of these, a row says what its prompt is
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What reading a damaged file raises: a cut gzip ends in EOFError, a flipped bit in zlib.error or an OSError.
@@ -176,13 +179,12 @@ def _columnar_rows(
     line = 0
     try:
         for batch, unread in batches:
+            decoders = json_decoders(batch.schema)
             for values in zip(*batch.columns, strict=True):
                 line += 1
                 try:
-                    row = {
-                        name: without_nulls(value.as_py())
-                        for name, value in zip(batch.schema.names, values, strict=True)
-                    }
+                    row = {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+                    row |= {name: decode(row[name]) for name, decode in decoders.items()}
                 except UnicodeDecodeError as error:
                     what = f"a string is not UTF-8 ({error.reason})"
                     yield line, RowFault(BROKEN_TEXT, f"{shown}:{line}", what, "write the file again")
@@ -190,15 +192,6 @@ def _columnar_rows(
                 yield line, row | unread
     except (pa.ArrowException, *_READ_ERRORS) as error:
         raise _damaged(shown, line + 1, error) from error
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop keys that are null: one schema for all rows gives every message the keys of every other message."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def _parquet_batches(path: Path, shown: str) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
@@ -215,13 +208,13 @@ def _arrow_batches(path: Path, shown: str) -> Iterator[tuple[pa.RecordBatch, dic
             reader = pa.ipc.open_file(stream)
             columns, unread = _columns(reader.schema, shown)
             for index in range(reader.num_record_batches):
-                yield reader.get_batch(index).select(columns), unread
+                yield checked_batch(reader.get_batch(index).select(columns)), unread
             return
         stream.seek(0)
         reader = pa.ipc.open_stream(stream)
         columns, unread = _columns(reader.schema, shown)
         for batch in reader:
-            yield batch.select(columns), unread
+            yield checked_batch(batch.select(columns)), unread
 
 
 def _seekable(path: Path) -> pa.NativeFile:
@@ -238,7 +231,16 @@ def _columns(schema: pa.Schema, shown: str) -> tuple[list[str], dict[str, None]]
             f"{shown}:1: none of the columns {', '.join(schema.names) or '(none)'} is a preference; "
             "give prompt, chosen, rejected"
         )
-    return known, dict.fromkeys(name for name in schema.names if name not in COLUMNS)
+    unread = [name for name in schema.names if name not in COLUMNS]
+    if not _PROMPTS & set(known):
+        # Without a prompt, text that is not read is an error (`columns.require_no_other_text`), so it has to be seen.
+        texts = [name for name in unread if _is_text(schema.field(name).type)]
+        return known + texts, dict.fromkeys(name for name in unread if name not in texts)
+    return known, dict.fromkeys(unread)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _damaged(shown: str, line: int, error: BaseException) -> DataError:

@@ -27,8 +27,8 @@ def labelled(example: PreferenceExample, row: Row, source: str) -> PreferenceExa
     probability = number_of(row.get("chosen_probability"), "chosen_probability", source, 1.0)
     if not 0 < probability <= 1:
         raise RowError(
-            f"{source}: chosen_probability={probability:g} is no probability above 0; give one, and where rejected is "
-            "surely better, change the two",
+            f"{source}: chosen_probability={probability:g} is not a probability above 0; give one, and where rejected "
+            "is surely better, swap the two",
             WRONG_NUMBER,
         )
     weight, margin = weight_of(row, source), number_of(row.get("margin"), "margin", source, 0.0)
@@ -106,8 +106,8 @@ def _ranks(values: Sequence[Any], source: str) -> Sequence[int]:
     is_competition = all(value == 1 + sum(other < value for other in values) for value in values)
     if not is_dense and not is_competition:
         raise RowError(
-            f"{source}: ranks={list(values)} is no ranking; give 1 for the best, 2 for the next, and the same number "
-            "where two are equally good",
+            f"{source}: ranks={list(values)} is not a ranking; give 1 for the best, 2 for the next, and the same "
+            "number where two are equally good",
             WRONG_NUMBER,
         )
     return values

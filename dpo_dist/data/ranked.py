@@ -13,7 +13,6 @@ from dpo_dist.data.columns import (
     messages_of,
     refuse_without_effect,
     required,
-    token_ids_of,
     tools_of,
     with_system,
 )
@@ -30,6 +29,7 @@ from dpo_dist.data.example import (
     is_token_ids,
 )
 from dpo_dist.data.labels import values_of, weight_of
+from dpo_dist.data.values import token_ids_of
 
 _ONE_PAIR = ("margin", "chosen_probability")
 

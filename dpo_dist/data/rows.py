@@ -15,8 +15,8 @@ from dpo_dist.data.columns import (
     kind_of,
     messages_of,
     refuse_without_effect,
+    require_no_other_text,
     required,
-    token_ids_of,
     tools_of,
     with_system,
 )
@@ -37,6 +37,7 @@ from dpo_dist.data.example import (
 )
 from dpo_dist.data.labels import labelled, weight_of
 from dpo_dist.data.ranked import best_example, ranked_example
+from dpo_dist.data.values import token_ids_of
 
 # The turns of a raw HH-RLHF dialogue.
 HUMAN_TURN = "\n\nHuman:"
@@ -145,6 +146,7 @@ def _from_dialogues(row: Row, source: str) -> PreferenceExample | RowFault:
         return _split_conversations(row, source)
     if any(turn in text for turn in (HUMAN_TURN, ASSISTANT_TURN) for text in (chosen, rejected)):
         return _split_hh_dialogues(chosen, rejected, source)
+    require_no_other_text(row, source)
     return _split_strings(chosen, rejected, source)
 
 

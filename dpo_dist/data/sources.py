@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config import DataSource, Pairing
-from dpo_dist.data.columns import HOLDING_TEXT, Row, holds_token_ids, ignored_columns
-from dpo_dist.data.example import MIXED_KINDS, PreferenceExample, RowError, RowFault, fault_of
-from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows, without_nulls
+from dpo_dist.data.columns import COLUMNS, HOLDING_TEXT, Row, holds_token_ids, ignored_columns
+from dpo_dist.data.example import (
+    BROKEN_JSON,
+    BROKEN_TEXT,
+    MIXED_KINDS,
+    PreferenceExample,
+    RowError,
+    RowFault,
+    fault_of,
+)
+from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows
 from dpo_dist.data.rows import parse_row
+from dpo_dist.data.saved import saved_files
+from dpo_dist.data.values import without_nulls
 from dpo_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -86,14 +96,26 @@ class Source:
     def _raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         if self.hub_dataset is not None:
             for number, row in enumerate(self.hub_dataset, start=1):
-                yield (
-                    f"{self.name}:{number}",
-                    {name: without_nulls(value) for name, value in dict[str, Any](row).items()},
-                )
+                where = f"{self.name}:{number}"
+                yield where, _checked_row(dict[str, Any](row), where)
             return
         for path, shown in self.files:
             for line, row in read_rows(path, shown):
-                yield f"{shown}:{line}", row
+                where = f"{shown}:{line}"
+                yield where, row if isinstance(row, RowFault) else _checked_row(row, where)
+
+
+def _checked_row(row: Row, where: str) -> Row | RowFault:
+    """The row without nulls inside of its columns; or that it cannot be read."""
+    try:
+        for name in row:
+            name.encode("utf-8")
+        return {name: without_nulls(value) if name in COLUMNS else value for name, value in row.items()}
+    except UnicodeEncodeError as error:
+        what = f"the name of a column holds half of a surrogate pair ({error.object!a})"
+        return RowFault(BROKEN_TEXT, where, what, "write the character as UTF-8 or as a complete \\uXXXX\\uXXXX pair")
+    except RecursionError:
+        return RowFault(BROKEN_JSON, where, "values are nested too deep", "repair the row")
 
 
 def _is_tokenised(row: Row | RowFault) -> bool | None:
@@ -138,8 +160,16 @@ def _single_file(path: Path, source: DataSource, key: str) -> tuple[Path, str]:
 
 
 def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path, str], ...]:
-    """`<split>.<suffix>`, or the shards `<split>-00000-of-00002.<suffix>` in order."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path) is not None)
+    """`<split>.<suffix>`, or the shards `<split>-00000-of-00002.<suffix>` in order, here or in the folder `data`.
+
+    A folder that `save_to_disk` has written names its files itself.
+    """
+    saved = saved_files(folder, source, key)
+    if saved is not None:
+        return saved
+    found = _data_files(folder)
+    # As in a clone of a hub repository.
+    found = found or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
     stems = {path: path.name[: path.name.lower().rindex(data_suffix(path) or "")] for path in found}
     whole = [path for path in found if stems[path] == source.split]
     shards = [path for path in found if stems[path].startswith(f"{source.split}-")]
@@ -154,7 +184,12 @@ def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path
             f"{key}.split={source.split} is not in the folder {source.path}, which holds {names}; "
             f"name a file {source.split}.jsonl, or set split to one that is there"
         )
-    return tuple((path, f"{source.path.rstrip('/')}/{path.name}") for path in (whole or shards))
+    shown = source.path.rstrip("/")
+    return tuple((path, f"{shown}/{path.relative_to(folder)}") for path in (whole or shards))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path) is not None)
 
 
 def _open_hub(source: DataSource, key: str) -> Source:

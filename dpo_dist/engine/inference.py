@@ -35,6 +35,14 @@ class InferenceEngine:
         assert not self.is_released, "its memory was given back"
         return self.engine(batch.to(self.device))
 
+    @torch.no_grad()
+    def own_token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """The same of one short completion by the architecture's own forward, without gradient (`model.own_logps`).
+
+        Every rank must call it: ZeRO-3 gathers.
+        """
+        return self.engine(batch.to(self.device), by_itself=True)
+
     def named_shares(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank keeps of every parameter, flat, to read or to overwrite; then call `shares_have_changed`."""
         return shares.named_shares(self.model.model)

@@ -131,6 +131,14 @@ class TrainingEngine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
+    @torch.no_grad()
+    def own_token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
+        """The same of one short completion by the architecture's own forward, without gradient (`model.own_logps`).
+
+        Every rank must call it: ZeRO-3 gathers.
+        """
+        return self.engine(batch.to(self.device), by_itself=True)
+
     def named_shares(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank keeps of every parameter, flat, as the model computes with it; to read only."""
         return shares.named_shares(self.model.model)

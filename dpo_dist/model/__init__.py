@@ -4,12 +4,15 @@ fit.py           whether a folder's files fit its configuration
 slices.py        under ZeRO-3 every rank reads the slices it owns
 scoring.py       weights in memory, sharded as they are read, that answer with log-probabilities
 packed.py        what the decoder is handed: a micro-batch's tokens, and virtual ones
+own_forward.py   what the architecture's own class says of one sequence
+probe.py         an architecture tried on a small random model
 adapted.py       an adapter inside a model, and the model without it
 quantization.py  frozen weights in four bits
 """
 
 from dpo_dist.model.adapted import Adapter, base_name
 from dpo_dist.model.fit import Fit, find_fit
+from dpo_dist.model.probe import Probe, try_architecture
 from dpo_dist.model.quantization import four_bits
 from dpo_dist.model.scoring import ScoringModel, load_model, sharded_loading
 from dpo_dist.model.slices import node_groups
@@ -17,6 +20,7 @@ from dpo_dist.model.slices import node_groups
 __all__ = [
     "Adapter",
     "Fit",
+    "Probe",
     "ScoringModel",
     "base_name",
     "find_fit",
@@ -24,4 +28,5 @@ __all__ = [
     "load_model",
     "node_groups",
     "sharded_loading",
+    "try_architecture",
 ]

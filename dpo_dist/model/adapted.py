@@ -48,6 +48,10 @@ class Adapter:
         embed = base.get_input_embeddings()
         return with_virtual_embeddings(batch, embed(batch.input_ids_T), self.peft.get_prompt(batch_size=1)[0])
 
+    def asked(self, model: Any) -> Any:
+        """Whose own forward answers: PEFT's where virtual tokens act, else the model's, whose layers PEFT replaced."""
+        return self.peft if self.is_prompt_learning and self.answers is not None else model
+
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside, no adapter acts, or the frozen copy does.

@@ -20,6 +20,7 @@ from dpo_dist.batch import AttentionLayout, MicroBatch
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model.adapted import Adapter
+from dpo_dist.model.own_forward import own_logps
 from dpo_dist.model.packed import as_packed
 from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
 from dpo_dist.pretrained.architecture import logit_transform
@@ -59,9 +60,17 @@ class ScoringModel(nn.Module):
             self.prompt_encoder = adapter.peft.prompt_encoder  # a module of ours, so that DeepSpeed sees its parameters
 
     def forward(
-        self, batch: MicroBatch, statistics: Sequence[str] = ()
+        self, batch: MicroBatch, statistics: Sequence[str] = (), by_itself: bool = False
     ) -> Float[Tensor, " M"] | tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
-        """log pi(token | prefix) of every scored token, nats, float32; with `statistics`, theirs too (`logprobs`)."""
+        """log pi(token | prefix) of every scored token, nats, float32.
+
+        Args:
+            batch: what is scored.
+            statistics: names out of `logprobs.STATISTICS`, whose values come too.
+            by_itself: by the architecture's own forward (`own_logps`), for a micro-batch of one completion.
+        """
+        if by_itself:
+            return own_logps(self.model if self.adapter is None else self.adapter.asked(self.model), batch)
         packed = as_packed(batch) if self.adapter is None else self.adapter.pack(batch)
         packed.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
         decoder = self.model.get_decoder()

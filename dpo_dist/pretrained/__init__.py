@@ -1,6 +1,8 @@
 """What a model's folder and its configuration say, before anything of it is loaded. Imports no model class.
 
 folder.py          a name becomes a folder on disk, and tells which weights it holds
+digests.py         a hash of its weights
+shrunk.py          the same architecture with small sizes
 architecture.py    which architectures can be packed, which can share prompts
 adapter_folder.py  the kind of an adapter, also of one on disk
 """
@@ -22,10 +24,9 @@ from dpo_dist.pretrained.architecture import (
     load_config,
     logit_transform,
 )
+from dpo_dist.pretrained.digests import adapter_identity, identity
 from dpo_dist.pretrained.folder import (
-    adapter_identity,
     first_line,
-    identity,
     num_parameters,
     resolve_folder,
     weight_files,

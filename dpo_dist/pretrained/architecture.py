@@ -22,12 +22,14 @@ SHARES_PROMPTS = frozenset(
 # State that flows along the sequence would carry one packed completion into the next.
 STATEFUL_LAYERS = frozenset({"linear_attention", "mamba", "conv", "chunked_attention", "recurrent"})
 STATEFUL_MODELS = frozenset(
-    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 llama4 llama4_text mamba mamba2 nemotron_h "
+    "bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 lfm2_moe llama4 llama4_text mamba mamba2 nemotron_h "
     "recurrent_gemma rwkv xlstm zamba zamba2".split()
 )
+INDEXED_LAYERS = frozenset({"indexed_attention"})
 # Their window is in the mask alone, and a packed forward has no mask: it would be lost. The first forward asks every
 # attention layer as well (attention/interface.py), which finds those that are not transformers' own.
 WINDOW_IN_MASK = frozenset({"blt", "doge", "phimoe", "qwen2_moe"})
+_INNER_CONFIGS = frozenset({"attn_config", "ffn_config"})  # of a decoder's layers, not of another model
 # Frequencies of any other rope type depend on the longest position of the batch, hence on the packing.
 PACKABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -75,13 +77,21 @@ def decide_sharing(config: PretrainedConfig, requested: Literal["auto", "on", "o
 
 
 def _cannot_be_packed(config: PretrainedConfig) -> str | None:
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
+    if parts := [name for name in parts if name not in _INNER_CONFIGS]:
+        listed = ", ".join(parts)
+        return f"it has parts beside a decoder ({listed}); save its language model on its own, and give that folder"
+    if config.is_encoder_decoder:
+        return "it is an encoder with a decoder, and only decoders can be"
     stateful = STATEFUL_LAYERS.intersection(getattr(config, "layer_types", None) or ())
     if stateful or config.model_type in STATEFUL_MODELS:
         layers = ", ".join(sorted(stateful)) or "its layers"
         return f"{layers} carry state along the sequence, so packed completions would leak into each other"
+    if indexed := INDEXED_LAYERS.intersection(getattr(config, "layer_types", None) or ()):
+        return f"{', '.join(sorted(indexed))} chooses its keys by a mask, and a packed forward has none"
     if config.model_type in WINDOW_IN_MASK and _has_window(config) and not _window_is_wide(config):
         return (
-            f"its sliding window of {config.sliding_window} tokens is not handed to the kernel; "
+            f"its sliding window of {config.sliding_window} tokens is not passed to the kernel; "
             "only models of this architecture without a sliding window can be"
         )
     rope = getattr(config, "rope_parameters", None) or {}
@@ -131,10 +141,17 @@ def _list(names: frozenset[str]) -> str:
     return ", ".join(sorted(names))
 
 
+_MULTIPLIES_LOGITS = frozenset({"hyperclovax"})
+
+
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """Logit scale (Cohere multiplies, Granite divides) and final softcap (Gemma) of an architecture."""
+    """Logit scale (Cohere multiplies, Granite divides) and final softcap (Gemma) of an architecture.
+
+    What an architecture does beside that is found by `model.probe`, and by the self-check.
+    """
     scale = getattr(config, "logit_scale", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(
-        scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
+        scale=scale * scaling if config.model_type in _MULTIPLIES_LOGITS else scale / scaling,
         softcap=getattr(config, "final_logit_softcapping", None),
     )

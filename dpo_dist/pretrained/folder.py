@@ -1,6 +1,5 @@
 """A model is a folder on disk: hub ids are downloaded to one first, so that what is checked is what is loaded."""
 
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from dpo_dist.errors import ModelError
 
 ADAPTER_SETTINGS = "adapter_config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SAMPLED_BYTES = 4096  # of a tensor, to tell it from another one
 
 
 def resolve_folder(name: str, key: str, revision: str | None, cache_dir: Path) -> Path:
@@ -123,7 +121,7 @@ def _download(name: str, key: str, revision: str | None) -> Path:
         ) from None
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """What a safetensors file says of its tensors, and how many bytes that takes."""
     # The format: the header's length in 8 bytes, the header in JSON, and the tensors' bytes after it.
     header_size = int.from_bytes(file.read(8), "little")
@@ -132,33 +130,12 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, header_size
 
 
-def _digest_tensors(file: BinaryIO, digest: "hashlib._Hash") -> None:
-    header, header_size = _read_header(file)
-    end = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    missing = end - file.seek(0, os.SEEK_END)
-    if missing > 0:
-        raise ValueError(f"its last {missing} bytes are missing")
-    for name, entry in sorted(header.items()):
-        begin, end = entry["data_offsets"]
-        file.seek(8 + header_size + begin + max(0, (end - begin - _SAMPLED_BYTES) // 2))
-        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-        digest.update(file.read(min(_SAMPLED_BYTES, end - begin)))
-
-
-def adapter_identity(folder: Path) -> str:
-    """The same of an adapter: its tensors, and what its configuration makes of them."""
-    settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
-    for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
-        settings.pop(name, None)
-    return hashlib.sha256((identity(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()[:16]
-
-
 def num_parameters(folder: Path) -> int:
     """Elements of all tensors in a folder's weight files, from their headers."""
     total = 0
     for path in weight_files(folder):
         with path.open("rb") as file:
-            header, _ = _read_header(file)
+            header, _ = read_header(file)
         total += sum(math.prod(entry["shape"]) for entry in header.values())
     return total
 
@@ -166,21 +143,3 @@ def num_parameters(folder: Path) -> int:
 def first_line(error: Exception) -> str:
     """What other packages say, short enough to stand inside of a message of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def identity(folder: Path) -> str:
-    """A hash that tells models apart: of every tensor its name, dtype, shape, and 4 KiB from its middle.
-
-    Reading all of a 70B model would take minutes; training changes some value in every 4 KiB of what it changes.
-
-    Raises:
-        ModelError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                _digest_tensors(file, digest)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-            raise ModelError(f"{path} is damaged or no safetensors file ({first_line(error)}); copy it again") from None
-    return digest.hexdigest()[:32]

@@ -272,6 +272,11 @@ class ReferenceCache:
             )
 
     def _judge(self, stored: Tensor, again: Tensor, lengths: Tensor, scale: float) -> None:
+        if not torch.isfinite(again).all():
+            raise NumericsError(
+                "the reference gives log-probabilities that are not finite, which it did not when they were stored; a "
+                "weight in its folder is NaN or infinite: copy the model again"
+            )
         difference, bound = (again - stored).abs(), honest(lengths, stored, scale)
         excess = difference / bound
         if is_rounding(excess.tolist()):

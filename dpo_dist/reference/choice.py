@@ -43,7 +43,7 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
     if situation.num_rows and situation.num_cached == situation.num_rows:
         return "cache", "it is complete"
     if situation.passes > 1:
-        return "cache", f"every example is asked for {situation.passes:.3g} times and computed once"
+        return "cache", f"every example is used {situation.passes:.3g} times, and its reference computed once"
     if _holds_reference(config, situation):
         return "adapter_off", "the policy holds its reference, and no second model is needed"
     if both := _too_large(situation):
@@ -51,7 +51,7 @@ def choose_source(config: ReferenceConfig, situation: Situation) -> tuple[Source
             f"policy and reference need {both:.3g} GiB of each device's {situation.device_gib:.3g} GiB before any "
             "activation; computed before the policy is loaded"
         )
-    return "live", "every example is asked for once, and two models fit"
+    return "live", "every example is used once, and two models fit"
 
 
 def _only_way(config: ReferenceConfig, situation: Situation) -> tuple[Source, str] | None:

@@ -27,7 +27,10 @@ def blame_dropout(again: Sequence[float]) -> list[str]:
     """Two answers for one micro-batch."""
     if is_rounding(again):
         return []
-    return [f"dropout: the policy gives two answers for one micro-batch, a random layer is active ({describe(again)})"]
+    return [
+        "dropout: the policy gives two different answers for the same micro-batch, some layer is still random "
+        f"({describe(again)})"
+    ]
 
 
 def blame_reference(policy: TrainingEngine, reference: ModelReference, engines: Sequence[float]) -> list[str]:
@@ -86,6 +89,20 @@ def blame_layout(
             "values are assigned to the wrong completions, or depend on what is packed with them"
         ]
     return []
+
+
+def blame_own_forward(excess: Mapping[str, Sequence[float]]) -> list[str]:
+    """The fault of an architecture that computes more than the packed forward knows of.
+
+    Args:
+        excess: of policy and reference, their own forward against the packed one.
+    """
+    return [
+        f"architecture: the packed forward of the {name} does not give the log-probabilities of its architecture's own "
+        f"forward ({describe(found)}); a model of this architecture cannot be trained here"
+        for name, found in excess.items()
+        if not is_rounding(found)
+    ]
 
 
 def raise_first(faults: list[str]) -> None:

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_dist.batch import MicroBatch
+from dpo_dist.batch import AttentionLayout, MicroBatch
 from dpo_dist.distributed import all_gather_json
 from dpo_dist.noise import honest
+from dpo_dist.tokenization import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,38 @@ def gather(values: Tensor) -> list[float]:
 def excess_of(comparisons: Sequence[Comparison]) -> list[float]:
     """Excess of several comparisons together. Collective."""
     return [value for one in comparisons for value in one.excess()]
+
+
+def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
+    """Completion k of an example as one plain causal sequence.
+
+    Written out here and not by `batch.py`, so that a mistake there cannot stand on both sides of a comparison.
+
+    Args:
+        example: any.
+        k: which of its completions.
+        index: what the micro-batch calls it (`completion_index_C`).
+    """
+    completion = example.completion_ids[k]
+    inputs = [*example.prompt_ids, *completion[:-1]]
+    ends, no_pairs = torch.tensor([0, len(inputs)], dtype=torch.int32), torch.tensor([], dtype=torch.int64)
+    return MicroBatch(
+        input_ids_T=torch.tensor(inputs),
+        position_ids_T=torch.arange(len(inputs)),
+        layout=AttentionLayout(ends, ends, None, (len(inputs),), (len(inputs),)),
+        score_index_M=torch.arange(len(inputs) - len(completion), len(inputs)),
+        target_ids_M=torch.tensor(completion),
+        completion_of_M=torch.zeros(len(completion), dtype=torch.int64),
+        completion_index_C=torch.tensor([index]),
+        completion_length_C=torch.tensor([len(completion)]),
+        pair_chosen_B=no_pairs,
+        pair_rejected_B=no_pairs,
+        pair_weight_B=torch.zeros(0),
+        pair_margin_B=torch.zeros(0),
+        pair_probability_B=torch.zeros(0),
+        chosen_weight_C=torch.zeros(1),
+        example_weight_C=torch.zeros(1),
+        example_weight=0.0,
+        num_tokens=len(inputs),
+        num_unshared_tokens=0,
+    )

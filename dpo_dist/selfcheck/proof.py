@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_dist.batch import AttentionLayout, MicroBatch, RankWork, build_micro_batch
+from dpo_dist.batch import MicroBatch, RankWork, build_micro_batch
 from dpo_dist.distributed import all_gather_json, require_agreement
-from dpo_dist.engine import TrainingEngine
+from dpo_dist.engine import InferenceEngine, TrainingEngine
 from dpo_dist.errors import NumericsError
 from dpo_dist.losses import Objective, at_equality, near_equality
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN, RMS_LIMIT, honest, rms
@@ -29,12 +29,13 @@ from dpo_dist.selfcheck.blame import (
     blame_cache,
     blame_dropout,
     blame_layout,
+    blame_own_forward,
     blame_reference,
     blame_weights,
     raise_first,
 )
-from dpo_dist.selfcheck.comparison import compare, excess_of, gather
-from dpo_dist.tokenization import TokenizedExample
+from dpo_dist.selfcheck.comparison import alone, compare, excess_of, gather
+from dpo_dist.selfcheck.own_forward import compare_with_own_forward
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Proof:
     bitwise: bool  # and gave the same log-probabilities to the last bit, not only up to a kernel's order of sums
     skipped: str  # why policy and reference could not be compared; "" where they were
     layout_noise: float  # rms over completions, nats per sqrt(token): unshared, and alone, against the micro-batch
+    own_noise: float  # the same, nats per sqrt(token): the architecture's own forward against a packed one
     margin_noise: float  # rms over pairs of chosen - rejected difference, nats: the reference against micro-batches
     margin_bound: float  # the same for honest arithmetic of this dtype and these lengths, an upper bound
 
@@ -56,6 +58,7 @@ class Proof:
         return [
             f"self-check: policy and reference on the same micro-batch: {agreement}",
             f"self-check: other layouts of the same examples differ by {self.layout_noise:.1e} nats per sqrt(token)",
+            f"self-check: the architecture's own forward differs by {self.own_noise:.1e} nats per sqrt(token)",
             f"self-check passed: margin noise {self.margin_noise:.1e} nats (bound {self.margin_bound:.1e})",
         ]
 
@@ -80,7 +83,6 @@ def prove(
         same_weights: whether policy and reference are the same function in the same dtype.
         max_tokens: budget of a forward without gradient.
         skipped: why they are not, for people.
-
     Raises:
         NumericsError: on every rank, naming the part at fault.
     """
@@ -89,11 +91,11 @@ def prove(
     batch = work.build(positions, work.share_prompts)
     logps_M, again_M = policy.token_logps(batch), policy.token_logps(batch)
     logps_C = _sums(batch, logps_M)
-    faults = blame_weights({"policy": logps_C})
-    faults += blame_dropout(compare(batch, _sums(batch, again_M), batch, logps_C, scale).excess())
+    again = compare(batch, _sums(batch, again_M), batch, logps_C, scale)
+    faults = blame_weights({"policy": logps_C}) + blame_dropout(again.excess())
     bitwise, answered_C = _hear(policy, reference, batch, logps_M, same_weights, faults)
 
-    # Other layouts of the same examples. Every rank runs equally many forwards, with fillers where it has nothing.
+    # Other layouts of the same examples: equally many forwards on every rank, some of them fillers.
     own_prompts = work.build(_within(work, positions, max_tokens), share_prompts=False)
     unshared_C = _sums(own_prompts, policy.token_logps(own_prompts))
     unshared = compare(own_prompts, unshared_C, batch, logps_C, scale)
@@ -110,17 +112,36 @@ def prove(
     bins = compare(batch, mine_C, batch, expected_C, its_scale)
     of_bins, of_cache = ([], bins.excess()) if stored else (bins.excess(), [])
     faults += blame_layout(unshared.excess(), excess_of(lonely), excess_of(packed), of_bins) + blame_cache(of_cache)
-    raise_first(faults)
-
+    own_noise, of_own = _against_own_forward(policy, None if same_weights else reference, work, positions)
+    raise_first(faults + of_own)
     margins_B = bins.difference_C[batch.pair_chosen_B] - bins.difference_C[batch.pair_rejected_B]
     return Proof(
         same_weights,
         bitwise,
         "" if same_weights else skipped,
         layout_noise=rms([x for one in (unshared, *lonely) for x in one.per_root_token()]),
+        own_noise=own_noise,
         margin_noise=rms(gather(margins_B)),
         margin_bound=RMS_LIMIT * rms(gather(_honest_margins(work, given_C, max(scale, its_scale)))),
     )
+
+
+def _against_own_forward(
+    policy: TrainingEngine, reference: Reference | None, work: RankWork, positions: Sequence[int]
+) -> tuple[float, list[str]]:
+    """How far the policy is from its architecture's own forward, nats per sqrt(token); and the faults. Collective.
+
+    Args:
+        policy: see `prove`.
+        reference: with weights of its own, or not a model.
+        work: see `prove`.
+        positions: the first micro-batch's.
+    """
+    found = {"policy": compare_with_own_forward(policy, work, positions)}
+    if isinstance(engine := getattr(reference, "engine", None), InferenceEngine):
+        found["reference"] = compare_with_own_forward(engine, work, positions)
+    noise = rms([value for one in found["policy"] for value in one.per_root_token()])
+    return noise, blame_own_forward({name: excess_of(comparisons) for name, comparisons in found.items()})
 
 
 def _hear(
@@ -180,41 +201,6 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     """
     for what, value in facts.items():
         require_agreement(what, value)
-
-
-def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
-    """Completion k of an example as one plain causal sequence.
-
-    Written out here and not by `batch.py`, so that a mistake there cannot stand on both sides of a comparison.
-
-    Args:
-        example: any.
-        k: which of its completions.
-        index: what the micro-batch calls it (`completion_index_C`).
-    """
-    completion = example.completion_ids[k]
-    inputs = [*example.prompt_ids, *completion[:-1]]
-    ends, no_pairs = torch.tensor([0, len(inputs)], dtype=torch.int32), torch.tensor([], dtype=torch.int64)
-    return MicroBatch(
-        input_ids_T=torch.tensor(inputs),
-        position_ids_T=torch.arange(len(inputs)),
-        layout=AttentionLayout(ends, ends, None, (len(inputs),), (len(inputs),)),
-        score_index_M=torch.arange(len(inputs) - len(completion), len(inputs)),
-        target_ids_M=torch.tensor(completion),
-        completion_of_M=torch.zeros(len(completion), dtype=torch.int64),
-        completion_index_C=torch.tensor([index]),
-        completion_length_C=torch.tensor([len(completion)]),
-        pair_chosen_B=no_pairs,
-        pair_rejected_B=no_pairs,
-        pair_weight_B=torch.zeros(0),
-        pair_margin_B=torch.zeros(0),
-        pair_probability_B=torch.zeros(0),
-        chosen_weight_C=torch.zeros(1),
-        example_weight_C=torch.zeros(1),
-        example_weight=0.0,
-        num_tokens=len(inputs),
-        num_unshared_tokens=0,
-    )
 
 
 def _two_alone(work: RankWork, batch: MicroBatch, positions: Sequence[int]) -> list[MicroBatch]:

@@ -1,7 +1,9 @@
 """An example as token ids: chat template, truncation, completion spans.
 
     tokenizer.py  load a tokenizer; what identifies it
+    conversation.py messages               text, by a chat template; what it leaves out
     encode.py     text examples            TokenizedExample or RowFault
+    notes.py      what a user should know  a line for each
     grouping.py   rows of one prompt       one example
     bad_rows.py   rows without use         counts, and a message
     writer.py     tokenised examples       Arrow file and its summary
@@ -13,7 +15,7 @@ Rows that hold token ids already pass through unchanged, and no tokenizer is loa
 
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import TokenizedExample
-from dpo_dist.tokenization.grouping import MERGED
+from dpo_dist.tokenization.notes import MERGED, describe_notes
 from dpo_dist.tokenization.prepare import prepare_dataset, repeated_data
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer
 
@@ -22,6 +24,7 @@ __all__ = [
     "TokenizedDataset",
     "TokenizedExample",
     "TokenizerSpec",
+    "describe_notes",
     "load_tokenizer",
     "prepare_dataset",
     "repeated_data",

@@ -5,7 +5,6 @@ copy in the page cache. Columns become arrays by `np.from_dlpack`: their own `to
 installed.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.data import Pair
 from dpo_dist.errors import DataError
 from dpo_dist.tokenization.encode import TokenizedExample
-from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, PreferenceCounts, Summary
+from dpo_dist.tokenization.writer import EXAMPLES_FILE, PreferenceCounts, read_summary
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
 
@@ -89,7 +88,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             DataError: if the folder is not whole.
         """
         try:
-            self._summary = Summary(**json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")))
+            self._summary = read_summary(folder)
             reader = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES_FILE)))
             self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
@@ -168,6 +167,13 @@ class TokenizedDataset(Sequence[TokenizedExample]):
                 continue
             for index in range(start, start + batch.num_rows):
                 _check_example(self[index], vocab_size)
+
+    def longest_sequence(self) -> tuple[int, int]:
+        """The most tokens of a prompt with one completion, and the example that has them."""
+        flat, starts = self.completion_lengths.flat, self.completion_lengths.starts
+        sequences = flat + np.repeat(self.prompt_lengths, np.diff(starts))
+        place = int(np.argmax(sequences))
+        return int(sequences[place]), int(np.searchsorted(starts, place, side="right")) - 1
 
     def stats(self) -> dict[str, dict[str, int | float]]:
         """Token counts: min, percentiles, max, mean and sum of prompts, completions, sequences and examples.

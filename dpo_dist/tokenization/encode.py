@@ -10,27 +10,22 @@ prompt with its generation header. Nothing is added: the template writes BOS and
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config import DataConfig
-from dpo_dist.data import Message, Pair, PreferenceExample, RowFault
+from dpo_dist.data import Pair, PreferenceExample, RowFault
 from dpo_dist.data.example import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
     IDENTICAL_COMPLETIONS,
     OVER_LONG,
-    TEMPLATE_ERROR,
     common_prefix_length,
     is_token_ids,
 )
 from dpo_dist.errors import ModelError
-
-# Counted in TokenizedDataset.notes: rows that are used, and that the user should know about.
-PROMPT_NOT_A_PREFIX = "prompt_not_a_prefix"
-BOUNDARY_MERGED = "boundary_merged"
-TRUNCATED = "truncated"
+from dpo_dist.tokenization.conversation import Renderer
+from dpo_dist.tokenization.notes import BOUNDARY_MERGED, PROMPT_NOT_A_PREFIX, TRUNCATED
 
 Ids = tuple[int, ...]
 
@@ -49,6 +44,14 @@ class TokenizedExample:
     weight: float = 1.0
     is_ranked: bool = False
 
+    def beginning(self, limit: int | None) -> "TokenizedExample":
+        """The same with only the first tokens of its prompt and of every completion; None: all of them."""
+        if limit is None:
+            return self
+        return replace(
+            self, prompt_ids=self.prompt_ids[:limit], completion_ids=tuple(ids[:limit] for ids in self.completion_ids)
+        )
+
 
 class Encoder:
     """Turns examples into token ids; counts in `notes` what it had to decide for the user.
@@ -64,6 +67,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._tokenizer_name = tokenizer_name
         self.chat_template = str(getattr(tokenizer, "chat_template", None) or "")
+        self._renderer = Renderer(tokenizer, tokenizer_name) if tokenizer is not None else None
         self._leading_ids = _leading_ids(tokenizer) if tokenizer is not None else ()
 
     def encode(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample | RowFault]:
@@ -89,32 +93,9 @@ class Encoder:
             return []
         if isinstance(example.prompt, str):
             return [example.prompt, *example.completions]  # pyright: ignore[reportReturnType]
-        prompt = list[Message](example.prompt)  # pyright: ignore[reportArgumentType]
-        conversations = [[*prompt, *completion] for completion in example.completions]
-        try:
-            return [
-                self._render(prompt, example, add_generation_prompt=True),
-                *(self._render(conversation, example) for conversation in conversations),
-            ]
-        except ModelError:
-            raise
-        # A chat template is a program by somebody else: it may raise anything on a conversation it does not expect.
-        except Exception as error:
-            what = f"the chat template refuses the conversation ({type(error).__name__}: {error})"
-            return RowFault(TEMPLATE_ERROR, example.source, what)
-
-    def _render(self, messages: list[Any], example: PreferenceExample, *, add_generation_prompt: bool = False) -> str:
-        tokenizer = self._required_tokenizer(example.source)
-        if tokenizer.chat_template is None:
-            raise ModelError(
-                f"{self._tokenizer_name} has no chat template, and {example.source} holds chat messages; "
-                "name the tokenizer of an instruct model in model.tokenizer_name_or_path, or give rows of strings"
-            )
-        tools: Any = list(example.tools) if example.tools else None
-        rendered = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return str(rendered)
+        self._required_tokenizer(example.source)
+        assert self._renderer is not None
+        return self._renderer.texts(example)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -160,7 +141,8 @@ class Encoder:
 
         Normally the prompt's ids begin the conversation's. Where text merges across the border, the rest is tokenised
         on its own: the model is asked with exactly the prompt's ids. Where the template renders the prompt in another
-        way once an answer follows, the border is where all renderings still agree, and no token is lost.
+        way once an answer follows, the border is where all renderings still agree, and no token is lost; no words of
+        the prompt stand behind it (`conversation.py`).
         """
         prompt_text, *conversation_texts = texts
         prompt, *conversations = (tuple(part) for part in ids)

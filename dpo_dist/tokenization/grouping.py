@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from dpo_dist.data import Pair
 from dpo_dist.tokenization.encode import Ids, TokenizedExample
-
-# Counted in TokenizedDataset.notes: rows that became part of an earlier one.
-MERGED = "merged_by_prompt"
+from dpo_dist.tokenization.notes import MERGED
 
 
 class PromptGroups:

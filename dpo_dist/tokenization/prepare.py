@@ -32,7 +32,7 @@ from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, token
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
 # Raise when the same rows would be written as other ids or in another layout.
-DATA_FORMAT = 3
+DATA_FORMAT = 4
 _EXAMPLES_PER_CALL = 256
 _LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ def prepare_dataset(
     loaded = load_tokenizer(tokenizer) if needs_tokenizer else None
     encoder = Encoder(data, loaded, f"{tokenizer.key}={tokenizer.path}")
     digest = tokenizer_digest(loaded) if loaded is not None else None
-    folder = cache_dir / _cache_key(opened, data, digest, demonstrations)
+    identities = [source.identity() for source in opened]
+    folder = cache_dir / _cache_key(identities, data, digest, demonstrations)
     # Looked up without the lock first: a folder under its final name is whole, and most starts find it.
     if not is_whole(folder):
         try:
@@ -79,7 +80,7 @@ def prepare_dataset(
             with _locked(folder):
                 if not is_whole(folder):
                     place = section if len(opened) > 1 else opened[0].key
-                    _write(folder, opened, data, encoder, demonstrations, place)
+                    _write(folder, opened, identities, data, encoder, demonstrations, place)
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
@@ -122,11 +123,11 @@ def _place(source: DataSource) -> tuple[str, str]:
     return str(path.resolve()) if path.exists() else source.path, source.split
 
 
-def _cache_key(sources: Sequence[Source], data: DataConfig, tokenizer: str | None, demonstrations: bool) -> str:
+def _cache_key(identities: Sequence[list[str]], data: DataConfig, tokenizer: str | None, demonstrations: bool) -> str:
     """Name of the folder: equal for equal content, whatever the machine or the time of the files."""
     parts = {
         "format": DATA_FORMAT,
-        "sources": [source.identity() for source in sources],
+        "sources": identities,
         "max_length": data.max_length,
         "truncation_mode": data.truncation_mode,
         "on_bad_row": data.on_bad_row,
@@ -157,6 +158,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _write(
     folder: Path,
     sources: Sequence[Source],
+    identities: Sequence[list[str]],
     data: DataConfig,
     encoder: Encoder,
     demonstrations: bool,
@@ -181,6 +183,7 @@ def _write(
                 num_read += _write_source(source, rows, data, encoder, writer, bad_rows, refused)
             if refused.total:
                 raise DataError(refused.refusal(place, num_read))
+            _require_unchanged(sources, identities)
             writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())), sorted(ignored))
         for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
             _sync(partial / name)
@@ -192,6 +195,15 @@ def _write(
     _LOGGER.info(
         "tokenised %s examples, %s tokens, into %s", f"{writer.num_examples:,}", f"{writer.num_tokens:,}", folder
     )
+
+
+def _require_unchanged(sources: Sequence[Source], identities: Sequence[list[str]]) -> None:
+    """The folder's name says what was in the files before they were read: it must be so still."""
+    for source, before in zip(sources, identities, strict=True):
+        if source.identity() != before:
+            raise DataError(
+                f"{source.key}.path={source.name} changed while it was read; wait until it is complete, and start again"
+            )
 
 
 def _write_source(

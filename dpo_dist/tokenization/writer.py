@@ -4,9 +4,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from dpo_dist.tokenization.encode import TokenizedExample
 
@@ -15,6 +17,7 @@ SUMMARY_FILE = "summary.json"
 # Bounds the memory of writing, and the 32-bit offsets of Arrow lists.
 _ROWS_PER_BATCH = 1024
 _TOKENS_PER_BATCH = 2**22
+_BLOCK_BYTES = 2**24
 
 _IDS = pa.list_(pa.int32())
 _PAIR = pa.struct(
@@ -40,8 +43,8 @@ class Summary:
     """What is known of a data set without reading its rows."""
 
     num_examples: int
-    num_bytes: int
-    """Size of the Arrow file: a shorter one was damaged after it was written."""
+    digest: str
+    """xxh3_128 of the Arrow file."""
     fingerprint: str
     max_token_id: int
     bad_rows: dict[str, int]
@@ -117,7 +120,7 @@ class ExampleWriter:
         self.close()
         summary = Summary(
             num_examples=self.num_examples,
-            num_bytes=(self._folder / EXAMPLES_FILE).stat().st_size,
+            digest=_digest(self._folder / EXAMPLES_FILE),
             fingerprint=self._digest.hexdigest(),
             max_token_id=self._max_token_id,
             bad_rows=bad_rows,
@@ -125,7 +128,9 @@ class ExampleWriter:
             ignored_columns=ignored_columns,
             preferences=asdict(self._preferences),
         )
-        (self._folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        values = asdict(summary)
+        text = json.dumps({**values, "sha256": _seal(values)}, indent=2) + "\n"
+        (self._folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -162,10 +167,39 @@ def _canonical_bytes(example: TokenizedExample) -> bytes:
     )
 
 
+def read_summary(folder: Path) -> Summary:
+    """What a folder's summary says.
+
+    Raises:
+        ValueError: it is not as it was written.
+        OSError: it cannot be read.
+    """
+    values = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or values.pop("sha256", None) != _seal(values):
+        raise ValueError(f"{SUMMARY_FILE} is damaged")
+    return Summary(**values)
+
+
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a finished data set of the size that was written."""
+    """Whether a folder holds a finished data set, every byte as it was written.
+
+    All of it is read: a flipped bit would be trained on, or end the process where a length is wrong.
+    """
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return (folder / EXAMPLES_FILE).stat().st_size == summary["num_bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _digest(folder / EXAMPLES_FILE) == read_summary(folder).digest
+    except (OSError, ValueError, TypeError):
         return False
+
+
+def _digest(path: Path) -> str:
+    """A hash of a whole file, at the pace of memory."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _seal(values: dict[str, Any]) -> str:
+    """A hash of everything else that a summary says."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

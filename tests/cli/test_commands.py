@@ -114,6 +114,15 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(run_folder: Path) -
         assert {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))} == before
 
 
+def test_settings_changed_since_the_checkpoint_are_listed(run_folder: Path) -> None:
+    arguments = [str(run_folder / "run.yaml"), "checkpoint.resume=auto"]
+    for command in ("train", "check"):
+        assert "changed since" not in CliRunner().invoke(app, [command, *arguments]).output
+        result = CliRunner().invoke(app, [command, *arguments, "train.learning_rate=0.125"])
+        assert result.exit_code == 0, result.output
+        assert re.search(r"changed since the checkpoint: train.learning_rate: \S+ -> 0.125", result.output)
+
+
 def test_a_finished_run_that_was_killed_before_its_model_writes_it(run_folder: Path) -> None:
     out = run_folder / "out"
     lines, weights = lines_of(out), (out / "model" / "model.safetensors").read_bytes()
@@ -194,7 +203,7 @@ def test_schema_and_version() -> None:
     assert losses.output == (REPOSITORY / "docs" / "losses.md").read_text()
     assert all(f"| `{name}` |" in losses.output for name in LOSS_TYPES)
     both = CliRunner().invoke(app, ["schema", "--table", "--losses"])
-    assert both.exit_code == 2 and "ask for one of them" in both.output and "| `beta` |" not in both.output
+    assert both.exit_code == 2 and "give one of them" in both.output and "| `beta` |" not in both.output
     assert CliRunner().invoke(app, ["--version"]).output.strip() == f"dpo-dist {__version__}"
 
 

@@ -26,7 +26,7 @@ def written(folder: Path, *rows: dict[str, Any]) -> None:
     [
         ({"scores": [1, 2]}, "pairs.jsonl:2: scores has 2 values for 3 completions"),
         ({"scores": [1, float("nan"), 3]}, "pairs.jsonl:2: scores[1]=nan is not finite"),
-        ({"scores": None, "ranks": [1, 3, 4]}, "pairs.jsonl:2: ranks=[1, 3, 4] is no ranking"),
+        ({"scores": None, "ranks": [1, 3, 4]}, "pairs.jsonl:2: ranks=[1, 3, 4] is not a ranking"),
         ({"scores": None, "ranks": [1, 2]}, "pairs.jsonl:2: ranks has 2 values for 3 completions"),
         ({"scores": [1, 1, 1]}, "pairs.jsonl:2: all completions are ranked alike; repair the row"),
     ],

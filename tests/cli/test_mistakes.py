@@ -141,7 +141,7 @@ QWEN_MOE = {**TINY, "model_type": "qwen2_moe", "use_sliding_window": True, "slid
         ("flash_attn", "9.0", ["FLASH_3"], {**TINY, "head_dim": 256}, "has no deterministic backward kernel for heads"),
         ("flash_attn", "10.0", ["FLASH_4"], GEMMA, "has no backward kernel with window and softcap for heads of"),
         ("torch", "9.0", [], GEMMA, "has no softcap, which the model's architecture needs"),
-        ("sdpa", None, [], QWEN_MOE, "its sliding window of 4 tokens is not handed to the kernel"),
+        ("sdpa", None, [], QWEN_MOE, "its sliding window of 4 tokens is not passed to the kernel"),
     ],
 )
 def test_kernel_that_cannot_run(

@@ -158,8 +158,8 @@ def builds_wrongly(fault: Any, only_shared: bool = False) -> type[RankWork]:
     """A rank's work whose micro-batches have a fault."""
 
     class Faulty(RankWork):
-        def build(self, positions: Any, share_prompts: bool) -> MicroBatch:
-            batch = super().build(positions, share_prompts)
+        def build(self, positions: Any, share_prompts: bool, limit: int | None = None) -> MicroBatch:
+            batch = super().build(positions, share_prompts, limit)
             return fault(batch) if positions and (share_prompts or not only_shared) else batch
 
     return Faulty

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_dist.attention import interface
 from dpo_dist.batch import RankWork
 from dpo_dist.config import LossConfig
 from dpo_dist.errors import NumericsError
+from dpo_dist.logprobs import LogitTransform
 from dpo_dist.losses import bind, mean_loss
+from dpo_dist.model import scoring
 from dpo_dist.noise import LARGEST_LIMIT, NOISE_PER_SQRT_TOKEN, honest, is_rounding
 from dpo_dist.selfcheck import check_first_loss
 from dpo_dist.selfcheck.blame import blame_layout
@@ -93,7 +96,7 @@ def test_active_dropout(case):
     layer = case.policy.model.model.model.layers[0].mlp
     hook = layer.register_forward_hook(lambda module, args, output: F.dropout(output, 0.1, training=True))
     try:
-        with pytest.raises(NumericsError, match=r"self-check failed on rank 0: dropout: .*two answers"):
+        with pytest.raises(NumericsError, match=r"self-check failed on rank 0: dropout: .*two different answers"):
             case.prove()
     finally:
         hook.remove()
@@ -160,6 +163,79 @@ def test_fault_of_the_reference_bins_only(case):
 
     with pytest.raises(NumericsError, match="packing: the reference's bins"):
         case.prove(work_type=WrongBins)
+
+
+# ---- against the architecture's own forward: faults that every layout has alike
+
+
+def _kernel_that(change):
+    """The segments' kernel with something else in it, for policy and reference."""
+    real = interface._KERNELS["sdpa"]
+
+    def wrong(query, key, value, layout, scale, window, softcap, sinks):
+        return change(real, query, key, value, layout, scale, window, softcap, sinks)
+
+    return wrong
+
+
+KERNELS = {
+    "scale": lambda real, q, k, v, layout, scale, *rest: real(q, k, v, layout, 0.8 * scale, *rest),
+    "softcap": lambda real, q, k, v, layout, scale, window, softcap, sinks: real(
+        q, k, v, layout, scale, window, 5.0, sinks
+    ),
+    "window": lambda real, q, k, v, layout, scale, window, softcap, sinks: real(
+        q, k, v, layout, scale, 8, softcap, sinks
+    ),
+    "heads": lambda real, q, *rest: real(q.roll(1, 1), *rest),
+}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_kernel_that_is_wrong_alike_in_every_layout(folder, monkeypatch, kind):
+    monkeypatch.setitem(interface._KERNELS, "sdpa", _kernel_that(KERNELS[kind]))
+    case = Case(folder, 0, torch.float32, only_rank())
+    with pytest.raises(NumericsError, match=r"architecture: the packed forward of the policy does not give"):
+        case.prove()
+
+
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(scale=0.9), LogitTransform(softcap=4.0)], ids=["scale", "softcap"]
+)
+def test_a_head_that_is_wrong_alike_in_every_layout(case, transform):
+    heads = [engine.model.model.get_output_embeddings() for engine in (case.policy, case.reference.engine)]
+    try:
+        for head in heads:
+            head.transform = transform
+        with pytest.raises(NumericsError, match=r"architecture: the packed forward of the policy does not give"):
+            case.prove()
+    finally:
+        for head in heads:
+            head.transform = LogitTransform()
+
+
+def test_positions_that_are_wrong_alike_in_every_layout(case, monkeypatch):
+    real = scoring.as_packed
+
+    def twice_as_far(batch):
+        packed = real(batch)
+        return faults.replace(packed, inputs={**packed.inputs, "position_ids": 2 * packed.inputs["position_ids"]})
+
+    monkeypatch.setattr(scoring, "as_packed", twice_as_far)
+    with pytest.raises(NumericsError, match=r"architecture: the packed forward of the policy does not give"):
+        case.prove()
+
+
+def test_a_reference_of_another_architecture_is_compared_too(case, folder, tmp_path):
+    other = Case(save_model(tmp_path, initializer_range=0.2), 0, case.policy.dtype, only_rank())
+    other.reference.engine.model.model.get_output_embeddings().transform = LogitTransform(scale=0.9)
+    with pytest.raises(NumericsError, match=r"architecture: the packed forward of the reference does not give"):
+        case.prove(reference=other.reference, same_weights=False)
+
+
+def test_the_own_forward_differs_by_rounding_and_by_some(case):
+    proof = case.prove()
+    assert 0 <= proof.own_noise < 3 * NOISE_PER_SQRT_TOKEN[case.policy.dtype]
+    assert proof.own_noise > 0 or case.policy.dtype == torch.bfloat16
 
 
 # ---- the first loss

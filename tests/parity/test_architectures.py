@@ -273,7 +273,7 @@ def test_stops_when_a_layer_is_no_attention() -> None:
 def test_stops_when_a_window_would_be_lost() -> None:
     """Qwen2-MoE's window acts through the mask alone, which a packed forward does not have: off by 4 nats here."""
     _, ours = stock_and_ours(build("qwen2_moe", **CASES["qwen2_moe"].shape, **QWEN_WINDOW))
-    with pytest.raises(ModelError, match="Qwen2MoeAttention has a sliding window and does not hand it to its kernel"):
+    with pytest.raises(ModelError, match="Qwen2MoeAttention has a sliding window and does not pass it to its kernel"):
         our_logps(ours, EXAMPLES, share=True)
 
 

@@ -296,7 +296,7 @@ def test_sizes_that_four_bits_cannot_hold(tmp_path):
 
 
 def test_virtual_tokens_cannot_be_merged(folder, tmp_path):
-    with pytest.raises(ConfigError, match="PROMPT_TUNING is virtual tokens and cannot be merged"):
+    with pytest.raises(ConfigError, match="PROMPT_TUNING consists of virtual tokens and cannot be merged"):
         export_merged(folder / "base", folder / "start-prompt_tuning", tmp_path / "out", torch.float32)
     assert not list(tmp_path.iterdir())
 

@@ -127,7 +127,7 @@ def test_a_window_that_is_not_handed_over_is_refused() -> None:
     interface._require_window(module, None)
     module.sliding_window = 4
     interface._require_window(module, 4)
-    with pytest.raises(ModelError, match="has a sliding window and does not hand it to its kernel"):
+    with pytest.raises(ModelError, match="has a sliding window and does not pass it to its kernel"):
         interface._require_window(module, None)
     module.is_sliding = False
     interface._require_window(module, None)

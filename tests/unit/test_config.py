@@ -120,7 +120,7 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("train.learning_rate=.inf", "train.learning_rate=Infinity is not finite", "write a finite number"),
         ("train.learning_rate=.nan", "train.learning_rate=NaN is not finite", "write a finite number"),
         ("train.learning_rate=fast", "train.learning_rate=fast is not a number", "write one"),
-        ("train.learning_rate=true", "train.learning_rate=true is a truth value", "write a number"),
+        ("train.learning_rate=true", "train.learning_rate=true is true or false, not a number", "write a number"),
         ("train.adam_beta1=1", "train.adam_beta1=1 is out of range", "must be < 1"),
         ("train.adam_beta2=-0.1", "train.adam_beta2=-0.1 is out of range", "must be >= 0"),
         ("train.adam_epsilon=0", "train.adam_epsilon=0 is out of range", "must be > 0"),
@@ -128,8 +128,12 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
         ("train.weight_decay=-1", "train.weight_decay=-1 is out of range", "must be >= 0"),
         ("train.examples_per_step=0", "train.examples_per_step=0 is out of range", "must be >= 1"),
         ("train.examples_per_step=2.5", "train.examples_per_step=2.5 is not a whole number", "write one"),
-        ("train.examples_per_step=true", "train.examples_per_step=true is a truth value", "write a number"),
-        ("train.max_steps=true", "train.max_steps=true is a truth value", "write a number"),
+        (
+            "train.examples_per_step=true",
+            "train.examples_per_step=true is true or false, not a number",
+            "write a number",
+        ),
+        ("train.max_steps=true", "train.max_steps=true is true or false, not a number", "write a number"),
         ("train.max_steps=0", "train.max_steps=0 is out of range", "must be >= 1"),
         ("train.num_train_epochs=0", "train.num_train_epochs=0 is out of range", "must be > 0"),
         ("train.warmup_steps=-1", "train.warmup_steps=-1 is out of range", "must be >= 0"),
@@ -139,9 +143,9 @@ def test_on_and_off_are_words_not_truth_values(minimal, word):
             "between 0 and 1",
         ),
         ("train.seed=-1", "train.seed=-1 is out of range", "must be >= 0"),
-        ("train.shuffle=no", "train.shuffle=no is not a truth value", "write true or false"),
-        ("train.shuffle='true'", "train.shuffle=true is not a truth value", "write true or false"),
-        ("train.shuffle=1", "train.shuffle=1 is not a truth value", "write true or false"),
+        ("train.shuffle=no", "train.shuffle=no is neither true nor false", "write one of them"),
+        ("train.shuffle='true'", "train.shuffle=true is neither true nor false", "write one of them"),
+        ("train.shuffle=1", "train.shuffle=1 is neither true nor false", "write one of them"),
         ("train.output_dir=' '", 'train.output_dir=" " is empty', "write a name or path"),
         ("train.output_dir=7", "train.output_dir=7 is not text", "in quotes"),
         ("loss.beta=0", "loss.beta=0 is out of range", "must be > 0"),
@@ -512,7 +516,7 @@ def test_null_in_a_file_is_no_number(write):
 @pytest.mark.parametrize("value", ["", "  "])
 def test_an_empty_override_is_refused(minimal, key, value):
     line = only_error(minimal, f"{key}={value}")
-    assert line == f"command line: {key}= is empty; write a value, or {key}=null to take the key out"
+    assert line == f"command line: {key}= is empty; write a value, or {key}=null to remove the key"
 
 
 def test_a_quoted_empty_override_is_an_empty_text(minimal):
@@ -533,9 +537,9 @@ def test_a_key_is_given_once_on_the_command_line(minimal):
         ("=1", "=1 is not an override"),
         ("loss..beta=1", "loss..beta=1 is not an override"),
         ("data.train.x=1", "data.train is a list; name an element by its index, e.g. data.train.0"),
-        ("data.train.path=x", "data.train.path=x names no element of the list; did you mean data.train.0.path=x?"),
+        ("data.train.path=x", "data.train.path=x is not an element of the list; did you mean data.train.0.path=x?"),
         ("data.evaluation.split=x", "did you mean data.evaluation.0.split=x?"),
-        ("data.train.1=null", "data.train.1=null takes out an element that is not there; leave it out"),
+        ("data.train.1=null", "data.train.1=null removes an element that is not there; leave it out"),
         ("train.output_dir=#1", "train.output_dir has only a comment as its value; put the value in quotes"),
         ("data.train.-1.path=x", "data.train is a list; name an element by its index"),
         ("data.train.2.path=x", "data.train has 1 elements; the next index is 1"),

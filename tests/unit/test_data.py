@@ -323,7 +323,7 @@ def test_row_faults(row: dict[str, Any], reason: str) -> None:
         ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "prompt[0].content=None is of"),
         (
             {"conversations": [{"from": "bot", "value": "x"}], "chosen": GOOD, "rejected": BAD},
-            "from='bot' is not known",
+            "from='bot' is unknown",
         ),
         ({"conversations": [USER], "chosen": "c", "rejected": "r"}, "chosen='c' is of the wrong type"),
         ({"conversations": [USER], "system": 3, "chosen": GOOD, "rejected": BAD}, "system=3 is of the wrong type"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dpo_dist.pretrained import (
     WINDOW_IN_MASK,
     attention_needs,
     decide_sharing,
+    digests,
     identity,
     load_config,
     logit_transform,
@@ -163,17 +165,17 @@ def test_a_file_without_its_end_is_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ModelError, match=r"model\.safetensors is damaged .*\(its last 3 bytes are missing\)"):
-        identity(folder)
+        identity(folder, folder.parent / "memory")
 
 
 def test_identity_follows_the_weights_and_nothing_else(folder: Path) -> None:
-    before = identity(folder)
+    before = identity(folder, folder.parent / "memory")
     edit_config(folder, note="other")
-    assert identity(folder) == before
+    assert identity(folder, folder.parent / "memory") == before
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert identity(folder) != before
+    assert identity(folder, folder.parent / "memory") != before
 
 
 def test_damaged_weights_are_named(folder: Path) -> None:
@@ -181,7 +183,7 @@ def test_damaged_weights_are_named(folder: Path) -> None:
     for damaged in (b"", whole[:100], b"\xff" * 100, b"not a model"):
         (folder / "model.safetensors").write_bytes(damaged)
         with pytest.raises(ModelError, match=r"model\.safetensors is damaged or no safetensors file"):
-            identity(folder)
+            identity(folder, folder.parent / "memory")
 
 
 # ---- its configuration
@@ -321,14 +323,14 @@ def test_architectures_whose_window_is_in_the_mask_alone() -> None:
 
 def test_a_window_that_would_be_lost_is_refused_before_anything_is_loaded() -> None:
     phimoe = CONFIG_MAPPING["phimoe"]
-    with pytest.raises(ModelError, match="phimoe cannot be packed: its sliding window of 64 tokens is not handed to"):
+    with pytest.raises(ModelError, match="phimoe cannot be packed: its sliding window of 64 tokens is not passed to"):
         decide_sharing(phimoe(sliding_window=64), "auto")
     assert not decide_sharing(phimoe(), "auto")[0]
     # Phi-3.5-MoE's own: as wide as the longest text that the model can read.
     assert not decide_sharing(phimoe(sliding_window=131072, max_position_embeddings=131072), "auto")[0]
     window = {"sliding_window": 64, "use_sliding_window": True}
     with pytest.raises(
-        ModelError, match="qwen2_moe cannot be packed: its sliding window of 64 tokens is not handed to"
+        ModelError, match="qwen2_moe cannot be packed: its sliding window of 64 tokens is not passed to"
     ):
         decide_sharing(CONFIG_MAPPING["qwen2_moe"](**window), "auto")
     assert decide_sharing(CONFIG_MAPPING["qwen2_moe"](), "auto")[0]
@@ -340,3 +342,56 @@ def test_a_model_that_lacks_weights_is_named_once(folder: Path) -> None:
     with pytest.raises(ModelError, match=rf"^{KEY}=\S*tiny lacks 1 weights .* such as model\.norm\.weight") as caught:
         load(folder)
     assert str(caught.value).count(KEY) == 1
+
+
+# ---- its identity
+
+
+def test_one_changed_number_anywhere_is_another_model(folder: Path, tmp_path: Path) -> None:
+    """40 rows of a matrix, none of them in its middle, were not noticed once."""
+    memory = tmp_path / "memory"
+    before = identity(folder, memory)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        changed.view(-1)[0] += 1
+        save_file({**tensors, name: changed}, folder / "model.safetensors", metadata={"format": "pt"})
+        assert identity(folder, memory) != before, name
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert identity(folder, memory) == before
+
+
+def test_weights_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, memory = folder / "model.safetensors", tmp_path / "memory"
+    monkeypatch.setattr("dpo_dist.pretrained.digests._SETTLED_NS", -1)  # as if it were old
+    before = identity(folder, memory)
+    read: list[Path] = []
+    real = digests._digest_of
+    monkeypatch.setattr("dpo_dist.pretrained.digests._digest_of", lambda one: read.append(one) or real(one))
+    assert identity(folder, memory) == before and not read
+    path.write_bytes(path.read_bytes())  # the same content at another time
+    assert identity(folder, memory) == before and read == [path]
+
+
+def test_weights_that_were_written_just_now_are_read_again(folder: Path, tmp_path: Path) -> None:
+    """A second write within a tick of the clock would not show in size and time."""
+    memory = tmp_path / "memory"
+    identity(folder, memory)
+    (kept,) = memory.glob("*.json") if list(memory.glob("*.json")) else (None,)
+    assert kept is None or json.loads(kept.read_text()) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model.safetensors": 1}', '{"model.safetensors": [[1], 2]}'])
+def test_a_damaged_memory_is_no_obstacle(folder: Path, tmp_path: Path, text: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("dpo_dist.pretrained.digests._SETTLED_NS", -1)
+    memory = tmp_path / "memory"
+    before = identity(folder, memory)
+    (kept,) = memory.glob("*.json")
+    kept.write_text(text)
+    assert identity(folder, memory) == before
+    assert json.loads(kept.read_text())["model.safetensors"][1]
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert identity(folder, tmp_path / "file" / "memory") == identity(folder, tmp_path / "memory")

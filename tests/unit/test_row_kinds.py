@@ -125,7 +125,7 @@ def test_bad_completions_are_refused_as_token_ids_too(demonstrations: bool) -> N
         ({**RANKED, "scores": [1, 10**400]}, "scores[1]=inf is not finite"),
         ({**RANKED, "scores": [1e308, -1e308]}, "scores lie too far apart"),
         # Told from its size: as many whole numbers as that fit into no memory.
-        ({**RANKED, "scores": None, "ranks": [1, 10**12]}, "ranks=[1, 1000000000000] is no ranking"),
+        ({**RANKED, "scores": None, "ranks": [1, 10**12]}, "ranks=[1, 1000000000000] is not a ranking"),
     ],
 )
 def test_numbers_beyond_what_a_float_holds(row: dict[str, Any], error: str) -> None:

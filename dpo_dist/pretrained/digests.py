@@ -1,0 +1,100 @@
+"""Hashes that tell models apart: every byte of every tensor, read once and remembered by the file's size and time."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+from filelock import FileLock
+
+from dpo_dist.errors import ModelError
+from dpo_dist.pretrained.folder import ADAPTER_SETTINGS, first_line, read_header
+
+_READ_BYTES = 2**24
+# A file that was written just now may be written again within the same tick of the clock, with the same size.
+_SETTLED_NS = 2 * 10**9
+
+
+def identity(folder: Path, memory: Path) -> str:
+    """A hash of all tensors of a folder: names, dtypes, shapes and values.
+
+    A file is read once, at the pace of the disk; from then on its size and time of change stand for it. Of several
+    processes on a machine one reads, the others wait for what it found.
+
+    Args:
+        folder: with `*.safetensors`.
+        memory: a folder of ours, where hashes are kept.
+    Raises:
+        ModelError: a file is damaged or cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    known = memory / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
+    try:
+        memory.mkdir(parents=True, exist_ok=True)
+        with FileLock(known.with_suffix(".lock")):
+            digests = _remembered(known, files, _digest_of)
+    except OSError:  # a cache that cannot be written
+        digests = [_digest_of(path) for path in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+
+
+def adapter_identity(folder: Path, memory: Path) -> str:
+    """The same of an adapter: its tensors, and what its configuration makes of them."""
+    settings = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+    for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
+        settings.pop(name, None)
+    text = identity(folder, memory) + json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _remembered(known: Path, files: list[Path], digest_of: Callable[[Path], str]) -> list[str]:
+    entries: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        entries = json.loads(known.read_text(encoding="utf-8"))
+    found = {}
+    for path in files:
+        stamp = _stamp(path)
+        entry = entries.get(path.name) if isinstance(entries, dict) else None
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == stamp and isinstance(entry[1], str)):
+            entry = [stamp, digest_of(path)]
+        found[path.name] = entry
+    settled = {name: entry for name, entry in found.items() if time.time_ns() - entry[0][1] > _SETTLED_NS}
+    if settled != entries:
+        partial = known.with_name(f".{known.name}.{os.getpid()}")
+        partial.write_text(json.dumps(settled), encoding="utf-8")
+        partial.replace(known)
+    return [found[path.name][1] for path in files]
+
+
+def _stamp(path: Path) -> list[int]:
+    # Of what a link leads to: the hub's cache holds links to files that are named by their content.
+    status = path.stat()
+    return [status.st_size, max(status.st_mtime_ns, status.st_ctime_ns), status.st_ino]
+
+
+def _digest_of(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            _digest_tensors(file, digest)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise ModelError(f"{path} is damaged or no safetensors file ({first_line(error)}); copy it again") from None
+    return digest.hexdigest()
+
+
+def _digest_tensors(file: BinaryIO, digest: Any) -> None:
+    header, header_size = read_header(file)
+    end = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    missing = end - file.seek(0, os.SEEK_END)
+    if missing > 0:
+        raise ValueError(f"its last {missing} bytes are missing")
+    for name, entry in sorted(header.items()):
+        digest.update(f"{name} {entry['dtype']} {entry['shape']} {entry['data_offsets']}".encode())
+    file.seek(8 + header_size)
+    while block := file.read(_READ_BYTES):
+        digest.update(block)

@@ -1,0 +1,69 @@
+"""The packed forward against the architecture's own, on real weights and the beginning of one example.
+
+The layouts of `proof.py` are the program compared with itself. What a class does beside attention, after its last layer
+or with its positions shows here alone.
+
+    M scored tokens   C completions
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_dist.batch import MicroBatch, RankWork, build_micro_batch
+from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
+from dpo_dist.selfcheck.comparison import Comparison, alone, compare
+
+_LIMIT = 32  # tokens of a prompt, and of a completion: what is computed whole is that short
+
+
+@runtime_checkable
+class _Engine(Protocol):
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]: ...
+
+    def own_token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]: ...
+
+
+@torch.no_grad()
+def compare_with_own_forward(engine: _Engine, work: RankWork, positions: Sequence[int]) -> list[Comparison]:
+    """Two completions of the shortest of some examples, packed after another example, and alone. Collective.
+
+    Every rank runs one packed forward and two of its class; with nothing to do it runs fillers.
+
+    Args:
+        engine: policy or reference.
+        work: the rank's share of a step.
+        positions: of it, those of its first micro-batch.
+    """
+    chosen = sorted(positions, key=lambda position: -_num_tokens(work, position))[-2:]
+    packed = work.build(chosen, work.share_prompts, _LIMIT)
+    packed_C = packed.to(engine.device).completion_sums(engine.token_logps(packed), weighted=False)
+    comparisons = []
+    for own in _first_and_last(work, chosen, packed):
+        own_M = engine.own_token_logps(own)
+        own_C = own.to(own_M.device).completion_sums(own_M)
+        comparisons.append(compare(own, own_C, packed, packed_C, NOISE_PER_SQRT_TOKEN[engine.dtype]))
+    return comparisons
+
+
+def _first_and_last(work: RankWork, chosen: Sequence[int], packed: MicroBatch) -> list[MicroBatch]:
+    """The first and the last completion of the last example, each alone."""
+    if not chosen:
+        return [build_micro_batch([], [], share_prompts=False)] * 2
+    example = work.example(chosen[-1]).beginning(_LIMIT)
+    count = len(example.completion_ids)
+    indices = packed.completion_index_C[-count:]
+    return [alone(example, k, int(indices[k])) for k in (0, count - 1)]
+
+
+def _num_tokens(work: RankWork, position: int) -> int:
+    example = work.example(position)
+    return len(example.prompt_ids) + max(map(len, example.completion_ids))

@@ -1,0 +1,28 @@
+"""Rows that are used, and that the user should know about: counted in `TokenizedDataset.notes`."""
+
+PROMPT_NOT_A_PREFIX = "prompt_not_a_prefix"
+BOUNDARY_MERGED = "boundary_merged"
+TRUNCATED = "truncated"
+MERGED = "merged_by_prompt"
+
+_MEANINGS = {
+    PROMPT_NOT_A_PREFIX: "the chat template renders the prompt in another way once an answer follows; the completion "
+    "begins where the two renderings part",
+    BOUNDARY_MERGED: "the tokenizer merges text across the border of prompt and completion; the completion was "
+    "tokenised on its own",
+    TRUNCATED: "completions were cut at data.max_length, without an end-of-sequence token",
+    MERGED: "the row became part of an earlier one with the same prompt (data.group_by_prompt)",
+}
+
+
+def describe_notes(notes: dict[str, int], num_rows: int) -> list[str]:
+    """A line for each note: how many rows, their share, what it means.
+
+    Args:
+        notes: rows by note.
+        num_rows: of the whole data set.
+    """
+    return [
+        f"{count:,} of {num_rows:,} rows ({100 * count / num_rows:.3g} %): {note}: {_MEANINGS[note]}"
+        for note, count in notes.items()
+    ]

@@ -1,0 +1,93 @@
+"""What `check` and `train` say of a model's architecture before any weight is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from dpo_dist.cli import app
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A command on a model of an architecture, with rows of some length."""
+
+    def command(name: str, model_type: str, length: int = 6, **settings: Any) -> Any:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**TINY | settings)).save_pretrained(
+            tmp_path / "model"
+        )
+        rows = [{"prompt_ids": [n + 3] * 3, "chosen_ids": [5] * (length - 3), "rejected_ids": [7, n]} for n in range(4)]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "run.yaml").write_text(
+            "model: {model_name_or_path: model, dtype: float32}\n"
+            "data: {train: [{path: pairs.jsonl}]}\n"
+            "train: {output_dir: out, examples_per_step: 2, max_steps: 1}\n"
+            "parallel: {deepspeed: zero0_cpu}\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DPO_DIST_CACHE", str(tmp_path / "cache"))
+        return CliRunner().invoke(app, [name, "run.yaml"])
+
+    return command
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("roberta", {"is_decoder": True}, "differ"),
+        ("bert", {"is_decoder": True}, "differ"),
+        ("gptj", {"rotary_dim": 4}, "its own code"),
+        ("gpt_neo", {"attention_types": [[["global"], 2]]}, "its own code"),
+        ("falcon", {}, "its own code"),
+    ],
+)
+def test_an_architecture_that_computes_more_is_refused(
+    run: Any, command: str, model_type: str, settings: dict[str, Any], reason: str
+) -> None:
+    result = run(command, model_type, **settings)
+    assert result.exit_code == 2, result.output
+    assert f"model.model_name_or_path: architecture {model_type} cannot be trained here: " in result.output
+    assert reason in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_row_longer_than_the_table_of_positions(run: Any, command: str) -> None:
+    result = run(command, "gpt2", length=18, n_positions=16)
+    assert result.exit_code == 2, result.output
+    assert "pairs.jsonl:1: this row of data.train needs 17 positions, and architecture gpt2" in result.output
+    assert "has 16; set data.max_length=16 with data.truncation_mode" in result.output
+
+
+def test_a_row_that_just_fits_is_trained(run: Any) -> None:
+    result = run("train", "gpt2", length=17, n_positions=16)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_rotary_model_reads_on_with_a_remark(run: Any) -> None:
+    result = run("check", "llama", length=18, max_position_embeddings=16)
+    assert result.exit_code == 0, result.output
+    assert "data.train: the longest row has 18 tokens" in result.output
+    assert "was made for 16 (max_position_embeddings)" in result.output
+
+
+def test_the_auxiliary_loss_of_a_router_is_said_to_be_left_out(run: Any) -> None:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2}
+    result = run("train", "mixtral", output_router_logits=True, **experts)
+    assert result.exit_code == 0, result.output
+    assert "asks for the auxiliary loss of its router (output_router_logits=true)" in result.output

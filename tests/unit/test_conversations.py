@@ -1,0 +1,199 @@
+"""Whatever a user wrote reaches the tokens, by any chat template, or the row is refused with a way out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from dpo_dist.config import DataConfig, DataSource
+from dpo_dist.errors import DataError
+from dpo_dist.tokenization import TokenizedDataset, load_tokenizer, prepare_dataset
+from tests import chat_templates as templates
+from tests.byte_tokenizer import save_tokenizer
+
+USER = {"role": "user", "content": "What time is it?"}
+ZONE = {"type": "object", "properties": {"zone": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": ZONE}}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def says(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def calls(arguments: Any) -> dict[str, Any]:
+    call = {"id": "call00001", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+    return says("", tool_calls=[call])
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {"prompt": [USER], "chosen": [says("Noon.")], "rejected": [says("Late.")], **more}
+
+
+class Reader:
+    """Rows by a template, as text again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def data(self, template: str, rows: list[dict[str, Any]] | Path, **settings: Any) -> TokenizedDataset:
+        path = rows
+        if not isinstance(rows, Path):
+            path = self.folder / "pairs.jsonl"
+            path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+        self.spec = save_tokenizer(self.folder / "tokenizer", template)
+        source = DataSource(path=str(path))
+        config = DataConfig(train=[source], **settings)
+        return prepare_dataset([source], config, self.spec, self.folder / "cache")
+
+    def texts(self, template: str, rows: list[dict[str, Any]] | Path) -> tuple[str, ...]:
+        sample = self.data(template, rows).sample(0, load_tokenizer(self.spec))
+        return (sample.prompt, *sample.completions)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Reader:
+    return Reader(tmp_path)
+
+
+# ---- tools and tool calls
+
+
+def test_a_template_that_ignores_tool_calls(reader: Reader) -> None:
+    """The chosen completion would be an empty turn, and the model would learn to say nothing."""
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .* does not show tool_calls of message 2 .*not_rendered"):
+        reader.data(templates.SMOLLM2, [row(chosen=[calls({"zone": "UTC"})])])
+
+
+def test_a_template_that_ignores_tools(reader: Reader) -> None:
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:1: the chat template does not show tools to the model; name the"
+    ):
+        reader.data(templates.SMOLLM2, [row(tools=[TOOL])])
+
+
+def test_a_template_that_ignores_reasoning(reader: Reader) -> None:
+    thoughtful = says("Noon.", reasoning_content="The sun is high.")
+    with pytest.raises(DataError, match="does not show reasoning_content of message 2 to the model; write it into the"):
+        reader.data(templates.SMOLLM2, [row(chosen=[thoughtful])])
+
+
+def test_a_template_that_ignores_the_system_message(reader: Reader) -> None:
+    with pytest.raises(DataError, match=r"leaves out message 1 \(role system\): 'Be brief\.'"):
+        reader.data(templates.FORGETFUL, [row(prompt=[SYSTEM, USER])])
+
+
+def test_all_rows_that_lose_something_are_counted_or_skipped(reader: Reader) -> None:
+    rows = [row(), row(tools=[TOOL]), row(chosen=[calls({})])]
+    with pytest.raises(DataError, match=r"2 of 3 rows cannot be used.*\n  2 x not_rendered"):
+        reader.data(templates.SMOLLM2, rows)
+    assert reader.data(templates.SMOLLM2, rows, on_bad_row="skip").bad_rows == {"not_rendered": 2}
+
+
+@pytest.mark.parametrize("template", [templates.QWEN_2_5, templates.QWEN_3])
+@pytest.mark.parametrize("form", [dict, json.dumps], ids=["object", "text"])
+def test_arguments_are_encoded_once(reader: Reader, template: str, form: Any) -> None:
+    _, chosen, _ = reader.texts(template, [row(chosen=[calls(form({"zone": "UTC"}))])])
+    assert chosen == '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call><|im_end|>\n'
+
+
+@pytest.mark.parametrize("form", [dict, json.dumps], ids=["object", "text"])
+def test_a_template_that_wants_text_gets_text(reader: Reader, form: Any) -> None:
+    _, chosen, _ = reader.texts(templates.DEEPSEEK, [row(chosen=[calls(form({"zone": "UTC"}))])])
+    assert chosen == '<call>clock\n{"zone": "UTC"}</call><|end|>'
+
+
+def test_text_stays_as_it_was_written_where_the_template_takes_text(reader: Reader) -> None:
+    _, chosen, _ = reader.texts(templates.QWEN_3, [row(chosen=[calls('{"zone":"UTC"}')])])
+    assert '"arguments": {"zone":"UTC"}' in chosen
+
+
+def test_reasoning_of_earlier_turns_is_the_templates_to_drop(reader: Reader) -> None:
+    earlier = [USER, says("Noon.", reasoning_content="High sun."), {"role": "user", "content": "Sure?"}]
+    learned = says("Yes.", reasoning_content="I looked.")
+    prompt, chosen, _ = reader.texts(templates.QWEN_3, [row(prompt=earlier, chosen=[learned])])
+    assert "High sun." not in prompt and "<think>\nI looked.\n</think>\n\nYes." in chosen
+
+
+# ---- the border
+
+
+def test_words_of_the_prompt_in_the_completion(reader: Reader) -> None:
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:1: .*words of the prompt become part of the completion: '.*time is"
+    ):
+        reader.data(templates.MISTRAL, [row(prompt=[SYSTEM, USER])])
+    prompt, chosen, _ = reader.texts(templates.MISTRAL, [row()])
+    assert (prompt, chosen) == ("<s>[INST] What time is it?[/INST]", " Noon.</s>")
+
+
+def test_an_answer_that_repeats_the_question_is_no_moved_prompt(reader: Reader) -> None:
+    """The template adds a header to the last turn only: the border moves, the words do not."""
+    template = templates.LLAMA_3.replace("\n\n{% endif %}", "\n\n<think>{% endif %}")
+    data = reader.data(template, [row(chosen=[says("What time is it?")])])
+    assert data.notes == {"prompt_not_a_prefix": 1}
+
+
+# ---- roles
+
+
+@pytest.mark.parametrize("role", ["human", "user"])
+def test_names_of_speakers_are_roles(reader: Reader, role: str) -> None:
+    prompt, *_ = reader.texts(templates.LLAMA_3, [row(prompt=[{**USER, "role": role}])])
+    assert "<|start_header_id|>user<|end_header_id|>\n\nWhat" in prompt
+
+
+def test_a_role_that_the_template_has_never_heard_of(reader: Reader) -> None:
+    critic = {"role": "critic", "content": "Hm."}
+    with pytest.raises(DataError, match=r"the chat template knows no role 'critic'; rename it to user, assistant"):
+        reader.data(templates.LLAMA_3, [row(prompt=[USER, critic])])
+    named = templates.LLAMA_3.replace("{% for m in messages %}", "{# 'critic' #}{% for m in messages %}")
+    assert len(reader.data(named, [row(prompt=[USER, critic])])) == 1
+
+
+def test_a_conversation_that_ends_with_the_user_has_no_answer(reader: Reader) -> None:
+    with pytest.raises(
+        DataError, match=r"the chosen completion ends with a message of role 'user': there is no answer"
+    ):
+        reader.data(templates.LLAMA_3, [row(chosen=[says("Noon."), USER])])
+
+
+# ---- the same rows in any file
+
+
+NULLED = [
+    row(tools=[TOOL], chosen=[calls({"zone": "UTC"})]),
+    row(tools=[TOOL], chosen=[calls({"city": "Rome", "zone": None})]),
+]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "json type", "json type in arrow"])
+def test_tool_calls_are_the_same_tokens_in_any_file(reader: Reader, form: str, tmp_path: Path) -> None:
+    expected = reader.data(templates.QWEN_2_5, NULLED)
+    path = tmp_path / ("pairs.arrow" if "arrow" in form else "pairs.parquet")
+    if form.startswith("json"):
+        dataset = Dataset.from_list(NULLED, on_mixed_types="use_json")
+        assert "Json" in str(dataset.features)
+        if "arrow" in form:
+            dataset.save_to_disk(tmp_path / "saved")
+            path = tmp_path / "saved"
+        else:
+            dataset.to_parquet(path)
+    elif form == "arrow":
+        table = pa.Table.from_pylist(NULLED)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(pa.Table.from_pylist(NULLED), path)
+    assert reader.data(templates.QWEN_2_5, path).fingerprint == expected.fingerprint
+
+
+def test_arguments_reach_the_model_as_objects_from_json_columns(reader: Reader, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    Dataset.from_list(NULLED, on_mixed_types="use_json").to_parquet(path)
+    prompt, chosen, _ = reader.texts(templates.QWEN_2_5, path)
+    assert '{"zone": "UTC"}' in chosen and '"name": "clock"' in prompt

@@ -1,6 +1,6 @@
-"""Every causal architecture that transformers knows, tried as `dpo-dist check` tries it; prints docs/architectures.md.
+"""Every causal architecture that transformers knows, tried as `dpo-dist check` does; writes docs/architectures.md.
 
-python -m tests.parity.sweep > docs/architectures.md
+python -m tests.parity.sweep
 """
 
 import logging
@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dpo_dist.pretrained.shrunk import shrunk
 from tests.parity.oracle import naive_logps, our_logps, random_example, stock_and_ours
 
 KEY = "model.model_name_or_path"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 EXAMPLES = [random_example(1, 7, [5, 1, 9]), random_example(2, 1, [4, 12]), random_example(3, 13, [1, 6])]
 ALLOWED = 5e-3  # nats, in float32
@@ -88,10 +90,10 @@ def naive_difference(config: PretrainedConfig, shared: bool) -> float:
 
 HEAD = """# Architectures
 
-All {count} causal architectures of transformers {version}, as `dpo-dist check` sees them: a small random model of each is scored
-packed and by the architecture's own forward pass ([how](decisions/0017-the-architectures-own-forward.md)). Made by
-`python -m tests.parity.sweep > docs/architectures.md`, with the default settings of each configuration class; other settings may
-make a difference, and `check` tries those of your model.
+All {count} causal architectures of transformers {version}, as `dpo-dist check` sees them: a small random model of each
+is scored packed and by the architecture's own forward pass ([how](decisions/0017-the-architectures-own-forward.md)).
+Made by `python -m tests.parity.sweep`, with the default settings of each configuration class; other settings may make a
+difference, and `check` tries those of your model.
 
 - **shared**: packed, every prompt is computed once ({shared})
 - **right**: packed, every completion with its own copy of the prompt ({right})
@@ -114,7 +116,7 @@ def page(verdicts: Mapping[str, Verdict]) -> str:
 
 
 def main() -> None:
-    """Print the page, or a line for each of some architectures."""
+    """Write the page, or print a line for each of some architectures."""
     logging.disable()
     warnings.simplefilter("ignore")
     verdicts = {name: judge(name) for name in sys.argv[1:] or TYPES}
@@ -122,7 +124,7 @@ def main() -> None:
         for name, one in verdicts.items():
             print(f"{name:28} {one.kind:10} {one.reason}")
     else:
-        print(page(verdicts), end="")
+        PAGE.write_text(page(verdicts), encoding="utf-8")
 
 
 if __name__ == "__main__":

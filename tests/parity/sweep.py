@@ -111,6 +111,7 @@ def page(verdicts: Mapping[str, Verdict]) -> str:
     for name, one in verdicts.items():
         why = re.sub(r"^model\.model_name_or_path: architecture \S+ cannot be (packed|trained here): ", "", one.reason)
         why = re.sub(r" by [\d.e+-]+ nats of a token", "", why.split("; architectures whose")[0]).replace("|", "/")
+        why = re.sub(r"\((\w+): .*\)$", r"(\1)", why)
         rows.append(f"| `{name}` | {one.kind} | {why} |\n")
     return HEAD.format(count=len(verdicts), version=transformers.__version__, **counts) + "".join(rows)
 

@@ -27,7 +27,8 @@ QWEN_2_5 = (
 )
 # Text stays text; reasoning only after the last question. As Qwen 3's.
 QWEN_3 = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}\n{{ t | tojson }}{% endfor %}</tools><|im_end|>\n"
+    "{% endif %}{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['reasoning_content'] and loop.index0 > ns.last %}<think>\n{{ m['reasoning_content'] }}\n"

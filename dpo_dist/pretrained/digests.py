@@ -53,22 +53,30 @@ def adapter_identity(folder: Path, memory: Path) -> str:
 
 
 def _remembered(known: Path, files: list[Path], digest_of: Callable[[Path], str]) -> list[str]:
-    entries: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        entries = json.loads(known.read_text(encoding="utf-8"))
+    entries = _entries(known)
     found = {}
     for path in files:
-        stamp = _stamp(path)
-        entry = entries.get(path.name) if isinstance(entries, dict) else None
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == stamp and isinstance(entry[1], str)):
-            entry = [stamp, digest_of(path)]
-        found[path.name] = entry
+        stamp, entry = _stamp(path), entries.get(path.name, [None, ""])
+        found[path.name] = entry if entry[0] == stamp else [stamp, digest_of(path)]
     settled = {name: entry for name, entry in found.items() if time.time_ns() - entry[0][1] > _SETTLED_NS}
     if settled != entries:
         partial = known.with_name(f".{known.name}.{os.getpid()}")
-        partial.write_text(json.dumps(settled), encoding="utf-8")
+        partial.write_text(json.dumps({"files": settled, "seal": _seal(settled)}), encoding="utf-8")
         partial.replace(known)
     return [found[path.name][1] for path in files]
+
+
+def _entries(known: Path) -> dict[str, Any]:
+    """What was remembered, by file: its stamp and its hash. Nothing if it is not as it was written."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        stored = json.loads(known.read_text(encoding="utf-8"))
+        if stored["seal"] == _seal(stored["files"]):
+            return stored["files"]
+    return {}
+
+
+def _seal(entries: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
 
 
 def _stamp(path: Path) -> list[int]:

@@ -22,8 +22,6 @@ _LIMIT = 32  # tokens of a prompt, and of a completion: what is computed whole i
 
 @runtime_checkable
 class _Engine(Protocol):
-    device: torch.device
-
     @property
     def dtype(self) -> torch.dtype: ...
 
@@ -45,7 +43,8 @@ def compare_with_own_forward(engine: _Engine, work: RankWork, positions: Sequenc
     """
     chosen = sorted(positions, key=lambda position: -_num_tokens(work, position))[-2:]
     packed = work.build(chosen, work.share_prompts, _LIMIT)
-    packed_C = packed.to(engine.device).completion_sums(engine.token_logps(packed), weighted=False)
+    packed_M = engine.token_logps(packed)
+    packed_C = packed.to(packed_M.device).completion_sums(packed_M, weighted=False)
     comparisons = []
     for own in _first_and_last(work, chosen, packed):
         own_M = engine.own_token_logps(own)

@@ -29,7 +29,7 @@ def tokens(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]] | str:
     arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
     try:
         (found,) = trainer._prepare_dataset(Dataset.from_list([row]), tokenizer, arguments, "train")
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return type(error).__name__
     return {name: found[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 

@@ -1,6 +1,6 @@
 """Record trl_tokens.json: `python -m tests.golden.record_trl_tokens`, where TRL 1.16 is installed.
 
-What TRL's `DPOTrainer` makes of `conversations.ROWS`: the ids that it would train on, each row as a data set of its own.
+What TRL's `DPOTrainer` makes of `conversations.ROWS`: the ids it would train on, each row a data set of its own.
 """
 
 import json

@@ -80,7 +80,7 @@ def _cannot_be_packed(config: PretrainedConfig) -> str | None:
     parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
     if parts := [name for name in parts if name not in _INNER_CONFIGS]:
         listed = ", ".join(parts)
-        return f"it has parts beside a decoder ({listed}); save its language model on its own, and give that folder"
+        return f"it has parts beside a decoder ({listed}); save its language model alone (docs/models.md shows how)"
     if config.is_encoder_decoder:
         return "it is an encoder with a decoder, and only decoders can be"
     stateful = STATEFUL_LAYERS.intersection(getattr(config, "layer_types", None) or ())

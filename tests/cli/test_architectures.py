@@ -91,3 +91,30 @@ def test_the_auxiliary_loss_of_a_router_is_said_to_be_left_out(run: Any) -> None
     result = run("train", "mixtral", output_router_logits=True, **experts)
     assert result.exit_code == 0, result.output
     assert "asks for the auxiliary loss of its router (output_router_logits=true)" in result.output
+
+
+def test_a_reference_that_was_changed_is_another_run(run: Any, tmp_path: Path) -> None:
+    """40 rows of its head set to zero between run and resume were once accepted."""
+    reference = tmp_path / "reference"
+    overrides = [f"model.reference_name_or_path={reference}", "checkpoint.resume=auto"]
+    assert run("check", "llama").exit_code == 0
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**TINY))
+    model.save_pretrained(reference)
+    result = CliRunner().invoke(app, ["train", "run.yaml", *overrides])
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        model.lm_head.weight[:40] = 0
+    model.save_pretrained(reference)
+    result = CliRunner().invoke(app, ["train", "run.yaml", "train.max_steps=2", *overrides])
+    assert result.exit_code == 2, result.output
+    assert "belongs to another run: the reference=" in result.output
+
+
+def test_train_names_every_note_with_its_share_of_rows(run: Any) -> None:
+    assert run("check", "llama", length=12).exit_code == 0
+    cut = ["data.max_length=8", "data.truncation_mode=keep_start"]
+    for command in ("train", "check"):
+        result = CliRunner().invoke(app, [command, "run.yaml", *cut])
+        assert result.exit_code == 0, result.output
+        assert "4 of 4 rows (100 %): truncated: completions were cut at data.max_length" in result.output

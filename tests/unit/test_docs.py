@@ -2,7 +2,8 @@
 
 Conventions of the pages: a YAML block begins with `# name.yaml` (a whole configuration, its name used once) or with
 `# added to name.yaml` (laid over that one); a block of rows is marked `jsonl`; a block of messages on the page
-docs/troubleshooting.md is marked `text`. Every check is also given a planted fault, which it must name.
+docs/troubleshooting.md is marked `text`, a program `python`. Every check is also given a planted fault, which
+it must name.
 """
 
 import json
@@ -10,9 +11,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 import yaml
 from torch.distributed.run import get_args_parser
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from dpo_dist import metrics
 from dpo_dist.cli import app
@@ -20,7 +23,9 @@ from dpo_dist.config import RunConfig, load_config
 from dpo_dist.data import PreferenceExample, example
 from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import ConfigError, DataError
-from dpo_dist.pretrained import SHARES_PROMPTS
+from dpo_dist.pretrained import SHARES_PROMPTS, decide_sharing
+from dpo_dist.pretrained import load_config as load_model_config
+from tests.byte_tokenizer import save_tokenizer
 from tests.pages import ROOT, anchors, blocks, command_lines, is_quoted, own_arguments, prose
 
 FOLDERS = (".", "docs", "docs/decisions", "benchmarks", "docker", "deepspeed_configs", "tests/golden")
@@ -197,9 +202,31 @@ def test_examples_and_commands(folder: Path) -> None:
     assert {"run.yaml", "cpu.yaml", "lora.yaml"} <= whole.keys()
     problems = [problem for name in whole for problem in _load_problems(name, folder / name, [])]
     for page, text in PAGES.items():
-        assert {block.kind for block in blocks(text)} <= {"", "bash", "jsonl", "text", "yaml"}, page
+        assert {block.kind for block in blocks(text)} <= {"", "bash", "jsonl", "python", "text", "yaml"}, page
         problems += _fragment_problems(page, text, folder) + _command_problems(page, text, folder)
     assert not problems
+
+
+def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one Python program of the pages takes the language model out of Gemma 3; here out of a small one."""
+    ((page, program),) = (
+        (page, block.text) for page, text in PAGES.items() for block in blocks(text) if block.kind == "python"
+    )
+    assert page == "docs/models.md"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 300, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    whole.save_pretrained(tmp_path / "whole")
+    save_tokenizer(tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("google/gemma-3-4b-it", "whole"), {})
+    (saved,) = {path.parent for path in tmp_path.glob("*/model.safetensors")} - {tmp_path / "whole"}
+    alone = AutoModelForCausalLM.from_pretrained(saved)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(alone(ids).logits, whole.eval()(ids).logits)
+    assert decide_sharing(load_model_config(saved, False), "auto")[0] and (saved / "tokenizer.json").is_file()
 
 
 def test_rows() -> None:

@@ -56,15 +56,38 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def config_of(model_type: str) -> PretrainedConfig:
-    """A configuration as it would stand in a model's folder."""
-    return CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+# What most configurations leave neutral, so that a model which computes it wrongly looks right.
+FEATURES: Mapping[str, Any] = {
+    "logits_scaling": 0.5,
+    "logit_scale": 0.5,
+    "lm_head_multiplier": 0.5,
+    "final_logit_softcapping": 3.0,
+    "attn_logit_softcapping": 2.0,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.5,
+    "sliding_window": 5,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "attention_bias": True,
+    "tie_word_embeddings": True,
+}
 
 
-def judge(model_type: str) -> Verdict:
+def config_of(model_type: str, featured: bool = False) -> PretrainedConfig:
+    """A configuration as it would stand in a model's folder; `featured`: with all `FEATURES` that it has."""
+    config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    if featured:
+        values = config.to_dict()
+        values |= {name: value for name, value in FEATURES.items() if name in values}
+        config = type(config).from_dict(values)
+    return config
+
+
+def judge(model_type: str, featured: bool = False) -> Verdict:
     """As `check` does, and whether what it accepts is right."""
     try:
-        config = config_of(model_type)
+        config = config_of(model_type, featured)
         shared, _ = decide_sharing(config, "auto")
         tried = try_architecture(config, KEY, shared)
     except ModelError as error:

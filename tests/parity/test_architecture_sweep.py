@@ -34,6 +34,13 @@ def test_nothing_is_wrong_untried_or_a_traceback(verdicts: dict[str, sweep.Verdi
     assert not faulty
 
 
+def test_no_feature_makes_an_architecture_wrong() -> None:
+    """Scales, softcaps and windows that are neutral by default; some are refused then, or left to the start."""
+    verdicts = {name: sweep.judge(name, featured=True) for name in sweep.TYPES}
+    assert not {name: one for name, one in verdicts.items() if one.kind == "wrong"}
+    assert sum(one.kind in ("shared", "right") for one in verdicts.values()) > 60
+
+
 def test_the_checked_ones_share_their_prompts(verdicts: dict[str, sweep.Verdict]) -> None:
     shared = {sweep.config_of(name).model_type for name, one in verdicts.items() if one.kind == "shared"}
     assert shared == SHARES_PROMPTS

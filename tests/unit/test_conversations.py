@@ -14,24 +14,9 @@ from dpo_dist.errors import DataError
 from dpo_dist.tokenization import TokenizedDataset, load_tokenizer, prepare_dataset
 from tests import chat_templates as templates
 from tests.byte_tokenizer import save_tokenizer
+from tests.golden.conversations import TOOL, USER, calls, row, says
 
-USER = {"role": "user", "content": "What time is it?"}
-ZONE = {"type": "object", "properties": {"zone": {"type": "string"}}}
-TOOL = {"type": "function", "function": {"name": "clock", "parameters": ZONE}}
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def says(content: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-def calls(arguments: Any) -> dict[str, Any]:
-    call = {"id": "call00001", "type": "function", "function": {"name": "clock", "arguments": arguments}}
-    return says("", tool_calls=[call])
-
-
-def row(**more: Any) -> dict[str, Any]:
-    return {"prompt": [USER], "chosen": [says("Noon.")], "rejected": [says("Late.")], **more}
 
 
 class Reader:

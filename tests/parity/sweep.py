@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,17 @@ FEATURES: Mapping[str, Any] = {
 }
 
 
+# Their own configuration class refuses these.
+NOT_FEATURED: Mapping[str, Sequence[str]] = {"dbrx": ("tie_word_embeddings",), "internlm3": ("attention_bias",)}
+
+
 def config_of(model_type: str, featured: bool = False) -> PretrainedConfig:
     """A configuration as it would stand in a model's folder; `featured`: with all `FEATURES` that it has."""
     config = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
     if featured:
         values = config.to_dict()
-        values |= {name: value for name, value in FEATURES.items() if name in values}
+        unwanted = NOT_FEATURED.get(model_type, ())
+        values |= {name: value for name, value in FEATURES.items() if name in values and name not in unwanted}
         config = type(config).from_dict(values)
     return config
 

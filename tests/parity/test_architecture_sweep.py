@@ -34,11 +34,11 @@ def test_nothing_is_wrong_untried_or_a_traceback(verdicts: dict[str, sweep.Verdi
     assert not faulty
 
 
-def test_no_feature_makes_an_architecture_wrong() -> None:
-    """Scales, softcaps and windows that are neutral by default; some are refused then, or left to the start."""
-    verdicts = {name: sweep.judge(name, featured=True) for name in sweep.TYPES}
-    assert not {name: one for name, one in verdicts.items() if one.kind == "wrong"}
-    assert sum(one.kind in ("shared", "right") for one in verdicts.values()) > 60
+def test_no_feature_changes_a_verdict(verdicts: dict[str, sweep.Verdict]) -> None:
+    """Scales, softcaps and windows that are neutral by default."""
+    featured = {name: sweep.judge(name, featured=True).kind for name in sweep.TYPES}
+    changed = {name: kind for name, kind in featured.items() if kind != verdicts[name].kind}
+    assert changed == {"phimoe": "refused"}, "its window is in the mask alone"
 
 
 def test_the_checked_ones_share_their_prompts(verdicts: dict[str, sweep.Verdict]) -> None:

@@ -34,6 +34,7 @@ def test_nothing_is_wrong_untried_or_a_traceback(verdicts: dict[str, sweep.Verdi
     assert not faulty
 
 
+@pytest.mark.thorough
 def test_no_feature_changes_a_verdict(verdicts: dict[str, sweep.Verdict]) -> None:
     """Scales, softcaps and windows that are neutral by default."""
     featured = {name: sweep.judge(name, featured=True).kind for name in sweep.TYPES}

@@ -4,10 +4,12 @@ Nothing here pickles: what travels between ranks is a tensor, or JSON as bytes. 
 reads environment variables.
 """
 
+import ctypes
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from dpo_dist import errors
 from dpo_dist.errors import DpoDistError, RankMismatchError
 
 logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,19 @@ def _ranks() -> Ranks:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, ranks_per_node)
+
+
+def end_with_launcher() -> None:
+    """Ask the system for SIGTERM when torchrun is gone: a rank that outlived it would train on beside its successor.
+
+    Linux alone can do so. A process that torchrun did not start is left alone: its parent may well end before it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it went before the system was asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def launched_rank() -> int:

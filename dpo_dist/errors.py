@@ -7,6 +7,7 @@
       CheckpointError           a named checkpoint is not usable                  exit 2
         NoUsableCheckpointError checkpoints exist, none can be trusted            exit 3
       NumericsError             a number the run proves about itself is off       exit 1
+      FolderInUseError          another run trains in the run's folder            exit 1
       RankMismatchError         ranks do not agree on what they compute           exit 1
 
 A message says what is wrong as `<path>=<value> <what>; <what would be right>`; data errors name file:line. Each class
@@ -40,6 +41,12 @@ class NoUsableCheckpointError(CheckpointError):
     """The run has checkpoints, and none of them passes verification."""
 
     exit_code = 3
+
+
+class FolderInUseError(DpoDistError, RuntimeError):
+    """Another run trains in the same folder: it may have ended at the next attempt."""
+
+    exit_code = 1
 
 
 class NumericsError(DpoDistError, ArithmeticError):

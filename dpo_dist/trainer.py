@@ -206,6 +206,7 @@ def evaluate_all(run: Run, progress: Progress) -> None:
         if (gap := accuracy_gap(progress.health, values)) is not None:
             values["accuracy_gap"] = gap
         found[name] = values
+        require_finite(progress.step, {f"{key} of {name}": value for key, value in values.items()})
         line = {"step": progress.step, "split": "evaluation", "dataset": name, **values}
         if run.ranks.is_first:
             run.metrics_file.write(line)
@@ -235,6 +236,8 @@ def save(run: Run, progress: Progress) -> None:
         world_size=run.ranks.world_size,
         config=run.config.model_dump(mode="json"),
     )
+    if run.ranks.is_first:
+        run.metrics_file.sync()  # as durable as the checkpoint: a resumed run does not write these lines again
     folder = run.store.save(state, run.weights.write, run.write_assets)
     progress.window_started += time.perf_counter() - started
     if run.ranks.is_first:

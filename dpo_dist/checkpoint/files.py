@@ -43,7 +43,9 @@ def sync_folders(root: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees either the old content or the new one, also after a crash."""
     staging = path.with_name(f".tmp-{path.name}")
-    staging.write_text(text, encoding="utf-8")
+    staging.unlink(missing_ok=True)  # made anew: a link of that name is not followed
+    with staging.open("x", encoding="utf-8") as file:
+        file.write(text)
     sync(staging)
     os.replace(staging, path)
     sync(path.parent)

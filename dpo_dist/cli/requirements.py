@@ -8,6 +8,10 @@ from dpo_dist.config import RunConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.metrics import TRACKER_PACKAGES
 
+LOCK_FILE = ".lock"
+# What a start leaves that was killed before it wrote its configuration: nothing that a new run could spoil.
+LEFTOVERS = frozenset({LOCK_FILE, "tensorboard"})
+
 
 def require_usable_output(config: RunConfig) -> None:
     """A folder that holds something is not written into, unless the run is to be resumed in it.
@@ -39,7 +43,7 @@ def require_possible_output(config: RunConfig) -> None:
 def output_in_use(config: RunConfig) -> str | None:
     """Why this run may not write into its folder, and the ways out; None where it may."""
     folder, resume = Path(config.train.output_dir), config.checkpoint.resume
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - LEFTOVERS:
         return None
     if resume == "never":
         return (

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_dist.checkpoint import LATEST_FILE, MANIFEST_FILE, CheckpointStore, RunState, changed_settings, require_same
+from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, require_same
 from dpo_dist.cli.prepare import Prepared
+from dpo_dist.cli.run_folder import is_model_of
 from dpo_dist.config import ReferenceConfig, keys_without_effect
 from dpo_dist.distributed import broadcast_json
 from dpo_dist.health import restored
@@ -41,7 +42,9 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
     model = Path(prepared.config.train.output_dir) / "model"
     ended = restored(state.health, state.config, prepared.config).ended
     is_over = state.step >= prepared.num_steps or bool(ended)
-    is_finished = broadcast_json(is_over and _is_model_of(folder, store, model))
+    is_finished = broadcast_json(
+        is_over and store.ranks.is_first and is_model_of(model, state.step, folder.name, look_only)
+    )
     text = f"checkpoint.resume: {state.step} of {prepared.num_steps} steps are done in {folder}"
     if is_finished:
         way_on = (
@@ -52,21 +55,6 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
         text += f" (ended early: {ended})"
     changes = changed_settings(state, prepared.config.model_dump(mode="json"))
     return Start(folder, state.step + 1, is_finished, text, [f"changed since the checkpoint: {one}" for one in changes])
-
-
-def _is_model_of(checkpoint: Path, store: CheckpointStore, model: Path) -> bool:
-    """Whether the run's model was written after its newest checkpoint, which is this one.
-
-    A model may be older: a run that ended was given more steps, and killed before it could write the model anew. Where
-    times mislead, the model is written once more.
-    """
-    latest = store.folder / LATEST_FILE
-    written = [model / name for name in ("config.json", "adapter_config.json") if (model / name).is_file()]
-    if not latest.is_file() or not written:
-        return False
-    newest = store.folder / latest.read_text(encoding="utf-8").strip()
-    is_newest = newest.resolve() == checkpoint.resolve()
-    return is_newest and written[0].stat().st_mtime_ns >= (checkpoint / MANIFEST_FILE).stat().st_mtime_ns
 
 
 def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None:

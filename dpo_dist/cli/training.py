@@ -16,11 +16,12 @@ from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.resuming import Start, find_start
+from dpo_dist.cli.run_folder import CONFIG_FILE, locked, record_model, start_trackers, write_config
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
-from dpo_dist.config import RunConfig, dump_resolved
-from dpo_dist.distributed import Ranks, StopRequest, barrier, process_group
+from dpo_dist.config import RunConfig
+from dpo_dist.distributed import Ranks, StopRequest, end_with_launcher, process_group, raising_together
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
-from dpo_dist.metrics import TRACKERS, MetricsFile
+from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
 from dpo_dist.packing import StepPlan
 from dpo_dist.pretrained import num_parameters
@@ -41,38 +42,48 @@ def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
     """The same of a run whose mistakes have been looked for."""
     config = prepared.config
     stop = StopRequest()
+    end_with_launcher()
     with process_group(release=release_process_group) as ranks, stop.listening():
         adopt_process_group()
         plan = prepared.first_plan(ranks.world_size)
         # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
         check_agreement(facts(prepared, plan))
         _announce(prepared, plan, ranks)
-        store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
-        start = find_start(prepared, store)
-        if ranks.is_first and start.text:
-            logger.info(start.text)
-            for change in start.changes:
-                logger.warning(change)
-        if start.is_finished:
-            return
-        choice = find_source(prepared, ranks, cache_dir)
-        if ranks.is_first:
-            logger.info("reference: %s", choice.text)
-        run = _build(prepared, ranks, stop, store, start, choice)
-        _open_folder(prepared, ranks)
-        progress = Progress() if start.checkpoint is None else restore(run, start.checkpoint)
-        with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
-            run = replace(run, report=report)
-            if start.checkpoint is None:
-                _begin(run, progress)
-            train(run, progress)
-        if not progress.stopped:
-            _load_best(run, progress)
-            _export(prepared, run)
-        elif ranks.is_first:
-            logger.info("stopped after step %d of %d; checkpoint.resume=auto goes on", progress.step, run.num_steps)
-        if ranks.is_first:
-            run.metrics_file.close()
+        # Before anything in it is looked at: a second run would take what the first is writing for leftovers.
+        with locked(Path(config.train.output_dir), ranks):
+            _run_in_folder(prepared, ranks, stop, cache_dir)
+
+
+def _run_in_folder(prepared: Prepared, ranks: Ranks, stop: StopRequest, cache_dir: Path) -> None:
+    config = prepared.config
+    store = CheckpointStore(Path(config.train.output_dir), ranks, config.checkpoint.save_total_limit)
+    start = find_start(prepared, store)
+    if ranks.is_first and start.text:
+        logger.info(start.text)
+        for change in start.changes:
+            logger.warning(change)
+    if start.is_finished:
+        return
+    choice = find_source(prepared, ranks, cache_dir)
+    if ranks.is_first:
+        logger.info("reference: %s", choice.text)
+    run = _build(prepared, ranks, stop, store, start, choice)
+    _open_folder(run, start)
+    progress = Progress() if start.checkpoint is None else restore(run, start.checkpoint)
+    if ranks.is_first and start.checkpoint is not None:
+        write_config(config)  # not before the checkpoint has been accepted
+    with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
+        run = replace(run, report=report)
+        if start.checkpoint is None:
+            _begin(run, progress)
+        train(run, progress)
+    if not progress.stopped:
+        _load_best(run, progress)
+        _export(prepared, run, progress)
+    elif ranks.is_first:
+        logger.info("stopped after step %d of %d; checkpoint.resume=auto goes on", progress.step, run.num_steps)
+    if ranks.is_first:
+        run.metrics_file.close()
 
 
 def _build(
@@ -98,7 +109,7 @@ def _build(
         reference_identity=prepared.reference_identity,
         loss=losses.bind(config.loss),
         num_steps=prepared.num_steps,
-        metrics_file=_metrics_file(config, ranks, start.first_step),
+        metrics_file=MetricsFile(Path(config.train.output_dir) / "metrics.jsonl"),
         store=store,
         weights=Weights(policy, engine if sync else None),
         write_assets=_asset_writer(prepared, policy),
@@ -173,19 +184,13 @@ def _begin(run: Run, progress: Progress) -> None:
         evaluate_all(run, progress)
 
 
-def _open_folder(prepared: Prepared, ranks: Ranks) -> None:
-    """Everything has been found right: make the run's folder."""
-    folder = Path(prepared.config.train.output_dir)
-    if ranks.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_resolved(prepared.config), encoding="utf-8")
-    barrier()
-
-
-def _metrics_file(config: RunConfig, ranks: Ranks, first_step: int) -> MetricsFile:
-    folder, values = Path(config.train.output_dir), config.model_dump(mode="json")
-    trackers = [TRACKERS[name](folder, values, first_step) for name in config.log.report_to if ranks.is_first]
-    return MetricsFile(folder / "metrics.jsonl", trackers)
+def _open_folder(run: Run, start: Start) -> None:
+    """Everything has been found right: the configuration first, so that whatever follows can be resumed."""
+    with raising_together():
+        if run.ranks.is_first:
+            if start.checkpoint is None or not (Path(run.config.train.output_dir) / CONFIG_FILE).exists():
+                write_config(run.config)
+            start_trackers(run.config, run.metrics_file, start.first_step)
 
 
 def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path], None]:
@@ -212,8 +217,15 @@ def _load_best(run: Run, progress: Progress) -> None:
         logger.info("the model is that after step %d, the best of %d steps", best, progress.step)
 
 
-def _export(prepared: Prepared, run: Run) -> None:
-    out, model = Path(run.config.train.output_dir) / "model", run.policy.model
+def _export(prepared: Prepared, run: Run, progress: Progress) -> None:
+    out = Path(run.config.train.output_dir) / "model"
+    _write_model(prepared, run, out)
+    if run.ranks.is_first:
+        record_model(out, progress.step, run.store.path_of(progress.step).name)
+
+
+def _write_model(prepared: Prepared, run: Run, out: Path) -> None:
+    model = run.policy.model
     if model.adapter is not None:
         from dpo_dist.adapters import export_adapter
 

@@ -1,9 +1,13 @@
 """Where numbers are written: a file, and trackers that get the same."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -22,31 +26,51 @@ class Tracker(Protocol):
 class MetricsFile:
     """`metrics.jsonl`: every line once, also after a resume. Owned by the first rank."""
 
-    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
-        self._path, self._trackers = path, trackers
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._trackers: dict[str, Tracker] = {}
+
+    def add_tracker(self, name: str, tracker: Tracker) -> None:
+        """Send every further line to a tracker as well."""
+        self._trackers[name] = tracker
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will compute again, and a last line cut short by a kill."""
+        """Drop the lines of steps that a resumed run will compute again, and those that cannot be read.
+
+        A last line cut short by a kill is nothing to speak of; any other damage is.
+        """
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break
+        kept: list[bytes] = []
+        raw = self._path.read_bytes().split(b"\n")
+        for number, line in enumerate(raw, start=1):
+            values = _parsed(line)
+            if values is not None and values["step"] <= step:
+                kept.append(line + b"\n")
+            elif values is None and line.strip() and number < len(raw):
+                _LOGGER.warning("%s:%d: a damaged line is left out", self._path, number)
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        # Made anew: a link of that name is not followed.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
+            file.write(b"".join(kept))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self._path)
+
+    def sync(self) -> None:
+        """Bring every line to the disk."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def evaluations(self, step: int) -> dict[str, dict[str, float]]:
         """The numbers of the held-out sets that were evaluated after update `step`, by name."""
         if not self._path.exists():
             return {}
-        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        lines = filter(None, map(_parsed, self._path.read_bytes().split(b"\n")))
         of_sets = [line for line in lines if line["step"] == step and line.get("split") == "evaluation"]
-        return {line["dataset"]: _numbers(line) for line in of_sets}
+        return {str(line.get("dataset")): _numbers(line) for line in of_sets}
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers; evaluation keys get the prefix `eval_` there."""
@@ -55,13 +79,29 @@ class MetricsFile:
         numbers = _numbers(line)
         if line.get("split") == "evaluation":
             numbers = {f"eval_{line['dataset']}_{key}": value for key, value in numbers.items()}
-        for tracker in self._trackers:
-            tracker.log(numbers, int(line["step"]))
+        self._of_each(lambda tracker: tracker.log(numbers, int(line["step"])))
 
     def close(self) -> None:
         """Flush the trackers."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._of_each(lambda tracker: tracker.close())
+
+    def _of_each(self, call: Callable[[Tracker], None]) -> None:
+        """A tracker that fails is left out from then on: the numbers are in the file, and the run goes on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                call(tracker)
+            except Exception as error:
+                _LOGGER.warning("log.report_to=%s failed and gets no more lines (%r)", name, error)
+                del self._trackers[name]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of the file; None if it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,8 @@ def steps_in(path: Path) -> list[int]:
 
 def test_every_line_is_written_at_once_and_sent_on(tmp_path: Path) -> None:
     path, tracker = tmp_path / "metrics.jsonl", Recorder()
-    file = MetricsFile(path, [tracker])
+    file = MetricsFile(path)
+    file.add_tracker("recorder", tracker)
     file.write({"step": 1, "loss": 0.1 + 0.2, "num_tokens": 7})
     assert json.loads(path.read_text()) == {"step": 1, "loss": 0.1 + 0.2, "num_tokens": 7}  # every bit
     file.write({"step": 1, "split": "evaluation", "dataset": "held", "loss": 0.5})
@@ -227,7 +229,51 @@ def test_nothing_to_keep_is_fine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+DAMAGED = [b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b'{"loss": 1}', b'{"step": "2"}', b"\x00\x00"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}).encode() for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[1:], b""]))
+    MetricsFile(path).keep_until(2)
+    assert path.read_bytes() == lines[0] + b"\n" + lines[1] + b"\n"
+    assert f"{path}:2: a damaged line is left out" in caplog.text
+    path.write_bytes(b"\n".join([lines[0], damage, b'{"step": 1, "split": "evaluation", "dataset": "a", "x": 1}', b""]))
+    assert MetricsFile(path).evaluations(1) == {"a": {"x": 1.0}}
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    path.write_text('{"step": 1}\n')
+    other.write_text("precious")
+    (tmp_path / "metrics.tmp").symlink_to(other)
+    MetricsFile(path).keep_until(1)
+    assert other.read_text() == "precious" and path.read_text() == '{"step": 1}\n' and not path.is_symlink()
+
+
 # ---- trackers
+
+
+class Failing(Recorder):
+    """Loses its server after the first line."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if self.logged:
+            raise ConnectionError("no server")
+        super().log(values, step)
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, sound, failing = MetricsFile(tmp_path / "metrics.jsonl"), Recorder(), Failing()
+    file.add_tracker("wandb", failing)
+    file.add_tracker("tensorboard", sound)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": 0.5})
+    file.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3] and len(sound.logged) == 3 and sound.closed
+    assert caplog.text.count("log.report_to=wandb failed and gets no more lines (ConnectionError('no server'))") == 1
 
 
 def test_tensorboard_files_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

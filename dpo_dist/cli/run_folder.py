@@ -1,0 +1,152 @@
+"""The folder of a run: who trains in it, what is written into it first, and whether its model is the finished one."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dpo_dist.checkpoint import replace_text
+from dpo_dist.cli.requirements import LOCK_FILE
+from dpo_dist.config import RunConfig, dump_resolved
+from dpo_dist.distributed import Ranks, raise_together
+from dpo_dist.errors import ConfigError, FolderInUseError
+from dpo_dist.metrics import TRACKERS, MetricsFile
+
+CONFIG_FILE, MODEL_RECORD = "config.yaml", "dpo_dist.json"
+_READ_BYTES = 2**24
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, no other run can train in this folder. Collective: every rank must enter.
+
+    The system frees the lock when the first rank ends, however it ends.
+
+    Raises:
+        FolderInUseError: another run does, and which.
+        ConfigError: the folder cannot be made.
+    """
+    descriptor, error = None, None
+    if ranks.is_first:
+        try:
+            descriptor = _take(folder)
+        except (FolderInUseError, ConfigError) as raised:
+            error = raised
+    raise_together(error)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()  # only if nothing else was written
+            os.close(descriptor)
+
+
+def _take(folder: Path) -> int | None:
+    """An open file that holds the lock; None where the file system knows no locks."""
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(descriptor, 1000).decode(errors="replace") or "a process that has just started"
+                os.close(descriptor)
+                raise FolderInUseError(
+                    f"train.output_dir={folder}: another run trains in this folder ({holder}); wait until it has "
+                    "ended, stop it, or choose another folder"
+                ) from None
+            except OSError as error:
+                os.close(descriptor)
+                logger.warning("%s: the file system knows no locks (%s); start only one run in it", folder, error)
+                return None
+            # It may have been removed by its last holder between the two calls.
+            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+                break
+            os.close(descriptor)
+    except FolderInUseError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"train.output_dir={folder} cannot be written ({error}); choose another folder") from None
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode())
+    return descriptor
+
+
+def write_config(config: RunConfig) -> None:
+    """The resolved configuration, from which the run can be repeated; the old one or the new one, never a part."""
+    replace_text(Path(config.train.output_dir) / CONFIG_FILE, dump_resolved(config))
+
+
+def start_trackers(config: RunConfig, metrics: MetricsFile, first_step: int) -> None:
+    """Let trackers follow the metrics.
+
+    Args:
+        config: names them.
+        metrics: what they get.
+        first_step: of the lines of this start.
+    Raises:
+        ConfigError: one cannot be started.
+    """
+    folder, values = Path(config.train.output_dir), config.model_dump(mode="json")
+    for name in config.log.report_to:
+        try:
+            metrics.add_tracker(name, TRACKERS[name](folder, values, first_step))
+        except Exception as error:
+            raise ConfigError(
+                f"log.report_to={name} cannot be started ({type(error).__name__}: {error}); repair that, or leave it "
+                "out"
+            ) from error
+
+
+def record_model(model: Path, step: int, checkpoint: str) -> None:
+    """Note beside an exported model which step of which checkpoint it is, and the hash of every file."""
+    files = {path.name: _fingerprint(path) for path in sorted(model.iterdir()) if path.is_file()}
+    files.pop(MODEL_RECORD, None)
+    replace_text(
+        model / MODEL_RECORD, json.dumps({"step": step, "checkpoint": checkpoint, "files": files}, indent=1) + "\n"
+    )
+
+
+def is_model_of(model: Path, step: int, checkpoint: str, look_only: bool) -> bool:
+    """Whether an exported model is that of a checkpoint, with every file as it was written.
+
+    Args:
+        model: the folder.
+        step: of the run.
+        checkpoint: the name of its checkpoint.
+        look_only: trust the sizes of files.
+    """
+    try:
+        record: Any = json.loads((model / MODEL_RECORD).read_text(encoding="utf-8"))
+        if (record["step"], record["checkpoint"]) != (step, checkpoint) or not record["files"]:
+            return False
+        return all(
+            (model / name).stat().st_size == size and (look_only or _fingerprint(model / name) == [size, digest])
+            for name, (size, digest) in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _fingerprint(path: Path) -> list[int | str]:
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]

@@ -1,0 +1,225 @@
+"""The folder of a run: always one that can go on, never two runs in it; only the finished model is finished."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from dpo_dist.cli import app, run_folder, training
+from dpo_dist.errors import NumericsError
+from tests.golden.trajectories import FOLDER
+from tests.launching import REPOSITORY
+
+CONFIG = (
+    f"model: {{model_name_or_path: {FOLDER / 'tiny_policy'}, dtype: float32}}\n"
+    f"data: {{train: [{{path: {FOLDER / 'pairs.jsonl'}, limit: 9}}]}}\n"
+    "train: {output_dir: out, examples_per_step: 3, max_steps: 2, learning_rate: 0.001}\n"
+    "checkpoint: {save_steps: 1}\n"
+    "parallel: {deepspeed: zero0_cpu}\n"
+)
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+def train(*overrides: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["train", "run.yaml", *overrides])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    assert "Traceback" not in result.output
+    return result
+
+
+def steps(out: Path) -> list[int]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "split" not in line]
+
+
+def contents(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "tfevents" not in path.name}
+
+
+# ---- a folder that can always be used again
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_what_a_start_leaves_that_was_killed_early_is_no_obstacle(out: Path, resume: str) -> None:
+    (out / "tensorboard").mkdir(parents=True)
+    (out / "tensorboard" / "events.out.tfevents.1").write_bytes(b"")
+    (out / ".lock").write_text("process 1 on a machine that is gone")
+    train(f"checkpoint.resume={resume}")
+    assert steps(out) == [1, 2]
+    assert not (out / ".lock").exists()
+
+
+def test_a_self_check_that_fails_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise NumericsError("planted")
+
+    monkeypatch.setattr(training, "prove", fails)
+    train(code=1)
+    assert not out.exists()
+    monkeypatch.undo()
+    os.chdir(out.parent)
+    train()
+
+
+def test_the_configuration_stands_before_anything_else_of_a_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at the very next moment, the run can be resumed."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        assert {path.name for path in out.iterdir()} == {"config.yaml", ".lock"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder, "TRACKERS", {"tensorboard": killed})
+    assert CliRunner().invoke(app, ["train", "run.yaml"]).exit_code
+    monkeypatch.undo()
+    os.chdir(out.parent)
+    train("checkpoint.resume=auto")
+    assert steps(out) == [1, 2]
+
+
+def test_a_refused_resume_changes_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train()
+    before = contents(out)
+
+    def fails(*_: Any) -> None:
+        raise NumericsError("planted")
+
+    monkeypatch.setattr(training, "restore", fails)
+    train("checkpoint.resume=auto", "train.max_steps=3", code=1)
+    after = contents(out)
+    assert after == before
+
+
+def test_a_tracker_that_cannot_start_is_a_mistake(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space for events")
+
+    monkeypatch.setattr(run_folder, "TRACKERS", {"tensorboard": fails})
+    assert "log.report_to=tensorboard cannot be started (OSError: no space for events)" in train(code=2).output
+
+
+# ---- two runs in one folder
+
+
+def test_a_second_run_is_told_who_trains(out: Path, tmp_path: Path) -> None:
+    train()
+    before = steps(out)
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom dpo_dist.cli.run_folder import _take\n"
+        "fd = _take(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        result = train("checkpoint.resume=auto", "train.max_steps=3", code=1)
+        assert f"train.output_dir=out: another run trains in this folder (process {holder.pid} on " in result.output
+        assert steps(out) == before
+    finally:
+        holder.kill()
+        holder.wait()
+    # The system has freed the lock with its holder.
+    train("checkpoint.resume=auto", "train.max_steps=3")
+    assert steps(out) == [1, 2, 3]
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
+    """After kill -9 of torchrun its ranks would train on, beside those of the next start."""
+    rank = (
+        "import sys, time\nfrom dpo_dist.distributed import StopRequest, end_with_launcher\n"
+        "end_with_launcher()\n"
+        "with StopRequest().listening() as stop:\n"
+        "    open(sys.argv[1], 'w').write('ready')\n"
+        "    for _ in range(600):\n"
+        "        time.sleep(0.05)\n"
+        "        if stop.requested:\n"
+        "            open(sys.argv[1], 'w').write('asked to stop')\n"
+        "            break\n"
+    )
+    launcher = (
+        "import os, subprocess, sys, time\n"
+        "os.environ['TORCHELASTIC_RUN_ID'] = 'x'\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]])\ntime.sleep(60)\n"
+    )
+    said = tmp_path / "said"
+    process = subprocess.Popen([sys.executable, "-c", launcher, rank, str(said)], cwd=REPOSITORY)
+    try:
+        _wait_for(said, "ready")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    _wait_for(said, "asked to stop")
+
+
+def _wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_text() != text:
+        assert time.monotonic() < deadline, text
+        time.sleep(0.05)
+
+
+# ---- the finished model
+
+
+def _cut(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+
+
+def _flip(model: Path) -> None:
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "cut": _cut,
+    "one bit": _flip,
+    "deleted": lambda model: (model / "model.safetensors").unlink(),
+    "tokenizer or config deleted": lambda model: (model / "config.json").unlink(),
+    "no record": lambda model: (model / run_folder.MODEL_RECORD).unlink(),
+    "damaged record": lambda model: (model / run_folder.MODEL_RECORD).write_text("{"),
+}
+
+
+@pytest.mark.parametrize(
+    "damage", [name if name == "one bit" else pytest.param(name, marks=pytest.mark.thorough) for name in DAMAGES]
+)
+def test_a_model_that_is_not_whole_is_written_again(out: Path, damage: str) -> None:
+    train()
+    model = out / "model"
+    whole = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert "nothing is left to do" in train("checkpoint.resume=auto").output
+    DAMAGES[damage](model)
+    assert "nothing is left to do" not in train("checkpoint.resume=auto").output
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == whole
+
+
+def test_the_model_of_an_earlier_end_is_not_the_finished_one(out: Path, tmp_path: Path) -> None:
+    """Finished at 2 steps, extended to 3, killed before the export, copied: times say nothing any more."""
+    train()
+    earlier = tmp_path / "earlier"
+    shutil.copytree(out / "model", earlier)
+    train("checkpoint.resume=auto", "train.max_steps=3")
+    finished = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    shutil.copytree(earlier, out / "model")
+    assert finished != (out / "model" / "model.safetensors").read_bytes()
+    assert "nothing is left to do" not in train("checkpoint.resume=auto", "train.max_steps=3").output
+    assert (out / "model" / "model.safetensors").read_bytes() == finished

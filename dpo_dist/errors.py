@@ -6,6 +6,7 @@
       ModelError                a model or tokenizer folder is wrong              exit 2
       CheckpointError           a named checkpoint is not usable                  exit 2
         NoUsableCheckpointError checkpoints exist, none can be trusted            exit 3
+        StorageError            the disk is full, or cannot be written            exit 1
       NumericsError             a number the run proves about itself is off       exit 1
       FolderInUseError          another run trains in the run's folder            exit 1
       RankMismatchError         ranks do not agree on what they compute           exit 1
@@ -41,6 +42,12 @@ class NoUsableCheckpointError(CheckpointError):
     """The run has checkpoints, and none of them passes verification."""
 
     exit_code = 3
+
+
+class StorageError(CheckpointError):
+    """The disk is full or fails: nobody's mistake, and another attempt may succeed."""
+
+    exit_code = 1
 
 
 class FolderInUseError(DpoDistError, RuntimeError):

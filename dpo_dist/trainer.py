@@ -20,6 +20,7 @@ from dpo_dist.checkpoint import CheckpointStore, RunState, Weights
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, broadcast_json, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
+from dpo_dist.errors import StorageError
 from dpo_dist.evaluation import evaluate
 from dpo_dist.health import Health, accuracy_gap, judge_evaluation, judge_step, restored
 from dpo_dist.losses import Objective, mean_loss
@@ -236,9 +237,16 @@ def save(run: Run, progress: Progress) -> None:
         world_size=run.ranks.world_size,
         config=run.config.model_dump(mode="json"),
     )
-    if run.ranks.is_first:
-        run.metrics_file.sync()  # as durable as the checkpoint: a resumed run does not write these lines again
-    folder = run.store.save(state, run.weights.write, run.write_assets)
+    try:
+        folder = run.store.save(state, run.weights.write, run.write_assets, run.metrics_file.sync)
+    except StorageError as error:
+        if progress.is_over(run.num_steps):
+            raise
+        if progress.health.best_step == progress.step:
+            progress.health.best_step = 0  # there is no such checkpoint
+        if run.ranks.is_first:
+            logger.error("%s; training goes on, and the next checkpoint is tried when it is due", error)
+        return
     progress.window_started += time.perf_counter() - started
     if run.ranks.is_first:
         logger.info("saved %s", folder)

@@ -14,7 +14,7 @@
 """
 
 from dpo_dist.checkpoint.export import export_checkpoint, export_model, require_unused, write_assets
-from dpo_dist.checkpoint.files import replace_text
+from dpo_dist.checkpoint.files import free_bytes, human_bytes, replace_text
 from dpo_dist.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.checkpoint.state import RunState, changed_settings, require_same
@@ -30,6 +30,8 @@ __all__ = [
     "changed_settings",
     "export_checkpoint",
     "export_model",
+    "free_bytes",
+    "human_bytes",
     "load_shards",
     "replace_text",
     "require_same",

@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, StorageError
 
 REPLACED_PREFIX = ".replaced-"
 # No room on the device, the user's quota, or a file larger than the process may write.
@@ -104,17 +104,17 @@ def explain_write_error(error: Exception, folder: Path, needed: int) -> Exceptio
         folder: Where it was writing.
         needed: Bytes that are known to be needed; 0 if nothing is known.
     Returns:
-        A CheckpointError when the disk or the file system is at fault, else the error as it is.
+        A StorageError when the disk or the file system is at fault, else the error as it is.
     """
     if isinstance(error, CheckpointError):
         return error
     if is_disk_full(error):
         need = human_bytes(needed) if needed else "more than was left"
         have = human_bytes(free_bytes(folder)) if folder.is_dir() else "unknown"
-        return CheckpointError(
+        return StorageError(
             f"{folder}: disk full: need {need}, have {have}; nothing older was lost; "
             f"free some space or lower checkpoint.save_total_limit ({error})"
         )
     if isinstance(error, OSError):
-        return CheckpointError(f"{folder} cannot be written; nothing older was lost; check the disk ({error})")
+        return StorageError(f"{folder} cannot be written; nothing older was lost; check the disk ({error})")
     return error

@@ -5,8 +5,7 @@
     checkpoints/.tmp-*            being written or deleted; left behind by a crash, removed at the next start
     checkpoints/.replaced-*       the former checkpoint of a step while its successor takes its place
 
-A checkpoint appears by one rename, after every byte of it is on the device. The folder has to be on a file system that
-all ranks see.
+A checkpoint appears by one rename, after every byte of it is on the device. All ranks have to see the folder.
 """
 
 import logging
@@ -40,7 +39,7 @@ from dpo_dist.checkpoint.manifest import (
 from dpo_dist.checkpoint.pickles import require_harmless
 from dpo_dist.checkpoint.state import STATE_FILE, RunState, read_rng, write_rng
 from dpo_dist.distributed import Ranks, all_gather_json, broadcast_json, raise_together
-from dpo_dist.errors import CheckpointError, NoUsableCheckpointError
+from dpo_dist.errors import CheckpointError, NoUsableCheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -66,25 +65,29 @@ class CheckpointStore:
     # ---- save
 
     def save(
-        self, state: RunState, write_shards: Callable[[Path], None], extra: Callable[[Path], None] | None = None
+        self,
+        state: RunState,
+        write_shards: Callable[[Path], None],
+        extra: Callable[[Path], None] | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> Path:
         """Write a checkpoint. When that fails, the earlier ones stay as they are and training may go on.
 
         Args:
             state: What `load_state` will return.
-            write_shards: Called on every rank with the folder to fill. It may be collective, but then must not leave
-                another rank waiting when it raises (`shards.save_shards` does not).
+            write_shards: Called on every rank with the folder to fill. If collective, it must not leave another rank
+                waiting when it raises (`shards.save_shards` does not).
             extra: Called on the first rank only, with the same folder: `export.write_assets`.
+            before: Called on the first rank first; what it writes is as durable as the checkpoint.
         Returns:
             The new checkpoint.
         Raises:
-            CheckpointError: on every rank, if the disk is full or a file cannot be written.
+            StorageError: on every rank, if the disk is full or a file cannot be written.
         """
-        final = self.path_of(state.step)
+        final, needed = self.path_of(state.step), 0
         staging = self.folder / f"{_STAGING}{final.name}"
-        needed = 0
         try:
-            needed = self._on_first_rank(lambda: self._open_staging(staging))
+            needed = self._on_first_rank(lambda: before() or self._open_staging(staging))
             # Before the collective write: a rank that cannot take part must not leave the others inside it.
             self._on_every_rank(lambda: self._require_visible(staging))
             self._on_every_rank(lambda: self._write_files(staging, write_shards, extra), needed)
@@ -107,13 +110,10 @@ class CheckpointStore:
         """Make an empty folder to write to; returns how many bytes the checkpoint will need, 0 if that is unknown."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_path(staging)
-        earlier = self._by_age()
-        needed = Manifest.read(earlier[-1]).num_bytes if earlier else 0
+        needed = Manifest.read(earlier[-1]).num_bytes if (earlier := self._by_age()) else 0
         if (free := free_bytes(self.folder)) < needed:
-            raise CheckpointError(
-                f"{self.folder}: disk full: need {human_bytes(needed)}, have {human_bytes(free)}; "
-                "free some space or lower checkpoint.save_total_limit"
-            )
+            said = f"disk full: need {human_bytes(needed)}, have {human_bytes(free)}"
+            raise StorageError(f"{self.folder}: {said}; free some space or lower checkpoint.save_total_limit")
         staging.mkdir()
         return needed
 
@@ -266,7 +266,11 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         return sorted(
-            (path for path in self.folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and _is_real_folder(path)),
+            (
+                path
+                for path in self.folder.iterdir()
+                if STEP_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+            ),
             key=lambda path: int(path.name.removeprefix("step-")),
         )
 
@@ -293,7 +297,3 @@ class CheckpointStore:
             error = explain_write_error(failure, self.folder, needed)
         raise_together(error)
         return result  # type: ignore[return-value]  # raise_together has raised unless the action returned
-
-
-def _is_real_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()

@@ -13,11 +13,11 @@ from typing import Any
 
 import xxhash
 
-from dpo_dist.checkpoint import replace_text
+from dpo_dist.checkpoint import free_bytes, human_bytes, replace_text
 from dpo_dist.cli.requirements import LOCK_FILE
 from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, raise_together
-from dpo_dist.errors import ConfigError, FolderInUseError
+from dpo_dist.errors import ConfigError, FolderInUseError, StorageError
 from dpo_dist.metrics import TRACKERS, MetricsFile
 
 CONFIG_FILE, MODEL_RECORD = "config.yaml", "dpo_dist.json"
@@ -90,6 +90,24 @@ def _take(folder: Path) -> int | None:
 def write_config(config: RunConfig) -> None:
     """The resolved configuration, from which the run can be repeated; the old one or the new one, never a part."""
     replace_text(Path(config.train.output_dir) / CONFIG_FILE, dump_resolved(config))
+
+
+def require_space(config: RunConfig, estimate: int) -> None:
+    """Look for room for two checkpoints before there is a first one.
+
+    Args:
+        config: names the folder, which exists.
+        estimate: bytes of one.
+    Raises:
+        StorageError: not even one fits.
+    """
+    folder = Path(config.train.output_dir)
+    free = free_bytes(folder)
+    said = f"a checkpoint takes about {human_bytes(estimate)}, and {human_bytes(free)} are free"
+    if free < estimate:
+        raise StorageError(f"train.output_dir={folder}: {said}; free some space or choose another folder")
+    if free < 2 * estimate and config.checkpoint.save_total_limit != 1:
+        logger.warning("%s: %s: a second one does not fit (checkpoint.save_total_limit)", folder, said)
 
 
 def start_trackers(config: RunConfig, metrics: MetricsFile, first_step: int) -> None:

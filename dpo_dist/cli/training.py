@@ -16,7 +16,7 @@ from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.resuming import Start, find_start
-from dpo_dist.cli.run_folder import CONFIG_FILE, locked, record_model, start_trackers, write_config
+from dpo_dist.cli.run_folder import CONFIG_FILE, locked, record_model, require_space, start_trackers, write_config
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, end_with_launcher, process_group, raising_together
@@ -190,6 +190,9 @@ def _open_folder(run: Run, start: Start) -> None:
         if run.ranks.is_first:
             if start.checkpoint is None or not (Path(run.config.train.output_dir) / CONFIG_FILE).exists():
                 write_config(run.config)
+                # AdamW's two states and the weights in float32, and the weights themselves where they are half as wide.
+                half = 2 if run.policy.dtype != torch.float32 else 0
+                require_space(run.config, run.policy.num_trained * (12 + half))
             start_trackers(run.config, run.metrics_file, start.first_step)
 
 

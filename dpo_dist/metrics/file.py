@@ -29,6 +29,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._trackers: dict[str, Tracker] = {}
+        self._waiting: list[bytes] = []
 
     def add_tracker(self, name: str, tracker: Tracker) -> None:
         """Send every further line to a tracker as well."""
@@ -58,8 +59,23 @@ class MetricsFile:
             os.fsync(file.fileno())
         temporary.replace(self._path)
 
+    def _append(self) -> None:
+        """Write the lines that wait: all of them, or none."""
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            rest = memoryview(b"".join(self._waiting))
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._waiting.clear()
+
     def sync(self) -> None:
         """Bring every line to the disk."""
+        if self._waiting:
+            self._append()
         if self._path.exists():
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -74,8 +90,11 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers; evaluation keys get the prefix `eval_` there."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        try:
+            self._append()
+        except OSError as error:  # a full disk: the line waits, at the latest for the next checkpoint
+            _LOGGER.warning("%s cannot be written (%s); its lines are kept and written later", self._path, error)
         numbers = _numbers(line)
         if line.get("split") == "evaluation":
             numbers = {f"eval_{line['dataset']}_{key}": value for key, value in numbers.items()}

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from dpo_dist.checkpoint import store
 from dpo_dist.cli import app, run_folder, training
 from dpo_dist.errors import NumericsError
+from dpo_dist.metrics import MetricsFile
 from tests.golden.trajectories import FOLDER
 from tests.launching import REPOSITORY
 
@@ -223,3 +226,59 @@ def test_the_model_of_an_earlier_end_is_not_the_finished_one(out: Path, tmp_path
     assert finished != (out / "model" / "model.safetensors").read_bytes()
     assert "nothing is left to do" not in train("checkpoint.resume=auto", "train.max_steps=3").output
     assert (out / "model" / "model.safetensors").read_bytes() == finished
+
+
+# ---- a full disk
+
+
+def test_a_save_that_fails_is_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = store.publish, []
+
+    def full_once(staging: Path, final: Path) -> None:
+        if not failed:
+            failed.append(final.name)
+            raise OSError(28, "No space left on device")
+        real(staging, final)
+
+    monkeypatch.setattr(store, "publish", full_once)
+    result = train("train.max_steps=3")
+    assert failed == ["step-000001"]
+    assert "disk full: need more than was left" in result.output and "training goes on" in result.output
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert names == {"step-000002", "step-000003", "latest"}
+    undisturbed = train("train.max_steps=3", "train.output_dir=other")
+    assert undisturbed.exit_code == 0
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (out, out.with_name("other"))]
+    assert weights[0] == weights[1]
+
+
+def test_the_last_save_that_fails_is_no_mistake_of_the_users(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(staging: Path, final: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "publish", full)
+    assert "disk full" in train(code=1).output
+
+
+def test_lines_wait_for_room(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = MetricsFile._append, []
+
+    def full_at_first(file: MetricsFile) -> None:
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(MetricsFile, "_append", full_at_first)
+    result = train("train.max_steps=3", "checkpoint.save_steps=0")
+    assert "its lines are kept and written later" in result.output
+    assert steps(out) == [1, 2, 3]
+
+
+def test_room_is_looked_for_before_the_first_step(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 1000)
+    assert "a checkpoint takes about" in train(code=1).output
+    assert not (out / "metrics.jsonl").exists()
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(FOLDER / "tiny_policy").parameters()) * 12
+    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: int(1.5 * size))
+    assert "a second one does not fit" in train("train.output_dir=other").output

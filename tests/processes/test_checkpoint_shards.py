@@ -252,7 +252,7 @@ def test_two_ranks(two_rank_stories: tuple[Path, list[dict[str, Any]]], stage: s
     for mine in seen:
         assert mine["drawn again"] == mine["drawn"]
         assert mine["losses again"] == mine["losses"]
-        assert mine["full disk"].startswith("CheckpointError: ") and "disk full: need" in mine["full disk"]
+        assert mine["full disk"].startswith("StorageError: ") and "disk full: need" in mine["full disk"]
         assert "division by zero" in mine["foreign rank"]
         assert "parameters are missing, first " in mine["no parameters"]
         assert mine["folder"] == ["latest", "step-000002"]

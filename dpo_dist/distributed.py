@@ -112,6 +112,10 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+class Stopped(Exception):  # noqa: N818  (no error: what was asked for)
+    """A run was asked to stop where there is nothing to save."""
+
+
 class StopRequest:
     """Whether this process was asked to stop (SIGTERM, SIGINT, SIGUSR1); all ranks agree on it at a step's end.
 
@@ -124,6 +128,15 @@ class StopRequest:
     def as_tensor(self, device: torch.device) -> Tensor:
         """1 if a signal has come, else 0; shape (1,), float64."""
         return torch.tensor([float(self.requested)], dtype=torch.float64, device=device)
+
+    def obey(self) -> None:
+        """Leave, on every rank, if any rank was asked to stop. Collective.
+
+        Raises:
+            Stopped: on every rank.
+        """
+        if float(sum_over_ranks(self.as_tensor(torch.device("cpu")))) > 0:
+            raise Stopped
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:

@@ -7,7 +7,7 @@ from dpo_dist.cli.describe import counted, facts
 from dpo_dist.cli.prepare import prepare
 from dpo_dist.cli.sources import fill_cache, open_reference_cache, require_reference
 from dpo_dist.config import RunConfig
-from dpo_dist.distributed import process_group
+from dpo_dist.distributed import StopRequest, process_group
 from dpo_dist.engine import adopt_process_group, release_process_group
 from dpo_dist.selfcheck import check_agreement
 
@@ -26,6 +26,6 @@ def run_precompute(config: RunConfig, cache_dir: Path) -> None:
         if ranks.is_first:
             where = f"{counted(ranks.world_size, 'rank')} on {ranks.device.type}"
             logger.info("%s: %s found, %d to be computed in %s", where, counted(found, "value"), missing, cache.folder)
-        fill_cache(prepared, ranks, cache)
+        fill_cache(prepared, ranks, cache, StopRequest())  # signals end it at once: every stored row is whole
         if ranks.is_first:
             logger.info("%s: all %s stored", cache.folder, counted(found + missing, "value"))

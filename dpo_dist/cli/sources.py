@@ -15,7 +15,7 @@ from dpo_dist.attention.interface import register
 from dpo_dist.cli.describe import base_model_name, counted
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.config import RunConfig
-from dpo_dist.distributed import Ranks, broadcast_json
+from dpo_dist.distributed import Ranks, StopRequest, broadcast_json
 from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import four_bits, load_model
@@ -117,10 +117,13 @@ def cache_folder(prepared: Prepared, cache_dir: Path) -> Path:
     return cache_dir / "reference" / "-".join((prepared.reference_identity, *_kind(prepared)))
 
 
-def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
+def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache, stop: StopRequest) -> None:
     """Compute what a cache lacks, and compute some of what it has again. Collective.
 
     The model that does it has left memory afterwards, before the policy takes its place.
+
+    Raises:
+        Stopped: it was asked to stop; what was computed until then is kept.
     """
     rows = prepared.config.reference.verify_rows if cache.num_found else 0
     if not cache.num_missing and not rows:
@@ -128,7 +131,7 @@ def fill_cache(prepared: Prepared, ranks: Ranks, cache: ReferenceCache) -> None:
     engine = reference_engine(prepared, ranks)
     packer = prepared.packer(ranks.world_size)
     if cache.num_missing:
-        cache.fill(engine, packer, _progress(ranks))
+        cache.fill(engine, packer, _progress(ranks, stop))
     if rows:
         verified = cache.verify(engine, packer, rows, NOISE_PER_SQRT_TOKEN[engine.dtype])
         if ranks.is_first:
@@ -264,17 +267,16 @@ def _device_gib(ranks: Ranks) -> float | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / ranks.ranks_per_node
 
 
-def _progress(ranks: Ranks) -> Callable[[int, int], None] | None:
-    """A line for every tenth, and one a minute where that takes longer."""
-    if not ranks.is_first:
-        return None
+def _progress(ranks: Ranks, stop: StopRequest) -> Callable[[int, int], None]:
+    """A line for every tenth, and one a minute where that takes longer; and after each chunk a look at the signals."""
     started = last = time.monotonic()
     tenths = 0
 
     def show(done: int, total: int) -> None:
         nonlocal last, tenths
+        stop.obey()
         now, tenth = time.monotonic(), 10 * done // total
-        if tenth == tenths and now - last < _SECONDS_BETWEEN_LINES:
+        if not ranks.is_first or (tenth == tenths and now - last < _SECONDS_BETWEEN_LINES):
             return
         last, tenths = now, tenth
         left = (now - started) / done * (total - done)

@@ -19,7 +19,7 @@ from dpo_dist.cli.resuming import Start, find_start
 from dpo_dist.cli.run_folder import CONFIG_FILE, locked, record_model, require_space, start_trackers, write_config
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
 from dpo_dist.config import RunConfig
-from dpo_dist.distributed import Ranks, StopRequest, end_with_launcher, process_group, raising_together
+from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group, raising_together
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
@@ -51,7 +51,11 @@ def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
         _announce(prepared, plan, ranks)
         # Before anything in it is looked at: a second run would take what the first is writing for leftovers.
         with locked(Path(config.train.output_dir), ranks):
-            _run_in_folder(prepared, ranks, stop, cache_dir)
+            try:
+                _run_in_folder(prepared, ranks, stop, cache_dir)
+            except Stopped:
+                if ranks.is_first:
+                    logger.info("stopped before the first step; what was computed for the reference is kept")
 
 
 def _run_in_folder(prepared: Prepared, ranks: Ranks, stop: StopRequest, cache_dir: Path) -> None:
@@ -93,7 +97,7 @@ def _build(
     config = prepared.config
     torch.manual_seed(config.train.seed)
     if choice.cache is not None:
-        fill_cache(prepared, ranks, choice.cache)
+        fill_cache(prepared, ranks, choice.cache, stop)
     engine = reference_engine(prepared, ranks) if choice.source == "live" else None
     policy = _policy(prepared, ranks)
     sync = _synchronisation(config, policy, engine)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_dist.checkpoint import store
-from dpo_dist.cli import app, run_folder, training
+from dpo_dist.cli import app, run_folder, sources, training
 from dpo_dist.errors import NumericsError
 from dpo_dist.metrics import MetricsFile
 from tests.golden.trajectories import FOLDER
@@ -265,7 +265,7 @@ def test_lines_wait_for_room(out: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     def full_at_first(file: MetricsFile) -> None:
         asked.append(1)
-        if len(asked) in (2, 3):
+        if len(asked) in (3, 4):  # the last lines: only the checkpoint brings them to the disk
             raise OSError(28, "No space left on device")
         real(file)
 
@@ -282,3 +282,27 @@ def test_room_is_looked_for_before_the_first_step(out: Path, monkeypatch: pytest
     size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(FOLDER / "tiny_policy").parameters()) * 12
     monkeypatch.setattr(run_folder, "free_bytes", lambda folder: int(1.5 * size))
     assert "a second one does not fit" in train("train.output_dir=other").output
+
+
+# ---- a request to stop
+
+
+def test_a_request_is_heard_while_reference_values_are_computed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, chunks = sources.StopRequest.obey, []
+
+    def asked(stop: sources.StopRequest) -> None:
+        chunks.append(1)
+        if len(chunks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(stop)
+
+    monkeypatch.setattr(sources.StopRequest, "obey", asked)
+    monkeypatch.setenv("DPO_DIST_CACHE", str(out.parent / "cache"))
+    settings = ("reference.source=cache", "packing.max_tokens=95", "packing.reference_max_tokens=95")
+    result = train(*settings)
+    assert "SIGTERM: stopping" in result.output and "stopped before the first step" in result.output
+    assert len(chunks) == 2 and not out.exists()
+    monkeypatch.undo()
+    os.chdir(out.parent)
+    monkeypatch.setenv("DPO_DIST_CACHE", str(out.parent / "cache"))
+    assert "values found" in train(*settings).output

@@ -2,6 +2,7 @@
 
     files.py     bytes of a local file          (line, row) with the line numbers a user can look up
     columns.py   the columns of a row           each checked, and in one form
+    unread.py    text in columns nobody reads   refused, where there is no prompt
     values.py    what is inside of them         text, token ids, no nulls
     json_columns.py columns that hold JSON      their values
     arrow_checks.py a damaged Arrow file        an error, not a signal

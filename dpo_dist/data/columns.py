@@ -56,8 +56,6 @@ ROLES = {
     "observation": "tool",
 }
 _SPEAKERS = {"human": "user", "gpt": "assistant"}  # those that no chat template knows as roles
-# What other data sets call a prompt.
-_PROMPTS = frozenset({"question", "instruction", "input", "query", "problem"})
 
 
 class MissingValueError(Exception):
@@ -257,19 +255,3 @@ def tools_of(row: Row, source: str) -> tuple[Any, ...] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         wrong_type(source, "tools", tools, "a list of tools (JSON schemas of functions)")
     return tuple(tools)
-
-
-def require_no_other_text(row: Row, source: str) -> None:
-    """Refuse text that stands in columns which nobody reads, in a row of strings without a prompt.
-
-    The prompt would be what chosen and rejected happen to begin with, and the question would never reach the model.
-    """
-    unread = {name: value for name, value in row.items() if name not in COLUMNS and isinstance(value, str)}
-    texts = [name for name, value in unread.items() if len(value.split()) > 1 or (value.strip() and name in _PROMPTS)]
-    if texts:
-        raise RowError(
-            f"{source}: there is no column prompt, and text in {', '.join(texts)} would not be read: the prompt would "
-            "be what chosen and rejected begin with; rename the column of the prompt to prompt, or remove what is no "
-            "part of it",
-            UNREAD_COLUMN,
-        )

@@ -23,6 +23,7 @@ from dpo_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 ROWS_PER_BATCH = 1024
+_LFS_POINTER = b"version https://git-lfs"
 _PROMPTS = HOLDING_TEXT - {"chosen", "rejected"}  # with one of these, a row says what its prompt is
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -49,6 +50,7 @@ def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any] | Ro
         DataError: where nothing can be read any more, or if the file holds no row.
     """
     suffix = data_suffix(path)
+    _require_content(path, shown)
     if suffix == ".parquet":
         rows = _columnar_rows(_parquet_batches(path, shown), shown)
     elif suffix == ".arrow":
@@ -67,6 +69,17 @@ def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any] | Ro
             yield line, RowFault(WRONG_TYPE, f"{shown}:{line}", what, "give a JSON object per row")
     if empty:
         raise DataError(f"{shown}:1: the file has no rows; give at least one preference")
+
+
+def _require_content(path: Path, shown: str) -> None:
+    """A clone without Git LFS holds small texts in the place of its files."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise _damaged(shown, 1, error) from error
+    if begin == _LFS_POINTER:
+        raise DataError(f"{shown}:1: the file is a pointer of Git LFS; run `git lfs pull` where it was cloned")
 
 
 # ---- JSON
@@ -225,6 +238,8 @@ def _seekable(path: Path) -> pa.NativeFile:
 
 def _columns(schema: pa.Schema, shown: str) -> tuple[list[str], dict[str, None]]:
     """The columns to read; and those that mean nothing here: a row names them, as null, so that the user is told."""
+    if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
+        raise DataError(f"{shown}:1: column {twice[0]} is there {schema.names.count(twice[0])} times; keep one of them")
     known = [name for name in schema.names if name in COLUMNS]
     if not HOLDING_TEXT & set(known):
         raise DataError(
@@ -233,14 +248,15 @@ def _columns(schema: pa.Schema, shown: str) -> tuple[list[str], dict[str, None]]
         )
     unread = [name for name in schema.names if name not in COLUMNS]
     if not _PROMPTS & set(known):
-        # Without a prompt, text that is not read is an error (`columns.require_no_other_text`), so it has to be seen.
-        texts = [name for name in unread if _is_text(schema.field(name).type)]
+        # Without a prompt, text that is not read is an error (`unread.py`), so it has to be seen.
+        texts = [name for name in unread if _may_be_text(schema.field(name).type)]
         return known + texts, dict.fromkeys(name for name in unread if name not in texts)
     return known, dict.fromkeys(unread)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _may_be_text(kind: pa.DataType) -> bool:
+    plain = (pa.types.is_primitive, pa.types.is_decimal, pa.types.is_null, pa.types.is_binary, pa.types.is_large_binary)
+    return not any(is_such(kind) for is_such in plain)
 
 
 def _damaged(shown: str, line: int, error: BaseException) -> DataError:

@@ -15,7 +15,6 @@ from dpo_dist.data.columns import (
     kind_of,
     messages_of,
     refuse_without_effect,
-    require_no_other_text,
     required,
     tools_of,
     with_system,
@@ -37,6 +36,7 @@ from dpo_dist.data.example import (
 )
 from dpo_dist.data.labels import labelled, weight_of
 from dpo_dist.data.ranked import best_example, ranked_example
+from dpo_dist.data.unread import require_no_other_text
 from dpo_dist.data.values import token_ids_of
 
 # The turns of a raw HH-RLHF dialogue.
@@ -146,8 +146,7 @@ def _from_dialogues(row: Row, source: str) -> PreferenceExample | RowFault:
         return _split_conversations(row, source)
     if any(turn in text for turn in (HUMAN_TURN, ASSISTANT_TURN) for text in (chosen, rejected)):
         return _split_hh_dialogues(chosen, rejected, source)
-    require_no_other_text(row, source)
-    return _split_strings(chosen, rejected, source)
+    return _split_strings(row, chosen, rejected, source)
 
 
 def _split_hh_dialogues(chosen: str, rejected: str, source: str) -> PreferenceExample | RowFault:
@@ -162,11 +161,12 @@ def _split_hh_dialogues(chosen: str, rejected: str, source: str) -> PreferenceEx
     return _example(prompt, chosen[ends[0] :], rejected[ends[1] :], None, source)
 
 
-def _split_strings(chosen: str, rejected: str, source: str) -> PreferenceExample | RowFault:
+def _split_strings(row: Row, chosen: str, rejected: str, source: str) -> PreferenceExample | RowFault:
     """TRL's rule: the prompt is what both begin with, and a space before the difference belongs to the completions."""
     if chosen == rejected:
         return RowFault(IDENTICAL_COMPLETIONS, source, "chosen and rejected are identical")
     prompt = chosen[: common_prefix_length(chosen, rejected)].removesuffix(" ")
+    require_no_other_text(row, prompt, source)
     return _example(prompt, chosen[len(prompt) :], rejected[len(prompt) :], None, source)
 
 
@@ -183,6 +183,8 @@ def _split_conversations(row: Row, source: str) -> PreferenceExample | RowFault:
         if completion and completion[0]["role"] != "assistant":
             what = f"message {shared + 1} of {column} is not the assistant's, and not in the other dialogue"
             return RowFault(PROMPTS_DIFFER, source, what)
+    if not any(message["role"] == "user" for message in chosen[:shared]):
+        require_no_other_text(row, "", source)
     return _example(chosen[:shared], *completions, tools_of(row, source), source)
 
 

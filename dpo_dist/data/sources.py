@@ -32,6 +32,8 @@ else:
 
 # `name` or `owner/name`, as the hub allows them: anything else can only be a local path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<total>\d{5})\.")
+_DESCRIPTIONS = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
 _FORMATS = f"{', '.join(SUFFIXES)}, each plain or .gz"
 
 
@@ -168,8 +170,8 @@ def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path
     if saved is not None:
         return saved
     found = _data_files(folder)
-    # As in a clone of a hub repository.
-    found = found or (_data_files(folder / "data") if (folder / "data").is_dir() else [])
+    if (folder / "data").is_dir() and not any(path.name.startswith(source.split) for path in found):
+        found = _data_files(folder / "data")  # as in a clone of a hub repository
     stems = {path: path.name[: path.name.lower().rindex(data_suffix(path) or "")] for path in found}
     whole = [path for path in found if stems[path] == source.split]
     shards = [path for path in found if stems[path].startswith(f"{source.split}-")]
@@ -178,8 +180,11 @@ def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path
         raise DataError(
             f"{key}.path={source.path} holds split {source.split} more than once ({names}); keep one of them"
         )
+    _require_complete(shards, source, key)
     if not whole and not shards:
+        below = sorted({path.parent for path in folder.rglob("*") if data_suffix(path) is not None} - {folder})
         names = ", ".join(path.name for path in found) or "no data file"
+        names += f" (its folder {below[0].relative_to(folder)} has some: name that one)" if below else ""
         raise DataError(
             f"{key}.split={source.split} is not in the folder {source.path}, which holds {names}; "
             f"name a file {source.split}.jsonl, or set split to one that is there"
@@ -189,7 +194,22 @@ def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path) is not None)
+    files = (path for path in folder.iterdir() if path.is_file() and path.name not in _DESCRIPTIONS)
+    return sorted(path for path in files if data_suffix(path) is not None)
+
+
+def _require_complete(shards: list[Path], source: DataSource, key: str) -> None:
+    """Refuse shards of which one is missing, or there twice."""
+    found = [match for path in shards if (match := _SHARD.search(path.name))]
+    if not found:
+        return
+    totals, numbers = {match["total"] for match in found}, sorted(int(match["number"]) for match in found)
+    if len(totals) > 1 or numbers != list(range(int(found[0]["total"]))):
+        names = ", ".join(path.name for path in shards)
+        raise DataError(
+            f"{key}.path={source.path} does not hold every shard of split {source.split} once ({names}); copy the "
+            "folder again, or remove what is left of another version"
+        )
 
 
 def _open_hub(source: DataSource, key: str) -> Source:

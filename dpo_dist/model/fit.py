@@ -1,6 +1,7 @@
 """Whether a folder's files fit the architecture of its configuration: names and shapes, known without loading."""
 
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo_dist.errors import ModelError
 from dpo_dist.pretrained.folder import first_line, weight_files
 
 Shape = tuple[int, ...]
+_PLAIN = frozenset({"F64", "F32", "BF16", "F16"})
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Fit:
     missing: tuple[str, ...]  # weights of the architecture that no file holds under this name
     misshapen: tuple[tuple[str, Shape, Shape], ...]  # name, shape in the file, shape in the architecture
     unused: tuple[str, ...]  # what the files hold besides
+    foreign: tuple[tuple[str, str], ...]  # name and type of weights that are not plain numbers, such as F8_E4M3
+    untied: str  # a weight that is there beside the one that it is tied to, with other values; "" if there is none
     has_tied_twice: bool  # a weight that the configuration ties to another is there as well
     is_converted: bool  # transformers makes other tensors of those in the files
 
@@ -42,6 +46,17 @@ class Fit:
         Raises:
             ModelError: naming a tensor.
         """
+        if self.foreign:
+            name, kind = self.foreign[0]
+            raise ModelError(
+                f"{key}={folder}: {name} is stored as {kind}, and only float32, bfloat16 and float16 can be trained; "
+                "give a folder whose weights are not quantised"
+            )
+        if self.untied:
+            raise ModelError(
+                f"{key}={folder}: its config.json ties {self.untied} to the embeddings, and its files hold other "
+                "values for it; set tie_word_embeddings to false in config.json, or copy the model again"
+            )
         if self.is_converted:
             return
         if self.misshapen:
@@ -76,12 +91,23 @@ def find_fit(folder: Path, config: PretrainedConfig, trust_remote_code: bool) ->
     Raises:
         ModelError: a file is damaged.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=trust_remote_code)
+    except Exception as error:  # each class refuses in its own way
+        detail = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(
+            f"{folder}: no model can be built from its config.json ({detail}); copy the folder again"
+        ) from error
     tied = getattr(model, "all_tied_weights_keys", {})
     stored: dict[str, Shape] = {}
+    kinds: dict[str, str] = {}
+    places: dict[str, Path] = {}
     for path in weight_files(folder):
-        stored |= _shapes(path)
+        found = _shapes(path)
+        stored |= {name: shape for name, (shape, _) in found.items()}
+        kinds |= {name: kind for name, (_, kind) in found.items()}
+        places |= dict.fromkeys(found, path)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
     return Fit(
@@ -94,14 +120,31 @@ def find_fit(folder: Path, config: PretrainedConfig, trust_remote_code: bool) ->
             for name in sorted(stored.keys() - expected.keys() - tied.keys())
             if not any(re.search(pattern, name) for pattern in ignored)
         ),
+        foreign=tuple((name, kind) for name, kind in sorted(kinds.items()) if kind not in _PLAIN and name in expected),
+        untied=_untied(tied, places),
         has_tied_twice=bool(stored.keys() & tied.keys()),
         is_converted=any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)),
     )
 
 
-def _shapes(path: Path) -> dict[str, Shape]:
+def _untied(tied: Mapping[str, str], places: Mapping[str, Path]) -> str:
+    """The first weight that differs from the one it is tied to, where the files hold both."""
+    for name, primary in tied.items():
+        if name in places and primary in places:
+            tensors = []
+            for one in (name, primary):
+                with safe_open(places[one], framework="pt") as file:
+                    tensors.append(file.get_tensor(one))
+            if not torch.equal(*tensors):
+                return name
+    return ""
+
+
+def _shapes(path: Path) -> dict[str, tuple[Shape, str]]:
+    """Shape and type of every tensor."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is damaged or no safetensors file ({first_line(error)}); copy it again") from None

@@ -42,9 +42,17 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    # Configuration classes check their values, each in its own way.
+    except Exception as error:
         reason = first_line(error)
         raise ModelError(f"model.model_name_or_path={folder}: its config.json cannot be used: {reason}") from None
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(
+            f"model.model_name_or_path={folder}: its weights are quantised ({getattr(kind, 'value', kind)}), and only "
+            "float32, bfloat16 and float16 can be trained; give a folder with such weights (adapter.load_in_4bit "
+            "quantises them here)"
+        )
     config.disabled_dropout = {
         name: value
         for name, value in vars(config).items()

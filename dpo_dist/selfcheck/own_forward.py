@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_dist.batch import MicroBatch, RankWork, build_micro_batch
+from dpo_dist.errors import DpoDistError, ModelError
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
 from dpo_dist.selfcheck.comparison import Comparison, alone, compare
 
@@ -47,10 +48,24 @@ def compare_with_own_forward(engine: _Engine, work: RankWork, positions: Sequenc
     packed_C = packed.to(packed_M.device).completion_sums(packed_M, weighted=False)
     comparisons = []
     for own in _first_and_last(work, chosen, packed):
-        own_M = engine.own_token_logps(own)
+        own_M = _ask(engine, own)
         own_C = own.to(own_M.device).completion_sums(own_M)
         comparisons.append(compare(own, own_C, packed, packed_C, NOISE_PER_SQRT_TOKEN[engine.dtype]))
     return comparisons
+
+
+def _ask(engine: _Engine, own: MicroBatch) -> Float[Tensor, " M"]:
+    """The class's own forward; it is somebody else's code, and what it raises says that the model cannot be judged."""
+    try:
+        return engine.own_token_logps(own)
+    except (DpoDistError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"model.model_name_or_path: the architecture's own forward, which packed numbers are held against, fails "
+            f"({type(error).__name__}: {what}); its config.json may not belong to it"
+        ) from error
 
 
 def _first_and_last(work: RankWork, chosen: Sequence[int], packed: MicroBatch) -> list[MicroBatch]:

@@ -2,11 +2,12 @@
 
 A template is a program by somebody else. What it ignores leaves no trace: a tool call that it has never heard of
 becomes an empty turn, and the model learns to say nothing. So every part of a conversation is looked for in what was
-rendered, and where it is not found, the template is asked again without it.
+rendered (`traces.py`).
 """
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.data import Message, PreferenceExample, RowFault
 from dpo_dist.data.example import NOT_RENDERED, PROMPT_MOVED, TEMPLATE_ERROR, WRONG_ROLE, common_prefix_length
 from dpo_dist.errors import ModelError
+from dpo_dist.tokenization.traces import Lost, find_lost, short
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
-# Parts of a message beside its content. A template may leave out reasoning of earlier turns, and many do.
-_PARTS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-_CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+_CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"alpha": "omega"}}}
 
 
 class Renderer:
@@ -55,11 +55,15 @@ class Renderer:
             conversations = [[*prompt, *answer] for answer in answers]
             asked = self._render(prompt, example.tools, add_generation_prompt=True)
             whole = [self._render(conversation, example.tools) for conversation in conversations]
-            if moved := _moved_words(example, asked, whole):
+            if moved := self._moved(prompt, example.tools, asked, whole):
                 return RowFault(PROMPT_MOVED, example.source, *moved)
-            lost = self._lost(prompt, example.tools, asked, len(prompt), add_generation_prompt=True)
+            lost = self._lost_tools(prompt, example.tools, asked)
+            lost = lost or find_lost(
+                prompt, len(prompt), asked, lambda m: self._render(m, example.tools, add_generation_prompt=True), True
+            )
             for conversation, text in zip(conversations, whole, strict=True):
-                lost = lost or self._lost(conversation, example.tools, text, len(prompt))
+                render = partial(self._render, tools=example.tools)
+                lost = lost or find_lost(conversation, len(prompt), text, render, is_prompt=False)
         # It may raise anything on a conversation that it does not expect.
         except Exception as error:
             what = f"the chat template refuses the conversation ({type(error).__name__}: {error})"
@@ -86,45 +90,43 @@ class Renderer:
         )
         return next(iter(roles.keys() - set(named)), None)
 
-    # ---- traces
-
-    def _lost(
-        self, messages: list[Message], tools: Sequence[Any] | None, text: str, num_prompt: int, **options: bool
-    ) -> tuple[str, str] | None:
-        """The first part of a conversation that is not in its text, with a way out; None if all are."""
-        if tools and self._is_same(text, lambda: self._render(messages, None, **options)):
-            return (
-                "the chat template does not show tools to the model",
-                "name the tokenizer of a model that was trained with tools, or remove the column tools",
-            )
-        for index, message in enumerate(messages):
-            content = message["content"].strip()
-            if content and content not in text:
-                other = _replaced(messages, index, {**message, "content": message["content"] + "x"})
-                if self._is_same(text, lambda other=other: self._render(other, tools, **options)):
-                    return (
-                        f"the chat template leaves out message {index + 1} (role {message['role']}): {_short(content)}",
-                        "write its text into another message, or name a tokenizer whose template has it",
-                    )
-            for part in filter(message.get, _PARTS):
-                # A template may drop what an earlier turn thought; then it must show it while that turn is the last.
-                whole = messages if index >= num_prompt or part == "tool_calls" else messages[: index + 1]
-                shown = text if whole is messages else self._render(whole, tools)
-                bare = _replaced(whole, index, {key: value for key, value in message.items() if key != part})
-                last = options if whole is messages else {}
-                if self._is_same(shown, lambda bare=bare, last=last: self._render(bare, tools, **last)):
-                    return (
-                        f"the chat template does not show {part} of message {index + 1} to the model",
-                        f"write it into the content, or name the tokenizer of a model that was trained with {part}",
-                    )
-        return None
-
-    @staticmethod
-    def _is_same(text: str, other: Callable[[], str]) -> bool:
+    def _lost_tools(self, prompt: list[Message], tools: Sequence[Any] | None, asked: str) -> Lost | None:
         try:
-            return other() == text
-        except Exception:
-            return False
+            if not tools or self._render(prompt, None, add_generation_prompt=True) != asked:
+                return None
+        except Exception:  # without them it is not even a conversation
+            return None
+        return (
+            "the chat template does not show tools to the model",
+            "name the tokenizer of a model that was trained with tools, or remove the column tools",
+        )
+
+    def _moved(
+        self, prompt: list[Message], tools: Sequence[Any] | None, asked: str, whole: Sequence[str]
+    ) -> tuple[str, str] | None:
+        """What of the prompt stands behind the border, where it is rendered otherwise once an answer follows.
+
+        The header of the answer may well differ. The messages of the prompt may not: what of them comes after the
+        border would be learned as part of the answer.
+        """
+        if all(text.startswith(asked) for text in whole):
+            return None
+        bare = self._render(prompt, tools)
+        border = min(common_prefix_length(bare, text) for text in whole)
+        # Some templates end any conversation with EOS.
+        if not bare[border:].replace(str(self._tokenizer.eos_token or ""), "").strip():
+            return None
+        roles = [message["role"] for message in prompt]
+        way_out = "name another tokenizer, or leave out what it renders in two ways"
+        if roles[-1] == "assistant":
+            way_out = "join the prompt's last message and the completion, both the assistant's, into one"
+        elif "system" in roles:
+            way_out = "write the system message into the first user message, or name another tokenizer"
+        return (
+            "the chat template renders the prompt in another way once an answer follows, and words of the prompt "
+            f"become part of the completion: {short(whole[0][border:])}",
+            way_out,
+        )
 
     # ---- arguments of tool calls
 
@@ -153,46 +155,14 @@ class Renderer:
                 texts[form] = self._render([{"role": "user", "content": "u"}, called], None)
             except Exception:
                 continue
-        plain, encoded_twice = '"a": "b', '\\"a'
-        if plain in texts.get("objects", "") and encoded_twice in texts.get("strings", encoded_twice):
-            return "objects"
-        if plain in texts.get("strings", "") and plain not in texts.get("objects", ""):
+        if len(texts) < 2:
+            return "given" if not texts else "objects" if "objects" in texts else "strings"
+        as_objects = texts["objects"]
+        if "'alpha': 'omega'" in as_objects:  # as Python writes it: text is wanted
             return "strings"
-        return "given"
-
-
-def _moved_words(
-    example: PreferenceExample, prompt_text: str, conversation_texts: Sequence[str]
-) -> tuple[str, str] | None:
-    """Words of the prompt that stand behind the border, where a prompt is rendered otherwise once an answer follows.
-
-    Args:
-        example: of messages.
-        prompt_text: the prompt with its generation header.
-        conversation_texts: prompt and completion, for each completion.
-    Returns:
-        What is wrong, and a way out; None where the prompt's words all come before the border.
-    """
-    if all(text.startswith(prompt_text) for text in conversation_texts):
-        return None
-    border = min(common_prefix_length(prompt_text, text) for text in conversation_texts)
-    for text, completion in zip(conversation_texts, example.completions, strict=True):
-        answer = next((words for message in completion if (words := message["content"].strip())), "")  # pyright: ignore
-        end = text.find(answer, border) if answer else len(text)
-        for message in example.prompt:
-            words = message["content"].strip()  # pyright: ignore
-            place = text.find(words, max(0, border - len(words)), end) if words else -1
-            if place + len(words) > border and place >= 0:
-                return (
-                    "the chat template renders the prompt in another way once an answer follows, and words of the "
-                    f"prompt become part of the completion: {_short(text[border:])}",
-                    "write the system message into the first user message, or name another tokenizer",
-                )
-    return None
-
-
-def _replaced(messages: list[Message], index: int, message: Message) -> list[Message]:
-    return [*messages[:index], message, *messages[index + 1 :]]
+        if '"alpha": "omega' in as_objects or '"alpha":"omega' in as_objects:
+            return "objects" if '\\"alpha' in texts["strings"] else "given"
+        return "objects" if "omega" in as_objects else "given"  # in a form of its own
 
 
 def _converted(call: Any, convert: Callable[[Any], Any]) -> Any:
@@ -213,7 +183,3 @@ def _as_object(arguments: Any) -> Any:
 
 def _as_text(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

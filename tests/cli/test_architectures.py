@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -118,3 +119,53 @@ def test_train_names_every_note_with_its_share_of_rows(run: Any) -> None:
         result = CliRunner().invoke(app, [command, "run.yaml", *cut])
         assert result.exit_code == 0, result.output
         assert "4 of 4 rows (100 %): truncated: completions were cut at data.max_length" in result.output
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """Tensors and configuration of a model, changed."""
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _tie(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["tie_word_embeddings"] = True
+
+
+def _quantise(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+
+
+def _as_integers(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors["lm_head.weight"] = (100 * tensors["lm_head.weight"]).to(torch.int8)
+
+
+def _unknown_activation(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["hidden_act"] = "nope"
+
+
+def _text_as_number(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["rms_norm_eps"] = "small"
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_tie, "its config.json ties lm_head.weight to the embeddings, and its files hold other values for it"),
+        (_quantise, "its weights are quantised (gptq), and only float32, bfloat16 and float16 can be trained"),
+        (_as_integers, "lm_head.weight is stored as I8, and only float32"),
+        (_unknown_activation, "no model can be built from its config.json (KeyError: 'nope')"),
+        (_text_as_number, "its config.json cannot be used: "),
+    ],
+)
+def test_a_model_that_cannot_be_trained_as_it_stands(
+    run: Any, tmp_path: Path, command: str, change: Any, said: str
+) -> None:
+    assert run("check", "llama").exit_code == 0
+    rewritten(tmp_path / "model", change)
+    result = CliRunner().invoke(app, [command, "run.yaml"])
+    assert result.exit_code == 2, result.output
+    assert said in result.output and "Traceback" not in result.output

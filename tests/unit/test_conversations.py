@@ -50,7 +50,7 @@ def reader(tmp_path: Path) -> Reader:
 
 def test_a_template_that_ignores_tool_calls(reader: Reader) -> None:
     """The chosen completion would be an empty turn, and the model would learn to say nothing."""
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .* does not show tool_calls of message 2 .*not_rendered"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .* does not show a tool call of message 2 .*not_rendered"):
         reader.data(templates.SMOLLM2, [row(chosen=[calls({"zone": "UTC"})])])
 
 
@@ -182,3 +182,81 @@ def test_arguments_reach_the_model_as_objects_from_json_columns(reader: Reader, 
     Dataset.from_list(NULLED, on_mixed_types="use_json").to_parquet(path)
     prompt, chosen, _ = reader.texts(templates.QWEN_2_5, path)
     assert '{"zone": "UTC"}' in chosen and '"name": "clock"' in prompt
+
+
+# ---- found by attacking it
+
+
+def test_a_dropped_message_whose_words_stand_elsewhere(reader: Reader) -> None:
+    template = templates.LLAMA_3.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    prompt = [{"role": "user", "content": "Is it 18 degrees?"}, says("I look."), {"role": "tool", "content": "18"}]
+    with pytest.raises(DataError, match=r"leaves out message 3 \(role tool\): '18'"):
+        reader.data(template, [row(prompt=prompt)])
+
+
+def test_the_second_of_two_calls(reader: Reader) -> None:
+    template = templates.QWEN_3.replace(
+        "{% for c in m['tool_calls'] or [] %}", "{% for c in (m['tool_calls'] or [])[:1] %}"
+    )
+    both = says("", tool_calls=[*calls({"zone": "UTC"})["tool_calls"], *calls({"zone": "CET"})["tool_calls"]])
+    with pytest.raises(DataError, match="does not show tool call 2 of message 2"):
+        reader.data(template, [row(chosen=[both])])
+    assert reader.data(templates.QWEN_3, [row(chosen=[both])])
+
+
+def test_arguments_that_are_not_shown(reader: Reader) -> None:
+    template = templates.QWEN_3.replace("{{ f['arguments'] | tojson }}", "{}")
+    with pytest.raises(DataError, match="does not show a tool call of message 2"):
+        reader.data(template, [row(chosen=[calls({"zone": "UTC"})])])
+
+
+def test_a_call_in_the_old_form(reader: Reader) -> None:
+    with pytest.raises(DataError, match=r"does not show function_call of message 2 .*; write it as tool_calls"):
+        reader.data(templates.QWEN_3, [row(chosen=[says("I look.", function_call={"name": "clock"})])])
+
+
+# Cuts what an answer thought out of its content, wherever it stands. As DeepSeek R1's.
+R1 = templates.LLAMA_3.replace("m['content'] | trim", "m['content'].split('</think>')[-1] | trim").replace(
+    "<|end_header_id|>\n\n{% endif %}", "<|end_header_id|>\n\n<think>\n{% endif %}"
+)
+
+
+def test_a_thought_inside_of_the_answer(reader: Reader) -> None:
+    thoughtful = says("<think>\nHigh sun.\n</think>\n\nNoon.")
+    with pytest.raises(DataError, match=r"leaves out the beginning of message 2: '<think>"):
+        reader.data(R1, [row(chosen=[thoughtful])])
+    earlier = [USER, thoughtful, {"role": "user", "content": "Sure?"}]
+    assert reader.data(R1, [row(prompt=earlier)]).notes == {"prompt_not_a_prefix": 1}
+    assert reader.data(templates.LLAMA_3, [row(chosen=[thoughtful])]).notes == {}
+
+
+def test_a_short_question_whose_words_stand_in_the_answer(reader: Reader) -> None:
+    """Only the header of the answer differs: no word of the prompt moves."""
+    short = [{"role": "user", "content": "a"}]
+    data = reader.data(R1, [row(prompt=short, chosen=[says("four a day")], rejected=[says("a")])])
+    assert data.notes == {"prompt_not_a_prefix": 1}
+
+
+def test_a_history_that_is_rendered_again(reader: Reader) -> None:
+    """Once an answer follows, the call before the tool's answer is written in another way, and all behind it moves."""
+    again = "{% if not loop.last and messages[-1]['role'] == 'assistant' %} to{% endif %}"
+    template = templates.QWEN_3.replace("{{ m['content'] }}{% for c", again + "{{ m['content'] }}{% for c")
+    prompt = [USER, calls({"zone": "UTC"}), {"role": "tool", "content": '{"t": 18}'}]
+    with pytest.raises(DataError, match="words of the prompt become part of the completion"):
+        reader.data(template, [row(prompt=prompt)])
+
+
+@pytest.mark.parametrize("form", [dict, json.dumps], ids=["object", "text"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{% for k, v in f['arguments'].items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}",  # text has no items
+        "{% if f['arguments'] is mapping %}{% for k, v in f['arguments'].items() %}<{{ k }}>{{ v }}</{{ k }}>"
+        "{% endfor %}{% else %}{{ f['arguments'] }}{% endif %}",
+    ],
+    ids=["only objects", "a form of its own"],
+)
+def test_templates_that_write_arguments_in_their_own_form(reader: Reader, form: Any, written: str) -> None:
+    template = templates.QWEN_2_5.replace("{{ f['arguments'] | tojson }}", written)
+    _, chosen, _ = reader.texts(template, [row(chosen=[calls(form({"zone": "UTC"}))])])
+    assert "<zone>UTC</zone>" in chosen and "{" not in chosen.split('"arguments": ')[1].replace("}\n", "")

@@ -82,6 +82,45 @@ def test_a_clone_of_a_hub_repository(tmp_path: Path) -> None:
     assert prompts(tmp_path / "clone", split="test") == EXPECTED[:1]
 
 
+def test_shards_that_are_missing_or_of_two_versions(tmp_path: Path) -> None:
+    for names in (
+        ("train-00000-of-00003", "train-00002-of-00003"),
+        ("train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"),
+    ):
+        folder = tmp_path / names[0] / str(len(names))
+        folder.mkdir(parents=True)
+        for name in names:
+            pq.write_table(pa.Table.from_pylist(ROWS[:2]), folder / f"{name}.parquet")
+        with pytest.raises(DataError, match="does not hold every shard of split train once"):
+            read(folder)
+
+
+def test_descriptions_are_no_data_and_a_folder_below_is_named(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    (clone / "dataset_infos.json").write_text("{}")
+    pq.write_table(pa.Table.from_pylist(ROWS), clone / "data" / "train-00000-of-00001.parquet")
+    assert prompts(clone) == EXPECTED
+    (clone / "data").rename(clone / "default")
+    with pytest.raises(DataError, match=r"no data file \(its folder default has some: name that one\)"):
+        read(clone)
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(DataError, match=r"is a pointer of Git LFS; run `git lfs pull`"):
+            read(tmp_path / name)
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    columns = [pa.array(["a"])] * 4
+    table = pa.Table.from_arrays(columns, names=["prompt", "chosen", "rejected", "prompt"])
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match="column prompt is there 2 times"):
+        read(tmp_path / "pairs.parquet")
+
+
 # ---- damage
 
 
@@ -173,12 +212,41 @@ def test_text_that_nobody_reads(tmp_path: Path, column: str, suffix: str) -> Non
         pq.write_table(pa.Table.from_pylist([row]), path)
     (fault,) = read(path)
     assert isinstance(fault, RowFault) and fault.reason == "unread_column"
-    assert f"there is no column prompt, and text in {column} would not be read" in fault.what
+    assert f"there is no column prompt, and {column} would not be read" in fault.what
+
+
+@pytest.mark.parametrize("value", [[{"role": "user", "content": "What is 2 + 2?"}], {"text": "What is 2 + 2?"}])
+def test_a_question_of_messages_that_nobody_reads(tmp_path: Path, value: Any) -> None:
+    row = {"question": value, "chosen": "The answer is four.", "rejected": "The answer is five."}
+    for path in (tmp_path / "pairs.jsonl", tmp_path / "pairs.parquet"):
+        if path.suffix == ".jsonl":
+            path.write_text(json.dumps(row) + "\n")
+        else:
+            pq.write_table(pa.Table.from_pylist([row]), path)
+        (fault,) = read(path)
+        assert isinstance(fault, RowFault) and fault.reason == "unread_column"
+
+
+def test_a_question_beside_answers_as_messages(tmp_path: Path) -> None:
+    """The prompt would be the system message, or nothing."""
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"system": "Be brief.", "question": "2 + 2?", **answers}) + "\n")
+    (fault,) = read(path)
+    assert isinstance(fault, RowFault) and fault.reason == "unread_column"
+
+
+def test_longer_text_than_the_prompt_is_taken_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {"frage": "Was ist zwei plus zwei, bitte?", "chosen": "Das ist vier.", "rejected": "Das ist acht."}
+    path.write_text(json.dumps(row) + "\n")
+    (fault,) = read(path)
+    assert isinstance(fault, RowFault) and "frage would not be read" in fault.what
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_labels_that_nobody_reads_are_no_prompt(tmp_path: Path, suffix: str) -> None:
-    row = {"id": "a-17", "source": "hh", "chosen": "The answer is four.", "rejected": "The answer is five."}
+    row = {"id": "row 17", "source": "open hh", "chosen": "The answer is four.", "rejected": "The answer is five."}
     path = tmp_path / f"pairs.{suffix}"
     if suffix == "jsonl":
         path.write_text(json.dumps(row) + "\n")

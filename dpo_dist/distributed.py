@@ -5,13 +5,14 @@ reads environment variables.
 """
 
 import ctypes
+import hashlib
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -252,17 +253,24 @@ def raising_together() -> Iterator[None]:
     raise_together(error)
 
 
-def require_agreement(what: str, value: str) -> None:
-    """Every rank must hold the same value.
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """Every rank must hold the same values. Collective.
 
+    Args:
+        facts: values by what they are, for people.
     Raises:
-        RankMismatchError: on every rank, naming the ranks that differ from the first.
+        RankMismatchError: on every rank, naming the first fact that differs, with the ranks that differ from the first.
     """
-    values = all_gather_json(value)
-    others = {rank: theirs for rank, theirs in enumerate(values) if theirs != values[0]}
-    if others:
-        listed = ", ".join(f"rank {rank}: {theirs}" for rank, theirs in list(others.items())[:4])
-        raise RankMismatchError(
-            f"{what} differs between ranks: rank 0: {values[0]}, {listed}; "
-            "start every rank with the same configuration, data files, model folders and package versions"
-        )
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if len(set(all_gather_json(digest))) == 1:
+        return
+    everybody = all_gather_json(dict(facts))
+    for what in dict.fromkeys(name for theirs in everybody for name in theirs):
+        values = [theirs.get(what, "nothing") for theirs in everybody]
+        others = {rank: value for rank, value in enumerate(values) if value != values[0]}
+        if others:
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in list(others.items())[:4])
+            raise RankMismatchError(
+                f"{what} differs between ranks: rank 0: {values[0]}, {listed}; "
+                "start every rank with the same configuration, data files, model folders and package versions"
+            )

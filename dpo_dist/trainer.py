@@ -6,6 +6,7 @@ itself stands below it.
 """
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -146,7 +147,9 @@ def _finish_step(
     run.after_update(progress.step)
     step, health = progress.step, progress.health
     step_loss = loss_of(totals)
-    require_finite(step, {"loss": step_loss, "grad_norm": grad_norm})
+    finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
+    sources = [] if finite else [run.dataset.source_of(row) for row in plan.examples]
+    require_finite(step, {"loss": step_loss, "grad_norm": grad_norm}, sources)
     if step == 1 and run.proof is not None:
         verdict = check_first_loss(step_loss, run.loss, run.proof)
         if run.ranks.is_first:

@@ -34,7 +34,7 @@ import typer
 
 from dpo_dist import __version__
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
-from dpo_dist.errors import DpoDistError
+from dpo_dist.errors import ConfigError, DpoDistError
 
 app = typer.Typer(
     help="Direct Preference Optimization for language models that need more than one GPU.",
@@ -81,7 +81,10 @@ def cache_dir() -> Path:
     """Where converted models and tokenised data are kept: $DPO_DIST_CACHE, else the user's cache folder."""
     if own := os.environ.get("DPO_DIST_CACHE"):
         return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist"
+    except RuntimeError:  # as in a container whose user is a number
+        raise ConfigError("this user has no home folder; set DPO_DIST_CACHE to a folder for the cache") from None
 
 
 @contextmanager
@@ -117,16 +120,35 @@ def _user_errors() -> Iterator[None]:
     """Show a user's mistake once, without a traceback, and leave with its exit code."""
     try:
         yield
-    except DpoDistError as error:
+    except Exception as error:
+        if not isinstance(error, DpoDistError) and not _is_out_of_memory(error):
+            raise
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             # The first rank has most likely met the same mistake and says it; its launcher then ends this process.
             # Only a rank that fails alone lives to speak.
             time.sleep(15)
-        text = (f"error on rank {rank}: " if rank else "error: ") + str(error)
+        said = str(error) if isinstance(error, DpoDistError) else f"out of memory; {_MORE_ROOM} ({_first_line(error)})"
+        text = (f"error on rank {rank}: " if rank else "error: ") + said
         print(text, file=sys.stderr, flush=True)
         _tell_launcher(text)
-        raise typer.Exit(error.exit_code) from None
+        raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+
+_MORE_ROOM = (
+    "lower packing.max_tokens or packing.reference_max_tokens, set model.gradient_checkpointing=true, or take a "
+    "DeepSpeed file that shards or offloads more (zero3, zero3_offload)"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a device or of the host; by name, for torch may not have been imported yet."""
+    told = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return told or isinstance(error, MemoryError)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _tell_launcher(text: str) -> None:

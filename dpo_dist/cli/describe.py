@@ -1,6 +1,5 @@
 """A prepared run in words for people, and in hashes for the other ranks."""
 
-import hashlib
 import json
 
 from dpo_dist.cli.prepare import Prepared
@@ -21,8 +20,13 @@ def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
         f"the data of data.evaluation.{index}": dataset.fingerprint
         for index, dataset in enumerate(prepared.evaluation_sets.values())
     }
+    settings = {
+        f"{section}.{key}": json.dumps(value, sort_keys=True)
+        for section, keys in values.items()
+        for key, value in keys.items()
+    }
     return {
-        "the configuration": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16],
+        **settings,
         "the training data": prepared.dataset.fingerprint,
         **held_out,
         "the policy's weights": prepared.weights_of(prepared.model_folder),

@@ -1,6 +1,7 @@
 """`dpo-dist precompute`: fill the cache of reference log-probabilities, and train nothing."""
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 from dpo_dist.cli.describe import counted, facts
@@ -18,7 +19,8 @@ def run_precompute(config: RunConfig, cache_dir: Path) -> None:
     """Score every completion of all data sets under the reference; what is stored already is left as it is."""
     require_reference(config)
     prepared = prepare(config, cache_dir)
-    with process_group(release=release_process_group) as ranks:
+    timeout = timedelta(seconds=config.parallel.ddp_timeout)
+    with process_group(timeout, release_process_group) as ranks:
         adopt_process_group()
         check_agreement(facts(prepared, prepared.first_plan(ranks.world_size)))
         cache = open_reference_cache(prepared, ranks, cache_dir)

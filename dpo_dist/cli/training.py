@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
     config = prepared.config
     stop = StopRequest()
     end_with_launcher()
-    with process_group(release=release_process_group) as ranks, stop.listening():
+    timeout = timedelta(seconds=config.parallel.ddp_timeout)
+    with process_group(timeout, release_process_group) as ranks, stop.listening():
         adopt_process_group()
         plan = prepared.first_plan(ranks.world_size)
         # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.

@@ -176,7 +176,6 @@ FOREIGN_KEYS: dict[str, str] = {
     "tensor_parallel_size": _PARALLEL,
     "context_parallel_size": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
-    "ddp_timeout": _PARALLEL,
     # ---- checkpoints, evaluation, logging
     "resume_from_checkpoint": "the name here is checkpoint.resume: auto, never or the path of a checkpoint",
     "auto_resume_from_checkpoints": "the name here is checkpoint.resume: auto, never or the path of a checkpoint",

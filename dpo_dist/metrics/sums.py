@@ -200,16 +200,25 @@ def padded_tokens(pair_lengths: Sequence[int], rows_per_batch: int = 8) -> int:
     return sum(2 * len(batch) * max(batch) for batch in batches)
 
 
-def require_finite(step: int, values: Mapping[str, float]) -> None:
+_SHOWN = 3  # examples, in a message
+
+
+def require_finite(step: int, values: Mapping[str, float], sources: Sequence[str] = ()) -> None:
     """Stop where a number has become NaN or infinite.
 
+    Args:
+        step: for the message.
+        values: by name.
+        sources: `file:line` of the examples that they are of.
     Raises:
-        NumericsError: naming the step and the values.
+        NumericsError: naming the step, its examples and the values.
     """
     broken = {name: value for name, value in values.items() if not math.isfinite(value)}
     if broken:
         listed = ", ".join(f"{name}={value}" for name, value in broken.items())
+        shown = ", ".join(sources[:_SHOWN]) + (f" and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else "")
+        of_examples = f" (examples {shown})" if sources else ""
         raise NumericsError(
-            f"step {step}: {listed}; checkpoints written before are intact. "
+            f"step {step}{of_examples}: {listed}; checkpoints written before are intact. "
             "Lower train.learning_rate, or use model.dtype=bfloat16 or float32"
         )

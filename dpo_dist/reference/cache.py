@@ -54,7 +54,7 @@ def open_cache(
     Raises:
         ConfigError: if the folder is another reference's, no cache at all, or cannot be read.
     """
-    require_agreement("the tokenised data", ", ".join(dataset.fingerprint for dataset in datasets))
+    require_agreement({"the tokenised data": ", ".join(dataset.fingerprint for dataset in datasets)})
     return ReferenceCache(folder, identity, datasets, ranks, store_token_logps, rows or [None] * len(datasets))
 
 

@@ -194,13 +194,12 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     """Every rank must be about to compute the same step of the same run. Collective.
 
     Args:
-        facts: what must be equal on all ranks: its name for people, and a hash or fingerprint of it.
+        facts: what must be equal on all ranks: its name for people, and its value or a fingerprint of it.
 
     Raises:
         RankMismatchError: on every rank, naming what differs.
     """
-    for what, value in facts.items():
-        require_agreement(what, value)
+    require_agreement(facts)
 
 
 def _two_alone(work: RankWork, batch: MicroBatch, positions: Sequence[int]) -> list[MicroBatch]:

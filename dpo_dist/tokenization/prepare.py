@@ -76,7 +76,8 @@ def prepare_dataset(
     # Looked up without the lock first: a folder under its final name is whole, and most starts find it.
     if not is_whole(folder):
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
+            # Conversations are their owner's affair.
+            cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _locked(folder):
                 if not is_whole(folder):
                     place = section if len(opened) > 1 else opened[0].key

@@ -2,21 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_dist.checkpoint import store
-from dpo_dist.cli import app, run_folder, sources, training
+from dpo_dist.cli import app, precomputing, run_folder, sources, training
 from dpo_dist.errors import NumericsError
 from dpo_dist.metrics import MetricsFile
 from tests.golden.trajectories import FOLDER
@@ -306,3 +309,60 @@ def test_a_request_is_heard_while_reference_values_are_computed(out: Path, monke
     os.chdir(out.parent)
     monkeypatch.setenv("DPO_DIST_CACHE", str(out.parent / "cache"))
     assert "values found" in train(*settings).output
+
+
+# ---- what ends a run
+
+
+def test_a_number_that_is_not_finite_names_the_examples_of_its_step(out: Path) -> None:
+    result = train("train.learning_rate=1e30", "train.max_steps=4", "train.shuffle=false", code=1)
+    pattern = rf"error: step \d \(examples {re.escape(str(FOLDER))}/pairs\.jsonl:\d, \S+, \S+\d\): (loss|grad_norm)="
+    assert re.search(pattern, result.output), result.output
+    names = {path.name for path in (out / "checkpoints").iterdir()} if (out / "checkpoints").exists() else set()
+    assert "step-000004" not in names and not (out / "model").exists()
+
+
+@pytest.mark.parametrize(("command", "module"), [("train", training), ("precompute", precomputing)])
+def test_how_long_a_rank_waits_for_the_others(
+    out: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: Any
+) -> None:
+    seen = []
+
+    def group(timeout: timedelta, release: Any) -> None:
+        seen.append(timeout.total_seconds())
+        raise NumericsError("far enough")
+
+    monkeypatch.setattr(module, "process_group", group)
+    monkeypatch.setenv("DPO_DIST_CACHE", str(out.parent / "cache"))
+    CliRunner().invoke(app, [command, "run.yaml"])
+    CliRunner().invoke(app, [command, "run.yaml", "parallel.ddp_timeout=77"])
+    assert seen == [1800, 77]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_advice(
+    out: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "train", fails)
+    result = train(code=1)
+    assert "error: out of memory; lower packing.max_tokens" in result.output and "\nmore" not in result.output
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DPO_DIST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    assert "this user has no home folder; set DPO_DIST_CACHE" in CliRunner().invoke(app, ["demo-model"]).output

@@ -347,7 +347,7 @@ def test_fault_of_one_rank_stops_all(two_ranks):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("other configuration", "the configuration differs between ranks"),
+        ("other configuration", "loss.beta differs between ranks: rank 0: 0.1, rank 1: 0.2"),
         ("other data", "the training data differs between ranks"),
         ("other plan", "the first step's plan differs between ranks"),
     ],

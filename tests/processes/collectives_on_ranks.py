@@ -78,8 +78,8 @@ def observations(ranks: Ranks) -> dict[str, Any]:
         "second fails": outcome(lambda: raise_together(DataError("b.jsonl:7: bad \u00e9") if rank else None)),
         "both fail": outcome(lambda: raise_together(DataError(f"rank {rank}"))),
         "unknown": outcome(lambda: raise_together(OurOwnError("odd") if rank == 0 else None)),
-        "agree": outcome(lambda: require_agreement("the data", "same")),
-        "differ": outcome(lambda: require_agreement("the data", f"hash{rank}")),
+        "agree": outcome(lambda: require_agreement({"the data": "same"})),
+        "differ": outcome(lambda: require_agreement({"other": "same", "the data": f"hash{rank}"})),
         "stop": [before, after, stop.requested],
     }
     with process_group() as inner:  # one exists: it is used, and left alone

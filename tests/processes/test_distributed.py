@@ -96,7 +96,7 @@ def test_one_process_is_its_own_group(value: Any) -> None:
     assert all_gather_json(value) == [value]
     assert broadcast_json(value) == value
     barrier()
-    require_agreement("anything", "x")
+    require_agreement({"anything": "x"})
     raise_together(None)
     with pytest.raises(DataError, match="mine"):
         raise_together(DataError("mine"))

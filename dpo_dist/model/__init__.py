@@ -12,6 +12,7 @@ quantization.py  frozen weights in four bits
 
 from dpo_dist.model.adapted import Adapter, base_name
 from dpo_dist.model.fit import Fit, find_fit
+from dpo_dist.model.own_forward import own_kernel
 from dpo_dist.model.probe import Probe, try_architecture
 from dpo_dist.model.quantization import four_bits
 from dpo_dist.model.scoring import ScoringModel, load_model, sharded_loading
@@ -27,6 +28,7 @@ __all__ = [
     "four_bits",
     "load_model",
     "node_groups",
+    "own_kernel",
     "sharded_loading",
     "try_architecture",
 ]

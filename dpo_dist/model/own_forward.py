@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_dist.batch import MicroBatch
+from dpo_dist.pretrained.architecture import attention_needs
 
 
 @torch.no_grad()
@@ -32,12 +33,23 @@ def own_logps(model: Any, batch: MicroBatch) -> Float[Tensor, " M"]:
     return logits_MV.to(precision).log_softmax(-1).gather(-1, batch.target_ids_M[:, None])[:, 0]
 
 
+def own_kernel(model: Any) -> str:
+    """Which of transformers' attention functions the class's own forward takes: "sdpa" or "eager".
+
+    In half precision torch's kernel, since "eager" rounds scores before the softmax; but what that kernel would leave
+    out, softcap and sinks, needs the class's own function.
+    """
+    needs = attention_needs(model.config)
+    is_plain = getattr(model, "_supports_sdpa", False) and not (needs.has_softcap or needs.has_sinks)
+    return "sdpa" if is_plain and next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else "eager"
+
+
 @contextmanager
 def own_attention(model: Any) -> Iterator[None]:
-    """Inside, every layer computes attention by the function of its own class ("eager"), with the mask it asks for."""
+    """Inside, every layer computes attention as transformers does, with the mask that its class asks for."""
     inner = getattr(model, "get_base_model", lambda: model)()
     before = inner.config._attn_implementation
-    inner.set_attn_implementation("eager")
+    inner.set_attn_implementation(own_kernel(inner))
     try:
         yield
     finally:

@@ -169,3 +169,14 @@ def test_a_model_that_cannot_be_trained_as_it_stands(
     result = CliRunner().invoke(app, [command, "run.yaml"])
     assert result.exit_code == 2, result.output
     assert said in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "mixtral", "gpt2"])
+def test_honest_runs_in_bfloat16_pass_the_self_check(run: Any, model_type: str) -> None:
+    """Large weights, so that attention is sharp and its rounding shows."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if model_type in ("gpt_oss", "mixtral") else {}
+    heads = {} if model_type == "gpt2" else {"num_key_value_heads": 2, "head_dim": 8}
+    assert run("check", model_type, length=40, initializer_range=0.25, **experts, **heads).exit_code == 0
+    result = CliRunner().invoke(app, ["train", "run.yaml", "model.dtype=bfloat16"])
+    assert result.exit_code == 0, result.output
+    assert "the architecture's own forward differs by" in result.output

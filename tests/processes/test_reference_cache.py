@@ -228,7 +228,7 @@ def _last(items: list[Any], item: Any) -> int:
 
 
 def test_of_two_runs_at_once_one_computes(children: Children) -> None:
-    assert children.run({"name": "a", "pause_s": 0.005}, {"name": "b", "pause_s": 0.005}) == [0, 0]
+    assert children.run({"name": "a", "pause_s": 0.02}, {"name": "b", "pause_s": 0.02}) == [0, 0]
     computed = [row for row in children.log() if row is not None]
     assert Counter(computed) == Counter(set(children.row_of.values()))  # each once
     assert children.stored() == set(computed)

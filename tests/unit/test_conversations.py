@@ -198,7 +198,7 @@ def test_the_second_of_two_calls(reader: Reader) -> None:
     template = templates.QWEN_3.replace(
         "{% for c in m['tool_calls'] or [] %}", "{% for c in (m['tool_calls'] or [])[:1] %}"
     )
-    both = says("", tool_calls=[*calls({"zone": "UTC"})["tool_calls"], *calls({"zone": "CET"})["tool_calls"]])
+    both = says("", tool_calls=[*calls({"zone": "UTC"})["tool_calls"], *calls({})["tool_calls"]])
     with pytest.raises(DataError, match="does not show tool call 2 of message 2"):
         reader.data(template, [row(chosen=[both])])
     assert reader.data(templates.QWEN_3, [row(chosen=[both])])

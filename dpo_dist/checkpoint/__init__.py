@@ -14,7 +14,7 @@
 """
 
 from dpo_dist.checkpoint.export import export_checkpoint, export_model, require_unused, write_assets
-from dpo_dist.checkpoint.files import free_bytes, human_bytes, replace_text
+from dpo_dist.checkpoint.files import explain_write_error, free_bytes, human_bytes, replace_text
 from dpo_dist.checkpoint.manifest import LATEST_FILE, MANIFEST_FILE, verify
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.checkpoint.state import RunState, changed_settings, require_same
@@ -28,6 +28,7 @@ __all__ = [
     "RunState",
     "Weights",
     "changed_settings",
+    "explain_write_error",
     "export_checkpoint",
     "export_model",
     "free_bytes",

@@ -7,6 +7,10 @@
     sources.py   where its reference log-probabilities come from
     resuming.py  what a run goes on from
     training.py  `train`
+    announcing.py what it says before models are loaded
+    run_folder.py who trains in a folder, what is written first, whether its model is the finished one
+    architectures.py what the models' architectures can do
+    describe.py  a run in words
     precomputing.py  `precompute`
     exporting.py `export`
     checking.py  `check`

@@ -1,6 +1,7 @@
 """The folder of a run: who trains in it, what is written into it first, and whether its model is the finished one."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -13,15 +14,14 @@ from typing import Any
 
 import xxhash
 
-from dpo_dist.checkpoint import free_bytes, human_bytes, replace_text
+from dpo_dist.checkpoint import explain_write_error, free_bytes, human_bytes, replace_text
 from dpo_dist.cli.requirements import LOCK_FILE
 from dpo_dist.config import RunConfig, dump_resolved
-from dpo_dist.distributed import Ranks, raise_together
+from dpo_dist.distributed import Ranks, raising_together
 from dpo_dist.errors import ConfigError, FolderInUseError, StorageError
 from dpo_dist.metrics import TRACKERS, MetricsFile
 
 CONFIG_FILE, MODEL_RECORD = "config.yaml", "dpo_dist.json"
-_READ_BYTES = 2**24
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,10 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         FolderInUseError: another run does, and which.
         ConfigError: the folder cannot be made.
     """
-    descriptor, error = None, None
-    if ranks.is_first:
-        try:
+    descriptor = None
+    with raising_together():
+        if ranks.is_first:
             descriptor = _take(folder)
-        except (FolderInUseError, ConfigError) as raised:
-            error = raised
-    raise_together(error)
     try:
         yield
     finally:
@@ -59,7 +56,7 @@ def _take(folder: Path) -> int | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -82,9 +79,24 @@ def _take(folder: Path) -> int | None:
     except OSError as error:
         raise ConfigError(f"train.output_dir={folder} cannot be written ({error}); choose another folder") from None
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode())
+    with suppress(OSError):  # a full disk: the lock holds, and only its text is missing
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode())
     return descriptor
+
+
+@contextmanager
+def writing(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, the first rank writes into the run's folder; if that fails, every rank ends. Collective.
+
+    Raises:
+        StorageError: the disk is full, or fails.
+    """
+    with raising_together():
+        try:
+            yield
+        except OSError as error:
+            raise explain_write_error(error, folder, 0) from error
 
 
 def write_config(config: RunConfig) -> None:
@@ -162,9 +174,5 @@ def is_model_of(model: Path, step: int, checkpoint: str, look_only: bool) -> boo
 
 
 def _fingerprint(path: Path) -> list[int | str]:
-    digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return [size, digest.hexdigest()]
+        return [path.stat().st_size, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()]

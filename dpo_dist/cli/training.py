@@ -12,23 +12,30 @@ from dpo_dist import losses
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
-from dpo_dist.cli.describe import base_model_name, counted, describe_adapter, facts
+from dpo_dist.cli.announcing import announce
+from dpo_dist.cli.describe import base_model_name, facts
 from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
-from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.resuming import Start, find_start
-from dpo_dist.cli.run_folder import CONFIG_FILE, locked, record_model, require_space, start_trackers, write_config
+from dpo_dist.cli.run_folder import (
+    CONFIG_FILE,
+    locked,
+    record_model,
+    require_space,
+    start_trackers,
+    write_config,
+    writing,
+)
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
 from dpo_dist.config import RunConfig
-from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group, raising_together
+from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
-from dpo_dist.packing import StepPlan
 from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import ReferenceSync
 from dpo_dist.selfcheck import Proof, check_agreement, prove
-from dpo_dist.tokenization import describe_notes, load_tokenizer
+from dpo_dist.tokenization import load_tokenizer
 from dpo_dist.trainer import Progress, Run, evaluate_all, restore, train
 
 logger = logging.getLogger(__name__)
@@ -50,7 +57,7 @@ def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
         plan = prepared.first_plan(ranks.world_size)
         # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
         check_agreement(facts(prepared, plan))
-        _announce(prepared, plan, ranks)
+        announce(prepared, plan, ranks)
         # Before anything in it is looked at: a second run would take what the first is writing for leftovers.
         with locked(Path(config.train.output_dir), ranks):
             try:
@@ -76,8 +83,7 @@ def _run_in_folder(prepared: Prepared, ranks: Ranks, stop: StopRequest, cache_di
     run = _build(prepared, ranks, stop, store, start, choice)
     _open_folder(run, start)
     progress = Progress() if start.checkpoint is None else restore(run, start.checkpoint)
-    if ranks.is_first and start.checkpoint is not None:
-        write_config(config)  # not before the checkpoint has been accepted
+    _keep_config(run, start)
     with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
         run = replace(run, report=report)
         if start.checkpoint is None:
@@ -192,7 +198,7 @@ def _begin(run: Run, progress: Progress) -> None:
 
 def _open_folder(run: Run, start: Start) -> None:
     """Everything has been found right: the configuration first, so that whatever follows can be resumed."""
-    with raising_together():
+    with writing(Path(run.config.train.output_dir), run.ranks):
         if run.ranks.is_first:
             if start.checkpoint is None or not (Path(run.config.train.output_dir) / CONFIG_FILE).exists():
                 write_config(run.config)
@@ -200,6 +206,13 @@ def _open_folder(run: Run, start: Start) -> None:
                 half = 2 if run.policy.dtype != torch.float32 else 0
                 require_space(run.config, run.policy.num_trained * (12 + half))
             start_trackers(run.config, run.metrics_file, start.first_step)
+
+
+def _keep_config(run: Run, start: Start) -> None:
+    """The configuration of this start in the place of the last one's; not before its checkpoint has been accepted."""
+    with writing(Path(run.config.train.output_dir), run.ranks):
+        if run.ranks.is_first and start.checkpoint is not None:
+            write_config(run.config)
 
 
 def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path], None]:
@@ -229,8 +242,9 @@ def _load_best(run: Run, progress: Progress) -> None:
 def _export(prepared: Prepared, run: Run, progress: Progress) -> None:
     out = Path(run.config.train.output_dir) / "model"
     _write_model(prepared, run, out)
-    if run.ranks.is_first:
-        record_model(out, progress.step, run.store.path_of(progress.step).name)
+    with writing(out, run.ranks):
+        if run.ranks.is_first:
+            record_model(out, progress.step, run.store.path_of(progress.step).name)
 
 
 def _write_model(prepared: Prepared, run: Run, out: Path) -> None:
@@ -262,30 +276,3 @@ def _tokenizer(prepared: Prepared) -> object | None:
 
 def _generation(policy: TrainingEngine) -> object | None:
     return getattr(policy.model.model, "generation_config", None)
-
-
-def _announce(prepared: Prepared, plan: StepPlan, ranks: Ranks) -> None:
-    if not ranks.is_first:
-        return
-    kernel, kernel_reason = prepared.attention
-    shared, sharing_reason = prepared.sharing
-    stage = prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    where = f"{counted(ranks.world_size, 'rank')} on {ranks.device.type}"
-    logger.info("%s, ZeRO stage %d, %s", where, stage, prepared.config.model.dtype)
-    logger.info("attention kernel %s: %s", kernel, kernel_reason)
-    logger.info("prompts are computed %s: %s", "once" if shared else "once per completion", sharing_reason)
-    if prepared.config.adapter.is_used:
-        logger.info("adapter: %s", describe_adapter(prepared))
-    disabled = prepared.model_config.disabled_dropout
-    logger.info("dropout is off%s", f" (the model had {disabled})" if disabled else "")
-    examples, steps = counted(len(prepared.dataset), "example"), counted(prepared.num_steps, "step")
-    logger.info("%s, %s of %d", examples, steps, len(plan.examples))
-    for remark in remarks(prepared, plan):
-        logger.warning(remark)
-    for name, dataset in prepared.datasets.items():
-        for note in describe_notes(dataset.notes, len(dataset)):
-            logger.warning("%s: %s", name, note)
-    if prepared.dataset.bad_rows:
-        logger.info("rows left out: %s", prepared.dataset.bad_rows)
-    if prepared.dataset.ignored_columns:
-        logger.info("columns ignored: %s", ", ".join(prepared.dataset.ignored_columns))

@@ -26,8 +26,8 @@ def require_no_other_text(row: Row, prompt: str, source: str) -> None:
     texts = [
         name
         for name, value in unread.items()
-        if any(word in name.lower() for word in _PROMPTS)
-        or (isinstance(value, str) and len(value.split()) > 1 and len(value) > len(prompt))
+        if name.lower() in _PROMPTS
+        or (isinstance(value, str) and len(value.split()) > 1 and (_is_called_so(name) or len(value) > len(prompt)))
     ]
     if texts:
         raise RowError(
@@ -36,6 +36,11 @@ def require_no_other_text(row: Row, prompt: str, source: str) -> None:
             "it",
             UNREAD_COLUMN,
         )
+
+
+def _is_called_so(name: str) -> bool:
+    """Whether a name holds a usual one: `user_input`; `user_id` does too, and its value is one word."""
+    return any(word in name.lower() for word in _PROMPTS)
 
 
 def _is_said(value: Any) -> bool:

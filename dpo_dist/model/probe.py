@@ -34,7 +34,7 @@ class Probe:
 
 
 def try_architecture(config: PretrainedConfig, key: str, share_prompts: bool, trust_remote_code: bool = False) -> Probe:
-    """Compare packed log-probabilities with the architecture's own, on a small random model; takes about a second.
+    """Compare packed log-probabilities with the architecture's own, on a small random model; takes a moment.
 
     Args:
         config: what `load_config` gave.

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -129,9 +128,9 @@ def load_model(
             else:
                 options = {"trust_remote_code": trust_remote_code, "quantization_config": quantization}
                 model = _by_transformers(folder, config, attention, dtype, deepspeed_config, options)
-    except ModelError:
+    except (ModelError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a class may refuse in any way, or know no attention but its own
         reason = first_line(error)
         if quantization is not None:
             needed = 2 * dtype.itemsize

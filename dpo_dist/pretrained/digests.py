@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 from filelock import FileLock
@@ -15,7 +16,6 @@ from filelock import FileLock
 from dpo_dist.errors import ModelError
 from dpo_dist.pretrained.folder import ADAPTER_SETTINGS, first_line, read_header
 
-_READ_BYTES = 2**24
 # A file that was written just now may be written again within the same tick of the clock, with the same size.
 _SETTLED_NS = 2 * 10**9
 
@@ -95,7 +95,7 @@ def _digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest_tensors(file: BinaryIO, digest: Any) -> None:
+def _digest_tensors(file: BufferedReader, digest: Any) -> None:
     header, header_size = read_header(file)
     end = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     missing = end - file.seek(0, os.SEEK_END)
@@ -104,5 +104,4 @@ def _digest_tensors(file: BinaryIO, digest: Any) -> None:
     for name, entry in sorted(header.items()):
         digest.update(f"{name} {entry['dtype']} {entry['shape']} {entry['data_offsets']}".encode())
     file.seek(8 + header_size)
-    while block := file.read(_READ_BYTES):
-        digest.update(block)
+    hashlib.file_digest(file, lambda: digest)  # of what follows

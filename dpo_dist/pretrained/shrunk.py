@@ -8,7 +8,6 @@ from transformers import PretrainedConfig
 MAX_POSITIONS = 64  # of the small model; positions beyond show whether there is a table of them
 WINDOW = 5  # tokens; shorter than what is tried, so that a window which is lost shows
 _HEADS, _HEAD_DIM = 4, 16
-_MOST_LAYERS = 8
 
 # Sizes, where the configuration has them and they are larger. Kept: what is a choice and not a size.
 _SIZES = {
@@ -41,7 +40,6 @@ _SIZES = {
     "qk_head_dim": 16,
     "rotary_dim": 8,
     "d_head": _HEAD_DIM,
-    "num_kv_shared_layers": 0,
     "num_layers_per_stack": 1,
     "sliding_window": WINDOW,
     "attention_window_size": WINDOW,
@@ -96,7 +94,12 @@ def _shorten_layers(values: dict[str, Any], key: str) -> int | None:
     per_layer = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == total}
     kinds = list(zip(*(map(str, value) for value in per_layer.values()), strict=True)) or [()] * total
     count = next(n for n in range(1, total + 1) if set(kinds[:n]) == set(kinds))
-    count = max(min(count, _MOST_LAYERS), min(2, total))
+    count = max(count, min(2, total))
+    if values.get("num_kv_shared_layers"):
+        # The last layers read keys and values of earlier ones of their kind: every kind once with its own, once so.
+        values["num_kv_shared_layers"] = count
+        per_layer = {name: [*value[:count], *value[:count]] for name, value in per_layer.items()}
+        count *= 2
     values[key] = count
     if isinstance(own := values.get("per_layer_config"), dict):
         values["per_layer_config"] = {index: value for index, value in own.items() if int(index) < count}

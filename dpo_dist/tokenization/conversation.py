@@ -84,11 +84,10 @@ class Renderer:
 
     def _unknown_role(self, messages: Sequence[Message]) -> str | None:
         """A role that is neither common nor named by the template."""
-        roles = dict.fromkeys(str(message["role"]) for message in messages)
-        named = (
-            role for role in roles if role in _ROLES or f"'{role}'" in self._template or f'"{role}"' in self._template
-        )
-        return next(iter(roles.keys() - set(named)), None)
+        for role in dict.fromkeys(str(message["role"]) for message in messages):
+            if role not in _ROLES and f"'{role}'" not in self._template and f'"{role}"' not in self._template:
+                return role
+        return None
 
     def _lost_tools(self, prompt: list[Message], tools: Sequence[Any] | None, asked: str) -> Lost | None:
         try:

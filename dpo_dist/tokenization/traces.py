@@ -47,7 +47,8 @@ def _lost_thought(messages: list[Message], index: int, render: Render) -> Lost |
     for key in filter(message.get, _REASONING):
         upto = messages[: index + 1]
         bare = {name: value for name, value in message.items() if name != key}
-        if _try(render, [*upto[:-1], bare]) == _try(render, upto):
+        shown = _try(render, upto)  # None where a conversation may not end here: then this cannot be told
+        if shown is not None and _try(render, [*upto[:-1], bare]) == shown:
             return (
                 f"the chat template does not show {key} of message {index + 1} to the model",
                 f"write it into the content, or {_TRAINED_WITH} {key}",

@@ -17,7 +17,6 @@ SUMMARY_FILE = "summary.json"
 # Bounds the memory of writing, and the 32-bit offsets of Arrow lists.
 _ROWS_PER_BATCH = 1024
 _TOKENS_PER_BATCH = 2**22
-_BLOCK_BYTES = 2**24
 
 _IDS = pa.list_(pa.int32())
 _PAIR = pa.struct(
@@ -193,11 +192,8 @@ def is_whole(folder: Path) -> bool:
 
 def _digest(path: Path) -> str:
     """A hash of a whole file, at the pace of memory."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _seal(values: dict[str, Any]) -> str:

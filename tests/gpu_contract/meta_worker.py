@@ -26,24 +26,16 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dpo_dist.attention.interface import register  # noqa: E402
 from dpo_dist.batch import MicroBatch  # noqa: E402
 from dpo_dist.logprobs import STATISTICS  # noqa: E402
 from dpo_dist.model import ScoringModel  # noqa: E402
+from tests.gpu_contract.shapes import LLAMA_8B  # noqa: E402
 from tests.parity.oracle import packed, random_example  # noqa: E402
 
 META = torch.device("meta")
-# Llama 3.1 8B, from its config.json.
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
 EXAMPLES = [random_example(i, 500 + 10 * i, [300 + 7 * i, 250 - 9 * i]) for i in range(8)]
 REPEATS = 3
 

@@ -7,25 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
 from dpo_dist.model import ScoringModel
 from dpo_dist.selfcheck.own_forward import compare_with_own_forward
+from tests.gpu_contract.shapes import LLAMA_8B
 from tests.invariance.selfcheck_case import plan_of
 from tests.parity.oracle import random_example
 
 META = torch.device("meta")
-# Llama 3.1 8B, from its config.json.
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
 EXAMPLES = [random_example(i, 4000 + 10 * i, [3000 + 7 * i, 2500 - 9 * i]) for i in range(3)]
 
 

@@ -260,3 +260,11 @@ def test_templates_that_write_arguments_in_their_own_form(reader: Reader, form: 
     template = templates.QWEN_2_5.replace("{{ f['arguments'] | tojson }}", written)
     _, chosen, _ = reader.texts(template, [row(chosen=[calls(form({"zone": "UTC"}))])])
     assert "<zone>UTC</zone>" in chosen and "{" not in chosen.split('"arguments": ')[1].replace("}\n", "")
+
+
+def test_a_turn_that_may_not_end_a_conversation(reader: Reader) -> None:
+    """What a template refuses with and without the thought says nothing about the thought."""
+    rule = "{% if messages[-1]['tool_calls'] %}{{ raise_exception('an answer must follow') }}{% endif %}"
+    call = {**calls({"zone": "UTC"}), "reasoning_content": "I ask."}
+    prompt = [USER, call, {"role": "tool", "content": "12:00"}]
+    assert len(reader.data(rule + templates.QWEN_3, [row(prompt=prompt)])) == 1

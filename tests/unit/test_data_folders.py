@@ -200,7 +200,7 @@ def test_values_nested_too_deep(tmp_path: Path) -> None:
 # ---- a prompt that nobody read
 
 
-@pytest.mark.parametrize("column", ["question", "instruction", "input", "query", "text"])
+@pytest.mark.parametrize("column", ["question", "instruction", "input", "query", "text", "user_input"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_text_that_nobody_reads(tmp_path: Path, column: str, suffix: str) -> None:
     """The prompt was what both answers begin with: "The answer is f" + "our."."""
@@ -246,7 +246,13 @@ def test_longer_text_than_the_prompt_is_taken_for_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_labels_that_nobody_reads_are_no_prompt(tmp_path: Path, suffix: str) -> None:
-    row = {"id": "row 17", "source": "open hh", "chosen": "The answer is four.", "rejected": "The answer is five."}
+    row = {
+        "user_id": "u17",
+        "prompt_id": "p-1",
+        "source": "open hh",
+        "chosen": "The answer is four.",
+        "rejected": "The answer is five.",
+    }
     path = tmp_path / f"pairs.{suffix}"
     if suffix == "jsonl":
         path.write_text(json.dumps(row) + "\n")
@@ -254,4 +260,4 @@ def test_labels_that_nobody_reads_are_no_prompt(tmp_path: Path, suffix: str) -> 
         pq.write_table(pa.Table.from_pylist([row]), path)
     ignored: set[str] = set()
     (example,) = open_source(DataSource(path=str(path)), KEY).examples(ignored)
-    assert isinstance(example, PreferenceExample) and ignored == {"id", "source"}
+    assert isinstance(example, PreferenceExample) and ignored == {"user_id", "prompt_id", "source"}

@@ -78,18 +78,6 @@ def test_a_damaged_cache_is_named_when_it_is_written_again(
     assert f"{path.parent} is damaged and is written again" in caplog.text
 
 
-def test_a_large_file_is_hashed_in_pieces(
-    read: Callable[[], TokenizedDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dpo_dist.tokenization.writer._BLOCK_BYTES", 100)
-    expected = content(read())
-    (path,) = (tmp_path / "cache").glob("*/examples.arrow")
-    whole = path.read_bytes()
-    for place in (0, 99, 100, len(whole) - 1):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert content(read()) == expected
-
-
 def test_a_data_file_that_grows_while_it_is_read(
     read: Callable[[], TokenizedDataset], source: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def verdicts() -> dict[str, sweep.Verdict]:
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
+@pytest.mark.thorough  # half a minute for all of them
 def test_nothing_is_wrong_untried_or_a_traceback(verdicts: dict[str, sweep.Verdict]) -> None:
     faulty = {name: one for name, one in verdicts.items() if one.kind not in ("shared", "right", "refused")}
     assert not faulty
@@ -42,11 +43,13 @@ def test_no_feature_changes_a_verdict(verdicts: dict[str, sweep.Verdict]) -> Non
     assert changed == {"phimoe": "refused"}, "its window is in the mask alone"
 
 
+@pytest.mark.thorough  # half a minute for all of them
 def test_the_checked_ones_share_their_prompts(verdicts: dict[str, sweep.Verdict]) -> None:
     shared = {sweep.config_of(name).model_type for name, one in verdicts.items() if one.kind == "shared"}
     assert shared == SHARES_PROMPTS
 
 
+@pytest.mark.thorough  # half a minute for all of them
 def test_a_refusal_is_one_line_with_the_architecture_and_a_reason(verdicts: dict[str, sweep.Verdict]) -> None:
     for name, one in verdicts.items():
         if one.kind == "refused":
@@ -57,15 +60,16 @@ def test_a_refusal_is_one_line_with_the_architecture_and_a_reason(verdicts: dict
 
 
 @pytest.mark.parametrize("name", ["roberta", "bert", "gptj", "gpt_neo", "falcon", "bart", "bloom", "mamba", "gemma3"])
-def test_what_was_once_wrong_or_a_traceback_is_refused(verdicts: dict[str, sweep.Verdict], name: str) -> None:
-    assert verdicts[name].kind == "refused"
+def test_what_was_once_wrong_or_a_traceback_is_refused(name: str) -> None:
+    assert sweep.judge(name).kind == "refused"
 
 
 @pytest.mark.parametrize("name", ["hyperclovax", "afmoe", "jetmoe"])
-def test_what_was_once_wrong_or_a_traceback_is_right(verdicts: dict[str, sweep.Verdict], name: str) -> None:
-    assert verdicts[name].kind == "right"
+def test_what_was_once_wrong_or_a_traceback_is_right(name: str) -> None:
+    assert sweep.judge(name).kind == "right"
 
 
+@pytest.mark.thorough  # half a minute for all of them
 def test_the_page_is_what_the_command_prints(verdicts: dict[str, sweep.Verdict]) -> None:
     assert sweep.PAGE.read_text() == sweep.page(verdicts), "run `python -m tests.parity.sweep`"
 

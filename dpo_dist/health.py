@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_dist.config import BEST_BY, EvaluationConfig, HealthConfig, RunConfig
+from dpo_dist.errors import NumericsError
 from dpo_dist.metrics import HEALTH
 
 _ACCURACY = "rewards/accuracies"
@@ -43,6 +44,7 @@ class Health:
     best: float | None = None
     best_step: int = 0  # 0: no checkpoint is the best
     num_worse: int = 0  # evaluations in a row that were no better than the best
+    num_skipped: int = 0  # steps in a row that were left out
     ended: str = ""  # why the run ends before its last step
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def judge_step(health: Health, totals: Mapping[str, float], config: RunConfig) -
         totals: `metrics.SUMS` of the step, over all ranks.
         config: the run's.
     """
+    health.num_skipped = 0
     health.correct += totals[_ACCURACY]
     health.num_pairs += totals["num_pairs"]
     if not config.has_reference:
@@ -94,6 +97,30 @@ def judge_step(health: Health, totals: Mapping[str, float], config: RunConfig) -
         what = f"over the last {num_pairs:.0f} pairs {meaning}; {knob}"
         said += _cross(health, config.health, name, sums[name] / sums[HEALTH[name]], what)
     return said
+
+
+def judge_not_finite(health: Health, text: str, config: RunConfig) -> str:
+    """Leave a step out, or end the run; what is to be said of it.
+
+    Args:
+        health: changed.
+        text: which step, its examples and its numbers.
+        config: the run's.
+    Raises:
+        NumericsError: steps are not left out, or too many in a row would be.
+    """
+    if config.health.non_finite == "stop":
+        raise NumericsError(
+            f"{text}; checkpoints written before are intact. Lower train.learning_rate, use model.dtype=bfloat16 or "
+            "float32, or leave such steps out with health.non_finite=skip"
+        )
+    health.num_skipped += 1
+    if health.num_skipped > (limit := config.health.max_skipped_steps):
+        raise NumericsError(
+            f"{text}; more than health.max_skipped_steps={limit} steps in a row would be left out: it is not the data. "
+            "Lower train.learning_rate, or use model.dtype=bfloat16 or float32; checkpoints written before are intact"
+        )
+    return f"{text}; the weights stay as they are, and the run goes on (health.non_finite=skip)"
 
 
 def accuracy_gap(health: Health, values: Mapping[str, float]) -> float | None:

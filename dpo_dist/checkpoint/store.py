@@ -40,6 +40,7 @@ from dpo_dist.checkpoint.pickles import require_harmless
 from dpo_dist.checkpoint.state import STATE_FILE, RunState, read_rng, write_rng
 from dpo_dist.distributed import Ranks, all_gather_json, broadcast_json, raise_together
 from dpo_dist.errors import CheckpointError, NoUsableCheckpointError, StorageError
+from dpo_dist.phases import inject, reach
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class CheckpointStore:
         Raises:
             StorageError: on every rank, if the disk is full or a file cannot be written.
         """
+        reach("save")
         final, needed = self.path_of(state.step), 0
         staging = self.folder / f"{_STAGING}{final.name}"
         try:
@@ -131,6 +133,7 @@ class CheckpointStore:
         write_rng(staging, self.ranks.rank)
         if self.ranks.is_first and extra is not None:
             extra(staging)
+        inject("save.written")
 
     def _settle(self, staging: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         """Sync and hash this rank's share of the files, and make sure that they can be loaded again."""
@@ -148,9 +151,12 @@ class CheckpointStore:
         records[STATE_FILE] = hash_file(staging / STATE_FILE)
         newest = self._by_age()[-1:]
         sequence = Manifest.read(newest[0]).sequence + 1 if newest else 0
+        inject("save.manifest")
         Manifest(sequence, records).write(staging)
         sync_folders(staging)
+        inject("save.publish")
         publish(staging, final)
+        inject("save.latest")
         replace_text(self.folder / LATEST_FILE, final.name + "\n")
 
     def _apply_limit(self, best: Path) -> None:

@@ -13,6 +13,7 @@
     describe.py  a run in words
     precomputing.py  `precompute`
     exporting.py `export`
+    ending.py    how a rank ends
     checking.py  `check`
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
@@ -21,13 +22,11 @@ Imports of torch and transformers stand inside the commands, so that a mistake i
 seconds. Together with `distributed.py` the only place that reads environment variables.
 """
 
-import atexit
 import gc
 import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +36,10 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__
+from dpo_dist.cli.ending import end_rank, tell_launcher
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.phases import arm
 
 app = typer.Typer(
     help="Direct Preference Optimization for language models that need more than one GPU.",
@@ -62,23 +63,8 @@ def main() -> None:
     except SystemExit as end:
         exit_code = end.code or 0
         if "RANK" in os.environ and isinstance(exit_code, int):
-            _leave(exit_code)
+            end_rank(exit_code)
         raise
-
-
-def _leave(exit_code: int) -> None:
-    """End a rank as Python does, and do not take the interpreter apart.
-
-    DeepSpeed's hooks refer to themselves in circles and keep process groups with their threads alive; now and then one
-    of these aborts a process whose work is done and saved, and its launcher reports a failed run.
-    """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()  # trackers and others have something to say
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
 
 
 def cache_dir() -> Path:
@@ -123,6 +109,8 @@ def _quiet_imports() -> None:
 def _user_errors() -> Iterator[None]:
     """Show a user's mistake once, without a traceback, and leave with its exit code."""
     try:
+        testing = os.environ.get("DPO_DIST_TESTING") == "1"
+        arm(os.environ.get("DPO_DIST_FAULT", "") if testing else "", int(os.environ.get("RANK", "0")))
         yield
     except Exception as error:
         if not isinstance(error, DpoDistError) and not _is_out_of_memory(error):
@@ -135,7 +123,7 @@ def _user_errors() -> Iterator[None]:
         said = str(error) if isinstance(error, DpoDistError) else f"out of memory; {_MORE_ROOM} ({_first_line(error)})"
         text = (f"error on rank {rank}: " if rank else "error: ") + said
         print(text, file=sys.stderr, flush=True)
-        _tell_launcher(text)
+        tell_launcher(text)
         raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
 
@@ -153,12 +141,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _tell_launcher(text: str) -> None:
-    """Leave the message where torchrun looks for it: its report, the last thing it prints, repeats it."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _prepare(config: RunConfig, look_only: bool = False) -> Any:

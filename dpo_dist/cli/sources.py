@@ -20,6 +20,7 @@ from dpo_dist.engine import InferenceEngine, TrainingEngine, inference_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import four_bits, load_model
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
+from dpo_dist.phases import reach
 from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import (
     AdapterOffReference,
@@ -274,6 +275,7 @@ def _progress(ranks: Ranks, stop: StopRequest) -> Callable[[int, int], None]:
 
     def show(done: int, total: int) -> None:
         nonlocal last, tenths
+        reach("cache")
         stop.obey()
         now, tenth = time.monotonic(), 10 * done // total
         if not ranks.is_first or (tenth == tenths and now - last < _SECONDS_BETWEEN_LINES):

@@ -14,6 +14,7 @@ from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
 from dpo_dist.cli.announcing import announce
 from dpo_dist.cli.describe import base_model_name, facts
+from dpo_dist.cli.ending import give_up
 from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.resuming import Start, find_start
@@ -32,11 +33,14 @@ from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher,
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
+from dpo_dist.phases import reach
 from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import ReferenceSync
+from dpo_dist.run import Progress, Run, require_sound, restore
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
-from dpo_dist.trainer import Progress, Run, evaluate_all, restore, train
+from dpo_dist.trainer import catch_up, evaluate_all, train
+from dpo_dist.watch import watching
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +86,20 @@ def _run_in_folder(prepared: Prepared, ranks: Ranks, stop: StopRequest, cache_di
         logger.info("reference: %s", choice.text)
     run = _build(prepared, ranks, stop, store, start, choice)
     _open_folder(run, start)
+    with watching(Path(config.train.output_dir), ranks, config.parallel.ddp_timeout, give_up):
+        _train_and_export(prepared, run, start)
+
+
+def _train_and_export(prepared: Prepared, run: Run, start: Start) -> None:
+    ranks = run.ranks
     progress = Progress() if start.checkpoint is None else restore(run, start.checkpoint)
     _keep_config(run, start)
     with reporting(run.num_steps, progress.step, visible=ranks.is_first) as report:
         run = replace(run, report=report)
         if start.checkpoint is None:
             _begin(run, progress)
+        else:
+            catch_up(run, progress)
         train(run, progress)
     if not progress.stopped:
         _load_best(run, progress)
@@ -107,6 +119,7 @@ def _build(
     if choice.cache is not None:
         fill_cache(prepared, ranks, choice.cache, stop)
     engine = reference_engine(prepared, ranks) if choice.source == "live" else None
+    reach("load")
     policy = _policy(prepared, ranks)
     sync = _synchronisation(config, policy, engine)
     run = Run(
@@ -241,6 +254,8 @@ def _load_best(run: Run, progress: Progress) -> None:
 
 def _export(prepared: Prepared, run: Run, progress: Progress) -> None:
     out = Path(run.config.train.output_dir) / "model"
+    reach("export")
+    require_sound(run, progress.step)
     _write_model(prepared, run, out)
     with writing(out, run.ranks):
         if run.ranks.is_first:

@@ -55,6 +55,11 @@ class EvaluationConfig(Section):
 class HealthConfig(Section):
     """What of a run's numbers is cause for concern, and what happens then."""
 
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite never changes the weights. `stop`: the run ends, and names the
+    step's examples; `skip`: it names them, leaves the step out and goes on."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 3
+    """So many steps in a row may be left out (non_finite); after one more the run ends."""
     action: Literal["warn", "stop"] = "warn"
     """`warn`: say so, and which setting to change, each time a threshold is crossed; `stop`: say so, and end the run as
     early stopping does, with a checkpoint and a model."""

@@ -12,6 +12,7 @@ from dpo_dist.engine import shares
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import named_full_parameters
 from dpo_dist.model import ScoringModel, node_groups
+from dpo_dist.phases import reach
 
 
 class InferenceEngine:
@@ -33,6 +34,7 @@ class InferenceEngine:
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
         assert not self.is_released, "its memory was given back"
+        reach("reference")
         return self.engine(batch.to(self.device))
 
     @torch.no_grad()

@@ -11,7 +11,10 @@ import torch
 from dpo_dist.distributed import Ranks
 from dpo_dist.errors import ConfigError
 
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+_LOGGER = logging.getLogger("DeepSpeed")
+_LOGGER.setLevel(logging.WARNING)
+# An update that it does not make is reported by us, with the examples of the step.
+_LOGGER.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 
 
 def adopt_process_group() -> None:

@@ -1,6 +1,7 @@
 """The policy: forward with or without gradient, backward, update."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.logprobs import TokenScores
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
+from dpo_dist.phases import reach
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,10 @@ class TrainingEngine:
                 )
             self.allocation = RankAllocation(model.adapter, model.model, self.engine.optimizer)
         replicated, halved = zero.get("stage", 0) == 0, bool({"bf16", "fp16"} & config.keys())
-        self._computes_own_norm = replicated and not halved
+        self._computes_own_norm, self._is_refused = replicated and not halved, False
+        if self._computes_own_norm:
+            # DeepSpeed refuses an update that is not finite at all other stages and dtypes.
+            self.engine.optimizer.register_step_pre_hook(self._before_update)
         if replicated and halved:
             # DeepSpeed 0.19.8 makes AdamW's state by an update with zero gradients, which then counts in the bias
             # correction: the first real update would be a quarter too small. AdamW makes its state itself.
@@ -63,6 +68,7 @@ class TrainingEngine:
 
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " M"]:
         """log pi(token | prefix) of every scored token, nats. Every rank must call it: ZeRO-3 gathers."""
+        reach("forward")
         return self.engine(batch.to(self.device))
 
     def token_scores(self, batch: MicroBatch, statistics: tuple[str, ...]) -> TokenScores:
@@ -74,6 +80,7 @@ class TrainingEngine:
         if not statistics:
             logps_M = self.token_logps(batch)
             return TokenScores(logps_M, logps_M.new_empty(0, len(logps_M)))
+        reach("forward")
         logps_M, statistics_KM = self.engine(batch.to(self.device), statistics)
         return TokenScores(logps_M, statistics_KM, statistics)
 
@@ -98,11 +105,13 @@ class TrainingEngine:
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradient of this rank's part of the objective. Every rank must call it equally often."""
+        # 1, or NaN: an infinite loss may have a finite gradient, with which the update would be made.
+        soundness = loss.detach() * (torch.nan if reach("backward") else 0.0) + 1.0
         # DeepSpeed averages over ranks; the objective is a sum over ranks.
-        self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * soundness * self.ranks.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> Float[Tensor, "1"]:
-        """Clip, update, and forget the gradients.
+        """Clip, update, and forget the gradients. An update that is not finite is not made, on any rank.
 
         Returns:
             The gradient's norm before clipping, float64, on the first rank; 0 on the others, so that the sum over ranks
@@ -110,22 +119,28 @@ class TrainingEngine:
             overflowed: DeepSpeed has then lowered its loss scale and left the weights alone, which is how it finds the
             right one. In other dtypes an overflow is reported.
         """
+        reach("update")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.allocation is not None:
             self.allocation.before_update()
         own_norm = self._full_precision_norm() if self._computes_own_norm else None
+        self._is_refused = own_norm is not None and not math.isfinite(float(own_norm))
         self.engine.step()
         if self.dtype == torch.float16 and not self.engine.was_step_applied():
             logger.warning("float16 overflowed: this update is skipped, and the loss scale lowered")
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         norm = self.engine.get_global_grad_norm() if own_norm is None else own_norm
         known = torch.as_tensor(norm, dtype=torch.float64, device=self.device).reshape(1)
-        if self.allocation is not None:
+        if self.allocation is not None and math.isfinite(float(known)):
             # DeepSpeed's count of updates is part of its checkpoints.
             clipping = min(1.0, self.max_grad_norm / (float(known) + 1e-6))
             self.allocation.after_update(self.engine.global_steps, clipping)
         return known if self.ranks.is_first else torch.zeros_like(known)
+
+    def _before_update(self, *_: Any) -> None:
+        if self._is_refused:
+            self.engine.zero_grad()  # what has no gradient is left alone
 
     def _full_precision_norm(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -151,6 +166,16 @@ class TrainingEngine:
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter."""
         return shares.whole_shapes(self.model.model)
+
+    def broken_parameter(self) -> str:
+        """The name of a parameter of which this rank keeps a value that is not finite; empty if there is none.
+
+        Shares on NVMe are not looked at.
+        """
+        if self.is_on_disk:
+            return ""
+        named = ((name, share) for name, share in self.named_shares() if share.is_floating_point())
+        return next((name for name, share in named if not bool(torch.isfinite(share).all())), "")
 
     @property
     def num_trained(self) -> int:

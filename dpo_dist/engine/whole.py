@@ -15,6 +15,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from dpo_dist.phases import reach
+
 
 def named_full_parameters(
     model: nn.Module, wanted: Callable[[nn.Parameter], bool] | None = None
@@ -28,6 +30,7 @@ def named_full_parameters(
         wanted: which parameters are gathered at all; None: every one, and the buffers.
     """
     for name, parameter in model.named_parameters():
+        reach("gather")
         if wanted is not None and not wanted(parameter):
             continue
         if not hasattr(parameter, "ds_id"):

@@ -15,8 +15,8 @@ from dpo_dist.metrics.sums import (
     WALL_CLOCK,
     Window,
     loss_of,
+    not_finite,
     padded_tokens,
-    require_finite,
     step_sums,
 )
 
@@ -34,7 +34,7 @@ __all__ = [
     "Tracker",
     "Window",
     "loss_of",
+    "not_finite",
     "padded_tokens",
-    "require_finite",
     "step_sums",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from dpo_dist.phases import inject
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -65,6 +67,7 @@ class MetricsFile:
             end = file.tell()
             rest = memoryview(b"".join(self._waiting))
             try:
+                inject("metrics")
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
@@ -108,6 +111,7 @@ class MetricsFile:
         """A tracker that fails is left out from then on: the numbers are in the file, and the run goes on."""
         for name, tracker in list(self._trackers.items()):
             try:
+                inject("tracker")
                 call(tracker)
             except Exception as error:
                 _LOGGER.warning("log.report_to=%s failed and gets no more lines (%r)", name, error)

@@ -6,7 +6,7 @@ micro-batches and ranks once per step, and divided once when a line is written: 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_dist.batch import MicroBatch
-from dpo_dist.errors import NumericsError
 from dpo_dist.logprobs import TokenScores
 
 # What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
@@ -152,9 +151,10 @@ def loss_of(sums: Mapping[str, float]) -> float:
 class Window:
     """Sums over the steps since the last written line."""
 
-    def __init__(self, sums: Mapping[str, float] | None = None, num_steps: int = 0) -> None:
+    def __init__(self, sums: Mapping[str, float] | None = None, num_steps: int = 0, num_skipped: int = 0) -> None:
         self.sums: dict[str, float] = dict(sums or {})
         self.num_steps = num_steps
+        self.num_skipped = num_skipped  # steps that were left out
 
     def add(self, step_values: Mapping[str, float]) -> None:
         """Add the sums of one step."""
@@ -164,18 +164,20 @@ class Window:
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps of an interval that is not over; JSON keeps every bit of a float."""
-        return {"num_steps": self.num_steps, "sums": self.sums}
+        return {"num_steps": self.num_steps, "num_skipped": self.num_skipped, "sums": self.sums}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Window":
         """What `to_json` gave."""
-        return cls(values["sums"], values["num_steps"])
+        return cls(values["sums"], values["num_steps"], values.get("num_skipped", 0))
 
     def means(self, has_reference: bool = True) -> dict[str, float]:
         """Loss per unit of weight, everything else per pair, or per token where statistics were asked for.
 
         What there are no pairs or tokens of is left out, and without a reference the distance from it.
         """
+        if not self.sums:
+            return {}
         denominators = {**dict.fromkeys(PER_PAIR, "num_pairs"), **PER_TOKEN}
         if has_reference:
             denominators |= HEALTH
@@ -185,8 +187,9 @@ class Window:
         return {"loss": loss_of(self.sums), **means}
 
     def counts(self) -> dict[str, int]:
-        """Token counts of the interval."""
-        return {name: int(self.sums[name]) for name in COUNTS if name in self.sums}
+        """Token counts of the interval, and the steps that were left out, if any."""
+        skipped = {"skipped_steps": self.num_skipped} if self.num_skipped else {}
+        return {name: int(self.sums[name]) for name in COUNTS if name in self.sums} | skipped
 
 
 def padded_tokens(pair_lengths: Sequence[int], rows_per_batch: int = 8) -> int:
@@ -203,22 +206,21 @@ def padded_tokens(pair_lengths: Sequence[int], rows_per_batch: int = 8) -> int:
 _SHOWN = 3  # examples, in a message
 
 
-def require_finite(step: int, values: Mapping[str, float], sources: Sequence[str] = ()) -> None:
-    """Stop where a number has become NaN or infinite.
+def not_finite(step: int, values: Mapping[str, float], sources: Callable[[], Sequence[str]] = tuple) -> str:
+    """What to say of numbers that have become NaN or infinite; nothing if none has.
 
     Args:
         step: for the message.
         values: by name.
-        sources: `file:line` of the examples that they are of.
-    Raises:
-        NumericsError: naming the step, its examples and the values.
+        sources: `file:line` of the examples that they are of; called where there is something to say.
+    Returns:
+        The step, its examples and the values, or an empty text.
     """
     broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if broken:
-        listed = ", ".join(f"{name}={value}" for name, value in broken.items())
-        shown = ", ".join(sources[:_SHOWN]) + (f" and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else "")
-        of_examples = f" (examples {shown})" if sources else ""
-        raise NumericsError(
-            f"step {step}{of_examples}: {listed}; checkpoints written before are intact. "
-            "Lower train.learning_rate, or use model.dtype=bfloat16 or float32"
-        )
+    if not broken:
+        return ""
+    listed = ", ".join(f"{name}={value}" for name, value in broken.items())
+    of = sources()
+    more = len(of) - _SHOWN
+    shown = ", ".join(of[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return f"step {step}{f' (examples {shown})' if of else ''}: {listed}"

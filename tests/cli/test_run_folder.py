@@ -18,10 +18,8 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dpo_dist.checkpoint import store
-from dpo_dist.cli import app, precomputing, run_folder, sources, training
+from dpo_dist.cli import app, precomputing, run_folder, training
 from dpo_dist.errors import NumericsError
-from dpo_dist.metrics import MetricsFile
 from tests.golden.trajectories import FOLDER
 from tests.launching import REPOSITORY
 
@@ -46,6 +44,12 @@ def train(*overrides: str, code: int = 0) -> Result:
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     assert "Traceback" not in result.output
     return result
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, faults: str) -> None:
+    """Faults of the run, as `phases.arm` reads them."""
+    monkeypatch.setenv("DPO_DIST_TESTING", "1")
+    monkeypatch.setenv("DPO_DIST_FAULT", faults)
 
 
 def steps(out: Path) -> list[int]:
@@ -235,17 +239,8 @@ def test_the_model_of_an_earlier_end_is_not_the_finished_one(out: Path, tmp_path
 
 
 def test_a_save_that_fails_is_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, failed = store.publish, []
-
-    def full_once(staging: Path, final: Path) -> None:
-        if not failed:
-            failed.append(final.name)
-            raise OSError(28, "No space left on device")
-        real(staging, final)
-
-    monkeypatch.setattr(store, "publish", full_once)
+    plant(monkeypatch, "full@0:1:save.publish")
     result = train("train.max_steps=3")
-    assert failed == ["step-000001"]
     assert "disk full: need more than was left" in result.output and "training goes on" in result.output
     names = {path.name for path in (out / "checkpoints").iterdir()}
     assert names == {"step-000002", "step-000003", "latest"}
@@ -256,23 +251,13 @@ def test_a_save_that_fails_is_tried_again(out: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_last_save_that_fails_is_no_mistake_of_the_users(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(staging: Path, final: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "publish", full)
+    plant(monkeypatch, "full@0:2:save.written")
     assert "disk full" in train(code=1).output
 
 
 def test_lines_wait_for_room(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = MetricsFile._append, []
-
-    def full_at_first(file: MetricsFile) -> None:
-        asked.append(1)
-        if len(asked) in (3, 4):  # the last lines: only the checkpoint brings them to the disk
-            raise OSError(28, "No space left on device")
-        real(file)
-
-    monkeypatch.setattr(MetricsFile, "_append", full_at_first)
+    # The last lines: only the checkpoint brings them to the disk.
+    plant(monkeypatch, "full=1@0:2:metrics,full=1@0:3:metrics")
     result = train("train.max_steps=3", "checkpoint.save_steps=0")
     assert "its lines are kept and written later" in result.output
     assert steps(out) == [1, 2, 3]
@@ -291,20 +276,12 @@ def test_room_is_looked_for_before_the_first_step(out: Path, monkeypatch: pytest
 
 
 def test_a_request_is_heard_while_reference_values_are_computed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, chunks = sources.StopRequest.obey, []
-
-    def asked(stop: sources.StopRequest) -> None:
-        chunks.append(1)
-        if len(chunks) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        real(stop)
-
-    monkeypatch.setattr(sources.StopRequest, "obey", asked)
+    plant(monkeypatch, "term@0:0:cache")
     monkeypatch.setenv("DPO_DIST_CACHE", str(out.parent / "cache"))
     settings = ("reference.source=cache", "packing.max_tokens=95", "packing.reference_max_tokens=95")
     result = train(*settings)
     assert "SIGTERM: stopping" in result.output and "stopped before the first step" in result.output
-    assert len(chunks) == 2 and not out.exists()
+    assert not out.exists()
     monkeypatch.undo()
     os.chdir(out.parent)
     monkeypatch.setenv("DPO_DIST_CACHE", str(out.parent / "cache"))

@@ -7,9 +7,7 @@ on, beside ACTIONS.json, say what happened (`Outcome`), and `NAME.metrics.jsonl`
 """
 
 import json
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,21 +45,22 @@ def observed(action: Action, rank: int) -> Iterator[Outcome]:
     """Note every step the training loop takes up; send the action's signals there."""
     from dpo_dist import trainer
     from dpo_dist.batch import RankWork
+    from dpo_dist.phases import arm
 
     outcome = Outcome()
 
     def noting(plan: Any, *arguments: Any) -> RankWork:
-        if plan.step == action.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if plan.step == action.stop_at and rank == action.stop_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
         outcome.steps.append((plan.step, list(plan.examples)))
         return RankWork(plan, *arguments)
 
+    kill = [] if action.kill_at is None else [f"kill@*:{action.kill_at + 1}:step"]
+    stop = [] if action.stop_at is None else [f"term@{action.stop_rank}:{action.stop_at + 1}:step"]
+    arm(",".join(kill + stop), rank)
     trainer.RankWork = noting
     try:
         yield outcome
     finally:
+        arm("", rank)
         trainer.RankWork = RankWork
 
 

@@ -235,7 +235,7 @@ def test_rows() -> None:
 
 
 def test_messages() -> None:
-    assert len(_messages(TROUBLES)) == 10
+    assert len(_messages(TROUBLES)) == 11
     assert not _message_problems(TROUBLES)
 
 

@@ -15,7 +15,6 @@ from tensorboard.summary.writer import event_file_writer
 
 from dpo_dist.batch import build_micro_batch
 from dpo_dist.data import Pair
-from dpo_dist.errors import NumericsError
 from dpo_dist.logprobs import TokenScores
 from dpo_dist.metrics import (
     COUNTS,
@@ -28,8 +27,8 @@ from dpo_dist.metrics import (
     MetricsFile,
     Window,
     loss_of,
+    not_finite,
     padded_tokens,
-    require_finite,
     step_sums,
 )
 from dpo_dist.tokenization import TokenizedExample
@@ -162,9 +161,20 @@ def test_padded_tokens(lengths: list[int], expected: int) -> None:
 
 
 def test_numbers_must_be_finite() -> None:
-    require_finite(3, {"loss": 1.0, "grad_norm": 0.0})
-    with pytest.raises(NumericsError, match=r"step 4: loss=nan, grad_norm=inf; checkpoints written before are intact"):
-        require_finite(4, {"loss": math.nan, "grad_norm": math.inf, "other": 1.0})
+    assert not_finite(3, {"loss": 1.0, "grad_norm": 0.0}, lambda: pytest.fail("nobody asks")) == ""
+    broken = {"loss": math.nan, "grad_norm": math.inf, "other": 1.0}
+    assert not_finite(4, broken) == "step 4: loss=nan, grad_norm=inf"
+    assert not_finite(4, broken, lambda: ["a:1"]) == "step 4 (examples a:1): loss=nan, grad_norm=inf"
+    assert "(examples a:1, a:2, a:3 and 2 more)" in not_finite(4, broken, lambda: [f"a:{n}" for n in range(1, 6)])
+
+
+def test_an_interval_in_which_steps_were_left_out() -> None:
+    window = Window()
+    window.num_skipped = 2
+    assert window.means() == {} and window.counts() == {"skipped_steps": 2}
+    again = Window.from_json(json.loads(json.dumps(window.to_json())))
+    assert (again.num_skipped, again.num_steps) == (2, 0)
+    assert Window.from_json({"sums": {}, "num_steps": 0}).num_skipped == 0, "of an earlier version"
 
 
 # ---- metrics.jsonl

@@ -1,0 +1,141 @@
+"""Who does not answer: a run in which nothing moves any more ends, and says why.
+
+Ranks wait for each other in collectives, and one that hangs makes all of them hang. A thread of each rank looks at what
+the rank has reached (`phases`). Where that has not changed for too long it writes down where every thread stands, waits
+for the other ranks to do the same, and names those that have got less far, or did not even do that.
+"""
+
+import faulthandler
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from dpo_dist.distributed import Ranks
+from dpo_dist.phases import Place, place, reach
+
+FOLDER = "hang"
+_COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py")
+_GRACE = 30.0  # seconds that the ranks have to write their reports after the first one, at most
+
+
+@contextmanager
+def watching(folder: Path, ranks: Ranks, seconds: int, leave: Callable[[str], NoReturn]) -> Iterator[None]:
+    """Inside, no phase may take longer than so many seconds.
+
+    Args:
+        folder: of the run; every rank writes `hang/rank-00000.txt` into it.
+        ranks: where this process stands.
+        seconds: `parallel.ddp_timeout`.
+        leave: ends this process at once, from any thread, with a message.
+    """
+    if ranks.is_first:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of an earlier start
+    reach("watched")
+    watch = _Watch(folder / FOLDER, ranks, seconds, leave)
+    watch.start()
+    try:
+        yield
+    except Exception:
+        # A collective may have run out of time a moment before the thread looks.
+        if watch.idle() > 0.9 * seconds:
+            watch.give_up()
+        raise
+    finally:
+        watch.over.set()
+    watch.join()
+
+
+class _Watch(threading.Thread):
+    def __init__(self, folder: Path, ranks: Ranks, seconds: int, leave: Callable[[str], NoReturn]) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.over = threading.Event()
+        self._folder, self._ranks, self._seconds, self._leave = folder, ranks, seconds, leave
+        # A little before collectives run out of time: where each rank stands is then still to be seen.
+        self._patience = seconds - min(5.0, seconds / 10)
+        self._giving_up = threading.Lock()
+
+    def run(self) -> None:
+        while not self.over.wait(max(self._patience - self.idle(), 0.1)):
+            if self.idle() >= self._patience:
+                self.give_up()
+
+    def idle(self) -> float:
+        """Seconds since this rank has reached anything."""
+        return time.monotonic() - place().since
+
+    def give_up(self) -> NoReturn:
+        """Report, wait for the others' reports, and end this process."""
+        with self._giving_up:  # never given back: the process ends inside
+            here = place()
+            with suppress(OSError):  # a full disk must not keep the run from ending
+                self._report(here)
+            found = self._reports()
+            if found and self._ranks.rank > min(found):
+                time.sleep(5.0)  # one says it for all
+            self._leave(self._verdict(here, found))
+
+    def _report(self, here: Place) -> None:
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"rank-{self._ranks.rank:05d}.txt"
+        with path.with_suffix(".tmp").open("w") as file:
+            values = {"step": here.step, "phase": here.phase, "count": here.count, "waits": _waits_for_others()}
+            file.write(json.dumps(values) + "\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        path.with_suffix(".tmp").replace(path)
+
+    def _reports(self) -> dict[int, dict[str, Any]]:
+        """What every rank has written down, of those that did so in time."""
+        end = time.monotonic() + min(_GRACE, self._seconds)
+        found: dict[int, dict[str, Any]] = {}
+        while True:
+            for path in self._folder.glob("rank-*.txt"):
+                with suppress(OSError, ValueError):
+                    values = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+                    found[int(path.stem.removeprefix("rank-"))] = values
+            if len(found) == self._ranks.world_size or time.monotonic() > end:
+                return found
+            time.sleep(0.2)
+
+    def _verdict(self, here: Place, found: dict[int, dict[str, Any]]) -> str:
+        silent = sorted(set(range(self._ranks.world_size)) - found.keys() - {self._ranks.rank})
+        furthest = max((there["count"] for there in found.values()), default=0)
+        # Of those that have got equally far, who waits in a collective waits for one who does not.
+        behind = sorted(rank for rank, there in found.items() if there["count"] < furthest) or sorted(
+            rank for rank, there in found.items() if not there["waits"]
+        )
+        stacks = f"see {self._folder}/rank-*.txt for where each rank stands"
+        if silent:
+            who = f"{_named(silent)} not answer: stopped, or its machine is gone"
+        elif behind:
+            there = found[behind[0]]
+            who = f"{_named(behind)} not get any further than step {there['step']}, {there['phase']}"
+        else:
+            who = "all ranks wait for each other: look at the network between them"
+        return (
+            f"nothing has moved for parallel.ddp_timeout={self._seconds} seconds at step {here.step}, {here.phase}: "
+            f"{who}; {stacks}; checkpoints written before are intact"
+        )
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown} does" if len(ranks) == 1 else f"ranks {shown} do"
+
+
+def _waits_for_others() -> bool:
+    """Whether any thread of this process is in a collective."""
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_code.co_filename.endswith(_COLLECTIVES):
+                return True
+            at = at.f_back
+    return False

@@ -1,0 +1,178 @@
+"""Faults planted in whole runs: numbers that are not finite, and ranks that hang."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from dpo_dist.cli import app
+from dpo_dist.engine import TrainingEngine
+from tests.forking import fork_ranks
+from tests.golden.trajectories import FOLDER
+
+CONFIG = (
+    f"model: {{model_name_or_path: {FOLDER / 'tiny_policy'}, dtype: float32}}\n"
+    f"data: {{train: [{{path: {FOLDER / 'pairs.jsonl'}, limit: 9}}]}}\n"
+    "train: {output_dir: out, examples_per_step: 3, max_steps: 4, learning_rate: 0.001, shuffle: false}\n"
+    "checkpoint: {save_steps: 1}\n"
+    "log: {report_to: []}\n"
+    "parallel: {deepspeed: zero0_cpu}\n"
+)
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPO_DIST_TESTING", "1")
+    return tmp_path / "out"
+
+
+def train(monkeypatch: pytest.MonkeyPatch, faults: str, *overrides: str, code: int = 0) -> str:
+    monkeypatch.setenv("DPO_DIST_FAULT", faults)
+    result = CliRunner().invoke(app, ["train", "run.yaml", *overrides])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def train_lines(out: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "split" not in line]
+
+
+# ---- numbers that are not finite
+
+
+def files(tmp_path: Path) -> None:
+    for stage in range(4):
+        (tmp_path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.thorough), pytest.param(2), 3])
+def test_a_step_that_is_not_finite_changes_nothing(
+    out: Path, monkeypatch: pytest.MonkeyPatch, stage: int, dtype: str
+) -> None:
+    """Optimizer and weights are, bit by bit, those of a run that never saw the step."""
+    files(out.parent)
+    kind = (f"model.dtype={dtype}", f"parallel.deepspeed=zero{stage}.json", "health.non_finite=skip")
+    constant = ("train.lr_scheduler_type=constant", *kind)
+    said = train(monkeypatch, "nan@0:2:backward", *constant, "train.max_steps=2")
+    assert "step 2 (examples " in said and "grad_norm=" in said
+    assert "the weights stay as they are, and the run goes on (health.non_finite=skip)" in said
+    lines = train_lines(out)
+    assert [line["step"] for line in lines] == [1, 2] and "loss" in lines[0] and "skipped_steps" not in lines[0]
+    assert lines[1]["skipped_steps"] == 1 and "loss" not in lines[1] and "grad_norm" not in lines[1]
+    assert lines[1]["num_tokens"] > lines[0]["num_tokens"]
+    train(monkeypatch, "", *constant, "train.max_steps=1", "train.output_dir=short")
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (out, out.with_name("short")))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    # The optimizer too: the step after it equals the second of a run that never saw it, with the same examples.
+    once = (*constant, "data.train.0.limit=3")
+    train(monkeypatch, "nan@0:2:backward", *once, "train.max_steps=3", "train.output_dir=three")
+    train(monkeypatch, "", *once, "train.max_steps=2", "train.output_dir=two")
+    ours, theirs = (load_file(out.with_name(name) / "model" / "model.safetensors") for name in ("three", "two"))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_a_resumed_run_knows_how_many_steps_in_a_row_were_left_out(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip = ("health.non_finite=skip", "health.max_skipped_steps=2")
+    faults = "nan@0:2:backward,nan@0:3:backward,nan@0:4:backward"
+    train(monkeypatch, faults, *skip, "train.max_steps=3")
+    said = train(monkeypatch, faults, *skip, "checkpoint.resume=auto", code=1)
+    assert re.search(r"error: step 4 \(examples .*\): grad_norm=\S+; more than health.max_skipped_steps=2 steps", said)
+    assert not (out / "checkpoints" / "step-000004").exists()
+    # One that is finite ends the row.
+    train(monkeypatch, "nan@0:2:backward,nan@0:4:backward", *skip, "train.output_dir=other")
+
+
+def test_lines_over_several_steps_are_means_over_those_that_count(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("health.non_finite=skip", "log.logging_steps=4")
+    train(monkeypatch, "nan@0:4:backward", *settings)
+    train(monkeypatch, "", "log.logging_steps=3", "train.output_dir=whole")
+    (ours,), theirs = train_lines(out), train_lines(out.with_name("whole"))[0]
+    assert ours["skipped_steps"] == 1 and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    assert ours["tokens_processed"] == theirs["tokens_processed"]
+
+
+def test_by_default_such_a_step_ends_the_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = train(monkeypatch, "nan@0:2:backward", code=1)
+    place = re.escape(f"{FOLDER}/pairs.jsonl")
+    assert re.search(rf"error: step 2 \(examples {place}:4, {place}:5, {place}:6\): grad_norm=\S+; checkpoints", said)
+    assert "leave such steps out with health.non_finite=skip" in said
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-000001", "latest"}
+
+
+def test_a_ruined_model_is_neither_saved_nor_exported(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last update of a run can ruin it unseen: no loss is computed after it."""
+    real = TrainingEngine.step
+
+    def ruinous(engine: TrainingEngine, learning_rate: float) -> torch.Tensor:
+        norm = real(engine, learning_rate)
+        list(engine.named_shares())[5][1][3] = torch.inf
+        return norm
+
+    monkeypatch.setattr(TrainingEngine, "step", ruinous)
+    said = train(monkeypatch, "", "train.max_steps=1", "checkpoint.save_steps=0", code=1)
+    ruined = r"error: after step 1 \S+ is not finite: the model is ruined, and neither saved nor exported"
+    assert re.search(ruined, said)
+    assert not (out / "model").exists() and not list((out / "checkpoints").glob("step-*"))
+
+
+# ---- ranks that hang
+
+
+def launch_with(out: Path, faults: str) -> tuple[int, str, float]:
+    started = time.monotonic()
+    done = fork_ranks(
+        2,
+        "dpo_dist",
+        "train",
+        "run.yaml",
+        "parallel.ddp_timeout=6",
+        cwd=out.parent,
+        env={"DPO_DIST_TESTING": "1", "DPO_DIST_FAULT": faults},
+    )
+    return done.returncode, done.stderr, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("fault", "who"),
+    [
+        ("stop@1:2:forward", "rank 1 does not answer: stopped, or its machine is gone"),
+        ("hang@1:2:forward", "rank 1 does not get any further than step 2, forward"),
+        pytest.param("stop@0:3:save", "rank 0 does not answer", marks=pytest.mark.thorough),
+        pytest.param(
+            "hang@0:2:agree", "rank 0 does not get any further than step 2, agree", marks=pytest.mark.thorough
+        ),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_all_end(out: Path, fault: str, who: str) -> None:
+    code, said, seconds = launch_with(out, fault)
+    assert code in (1, -signal.SIGKILL) and seconds < 60  # the server of the tests kills one that is stopped
+    assert who in said and "nothing has moved for parallel.ddp_timeout=6 seconds" in said, said
+    hanging = 1 if "@1" in fault else 0
+    names = {path.name for path in (out / "hang").iterdir()}
+    expected = {f"rank-{rank:05d}.txt" for rank in (0, 1) if "stop" not in fault or rank != hanging}
+    assert names == expected
+    if "hang" in fault:
+        assert "_strike" in (out / "hang" / f"rank-{hanging:05d}.txt").read_text(), "where it hangs"
+    checkpoints = {path.name for path in (out / "checkpoints").glob("step-*")}
+    assert "step-000001" in checkpoints
+    # And the next start goes on from there.
+    done = fork_ranks(2, "dpo_dist", "train", "run.yaml", "checkpoint.resume=auto", cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in train_lines(out)] == [1, 2, 3, 4]
+    assert not (out / "hang").exists()
+
+
+def test_a_rank_that_is_killed_ends_all(out: Path) -> None:
+    code, said, seconds = launch_with(out, "kill@1:2:backward")
+    assert code and seconds < 60 and "hang" not in {path.name for path in out.iterdir()}, said

@@ -1,9 +1,11 @@
 """What a run consists of, where it stands, and how that is saved and restored."""
 
+import functools
 import logging
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,7 @@ class Progress:
     window: Window = field(default_factory=Window)
     health: Health = field(default_factory=Health)
     window_started: float = field(default_factory=time.perf_counter)
+    saving: int = 0  # the step of the checkpoint that was begun last
     stopped: bool = False  # somebody asked for it, and all ranks agreed
 
     def is_over(self, num_steps: int) -> bool:
@@ -93,8 +96,10 @@ def save(run: Run, progress: Progress) -> None:
         NumericsError: a weight is not finite.
         StorageError: the last one of a run cannot be written.
     """
+    complete_save(run, progress)
     started = time.perf_counter()
     require_sound(run, progress.step)
+    progress.saving = progress.step
     state = RunState(
         step=progress.step,
         examples_seen=run.sampler.examples_seen(progress.step),
@@ -108,19 +113,41 @@ def save(run: Run, progress: Progress) -> None:
         world_size=run.ranks.world_size,
         config=run.config.model_dump(mode="json"),
     )
+    # The last one is waited for: nothing follows that could give it its name.
+    wanted = run.config.checkpoint.async_save and run.policy.allocation is None
+    in_background = wanted and not progress.is_over(run.num_steps)
+    with _going_on(run, progress, progress.step):
+        write = functools.partial(run.weights.write, copies=in_background)
+        folder = run.store.save(state, write, run.write_assets, run.metrics_file.sync, in_background)
+        _report(run, folder)
+    progress.window_started += time.perf_counter() - started
+
+
+def complete_save(run: Run, progress: Progress) -> None:
+    """Wait for the checkpoint that is being written, if there is one, and give it its name. Every rank must call it."""
+    started = time.perf_counter()
+    with _going_on(run, progress, progress.saving):
+        _report(run, run.store.finish())
+    progress.window_started += time.perf_counter() - started
+
+
+def _report(run: Run, folder: Path | None) -> None:
+    if run.ranks.is_first and folder is not None:
+        logger.info("saved %s", folder)
+
+
+@contextmanager
+def _going_on(run: Run, progress: Progress, step: int) -> Iterator[None]:
+    """A checkpoint that cannot be written ends a run only where no other one follows."""
     try:
-        folder = run.store.save(state, run.weights.write, run.write_assets, run.metrics_file.sync)
+        yield
     except StorageError as error:
-        if progress.is_over(run.num_steps):
+        if progress.is_over(run.num_steps) and step == progress.step:
             raise
-        if progress.health.best_step == progress.step:
+        if progress.health.best_step == step:
             progress.health.best_step = 0  # there is no such checkpoint
         if run.ranks.is_first:
             logger.error("%s; training goes on, and the next checkpoint is tried when it is due", error)
-        return
-    progress.window_started += time.perf_counter() - started
-    if run.ranks.is_first:
-        logger.info("saved %s", folder)
 
 
 def require_sound(run: Run, step: int) -> None:

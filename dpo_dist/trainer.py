@@ -22,7 +22,7 @@ from dpo_dist.metrics import SUMS, Window, loss_of, not_finite, padded_tokens, s
 from dpo_dist.optim import learning_rate_at
 from dpo_dist.packing import StepPlan, sizes_of
 from dpo_dist.phases import reach
-from dpo_dist.run import Progress, Run, peak_memory_gib, restore, save
+from dpo_dist.run import Progress, Run, complete_save, peak_memory_gib, restore, save
 from dpo_dist.selfcheck import check_first_loss
 
 __all__ = ["Progress", "Run", "catch_up", "evaluate_all", "peak_memory_gib", "restore", "save", "train"]
@@ -65,8 +65,12 @@ def train(run: Run, progress: Progress) -> None:
         norm = run.policy.step(learning_rate)
         reach("agree")
         # The one device-to-host copy of a step; every rank learns here whether any rank was asked to stop.
-        *totals, grad_norm, stop_requests = sum_over_ranks(torch.cat([sums, norm, run.stop.as_tensor(device)])).tolist()
+        *totals, grad_norm, stop_requests, written = sum_over_ranks(
+            torch.cat([sums, norm, run.stop.as_tensor(device), run.store.as_tensor(device)])
+        ).tolist()
         progress.stopped = stop_requests > 0
+        if written == run.ranks.world_size:
+            complete_save(run, progress)
         _finish_step(run, progress, plan, dict(zip(SUMS, totals, strict=True)), grad_norm, learning_rate)
 
 

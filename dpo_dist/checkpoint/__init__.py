@@ -8,7 +8,10 @@
 | `manifest.py` | Which files a checkpoint consists of, with sizes and hashes; verification |
 | `shards.py` | DeepSpeed's shard files: write, load, and read the full parameters from them offline |
 | `weights.py` | Everything that an update changes: the policy, and a reference that follows it |
-| `store.py` | The `checkpoints/` folder of a run: save, find, retention |
+| `agreeing.py` | What all ranks do together on the file system: an error of one is raised on all |
+| `parts.py` | What a rank contributes to a checkpoint: written at once, or by a thread from copies |
+| `listing.py` | The folders of `checkpoints/`: which there are, in which order, and which go |
+| `store.py` | The `checkpoints/` folder of a run: save and find |
 | `writer.py` | Parameters, one at a time, into a folder of safetensors that transformers loads |
 | `export.py` | The trained model as a Hugging Face folder, from a live engine or from a checkpoint |
 """

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_dist.checkpoint.parts import Part, on_host
 from dpo_dist.checkpoint.pickles import load_restricted
 from dpo_dist.errors import CheckpointError
 
@@ -38,9 +39,11 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_sta
 class _ShardIO:
     """Stands in for DeepSpeed's checkpoint engine: keeps the first write error for later, and loads restricted."""
 
-    def __init__(self, inner: Any, trained: dict[str, tuple[int, ...]] | None) -> None:
+    def __init__(self, inner: Any, trained: dict[str, tuple[int, ...]] | None, copies: bool = False) -> None:
         self.inner = inner
         self.trained = trained  # names and whole shapes of an adapter's parameters; None: all weights are trained
+        self.copies = copies  # whether files are written later, from copies
+        self.parts: list[Part] = []
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -56,7 +59,13 @@ class _ShardIO:
             # DeepSpeed leaves frozen parameters out by name, and would keep those that are tied to one.
             kept = {name: value for name, value in state_dict["module"].items() if name in self.trained}
             state_dict = {**state_dict, "module": kept}
-        self._attempt(self.inner.save, without_enums(state_dict), path)
+        state_dict = without_enums(state_dict)
+        if self.copies:
+            kept = on_host(state_dict)
+            self.parts.append(Part(Path(path), lambda: self.inner.save(kept, path)))
+            return
+        self._attempt(self.inner.save, state_dict, path)
+        self.parts.append(Part(Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file without executing anything from it."""
@@ -89,8 +98,8 @@ def without_enums(value: Any) -> Any:
 
 
 @contextmanager
-def _guarded(deepspeed_engine: Any) -> Iterator[_ShardIO]:
-    shard_io = _ShardIO(deepspeed_engine.checkpoint_engine, _trained(deepspeed_engine))
+def _guarded(deepspeed_engine: Any, copies: bool = False) -> Iterator[_ShardIO]:
+    shard_io = _ShardIO(deepspeed_engine.checkpoint_engine, _trained(deepspeed_engine), copies)
     deepspeed_engine.checkpoint_engine = shard_io
     # DeepSpeed puts two executable scripts into each checkpoint; `dpo-dist export` does what they do.
     deepspeed_engine._copy_recovery_script = lambda save_path: None
@@ -122,17 +131,24 @@ def _require_trained(state: dict[str, Any], trained: dict[str, tuple[int, ...]])
             )
 
 
-def save_shards(deepspeed_engine: Any, folder: Path) -> None:
+def save_shards(deepspeed_engine: Any, folder: Path, copies: bool = False) -> list[Part]:
     """Write every rank's part of weights and optimizer to `folder/shards`. Collective.
 
+    Args:
+        deepspeed_engine: of the policy.
+        folder: of the checkpoint.
+        copies: only copy to host memory; what is returned writes the files.
+    Returns:
+        This rank's files.
     Raises:
         OSError, RuntimeError: what this rank's own write raised; the other ranks return normally.
     """
-    with _guarded(deepspeed_engine) as shard_io:
+    with _guarded(deepspeed_engine, copies) as shard_io:
         adapted = {} if shard_io.trained is None else {"exclude_frozen_parameters": True}
         deepspeed_engine.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False, **adapted)
     if shard_io.error is not None:
         raise shard_io.error
+    return shard_io.parts
 
 
 def load_shards(deepspeed_engine: Any, folder: Path) -> None:

@@ -9,26 +9,20 @@ A checkpoint appears by one rename, after every byte of it is on the device. All
 """
 
 import logging
-import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dpo_dist.checkpoint.files import (
-    REPLACED_PREFIX,
-    explain_write_error,
-    free_bytes,
-    human_bytes,
-    publish,
-    remove_path,
-    replace_text,
-    sync,
-    sync_folders,
-)
+import torch
+from torch import Tensor
+
+from dpo_dist.checkpoint.agreeing import on_every_rank, on_first_rank
+from dpo_dist.checkpoint.files import free_bytes, human_bytes, publish, remove_path, replace_text, sync, sync_folders
+from dpo_dist.checkpoint.listing import STAGING_PREFIX, apply_limit, by_age, candidates, clean_up
 from dpo_dist.checkpoint.manifest import (
     LATEST_FILE,
-    STEP_FOLDER,
     FileRecord,
     Manifest,
     checkpoint_meant_by,
@@ -36,17 +30,26 @@ from dpo_dist.checkpoint.manifest import (
     list_files,
     verify,
 )
-from dpo_dist.checkpoint.pickles import require_harmless
+from dpo_dist.checkpoint.parts import Part, Writing, settled
 from dpo_dist.checkpoint.state import STATE_FILE, RunState, read_rng, write_rng
-from dpo_dist.distributed import Ranks, all_gather_json, broadcast_json, raise_together
+from dpo_dist.distributed import Ranks, all_gather_json, broadcast_json
 from dpo_dist.errors import CheckpointError, NoUsableCheckpointError, StorageError
 from dpo_dist.phases import inject, reach
 
 logger = logging.getLogger(__name__)
 
-_STAGING = ".tmp-"
-
+ASSETS_FOLDER = "model_assets"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that has no name yet."""
+
+    state: RunState
+    final: Path
+    needed: int
+    writing: Writing
 
 
 class CheckpointStore:
@@ -62,47 +65,82 @@ class CheckpointStore:
         self.folder = run_dir / "checkpoints"
         self.ranks = ranks
         self.save_total_limit = save_total_limit
+        self._pending: Pending | None = None
 
     # ---- save
 
     def save(
         self,
         state: RunState,
-        write_shards: Callable[[Path], None],
+        write: Callable[[Path], Sequence[Part] | None],
         extra: Callable[[Path], None] | None = None,
         before: Callable[[], None] = lambda: None,
-    ) -> Path:
+        in_background: bool = False,
+    ) -> Path | None:
         """Write a checkpoint. When that fails, the earlier ones stay as they are and training may go on.
 
         Args:
             state: What `load_state` will return.
-            write_shards: Called on every rank with the folder to fill. If collective, it must not leave another rank
-                waiting when it raises (`shards.save_shards` does not).
+            write: Called on every rank with the folder to fill; returns what is left to be written, and what may be
+                hashed by this rank. If collective, it must not leave another rank waiting when it raises
+                (`shards.save_shards` does not).
             extra: Called on the first rank only, with the same folder: `export.write_assets`.
             before: Called on the first rank first; what it writes is as durable as the checkpoint.
+            in_background: Return as soon as a thread can write it; `finish` gives it its name.
         Returns:
-            The new checkpoint.
+            The new checkpoint; None in the background.
         Raises:
             StorageError: on every rank, if the disk is full or a file cannot be written.
         """
+        assert self._pending is None, "one at a time"
         reach("save")
-        final, needed = self.path_of(state.step), 0
-        staging = self.folder / f"{_STAGING}{final.name}"
-        try:
+        final = self.path_of(state.step)
+        staging = self.folder / f"{STAGING_PREFIX}{final.name}"
+        with self._removing(staging):
             needed = self._on_first_rank(lambda: before() or self._open_staging(staging))
             # Before the collective write: a rank that cannot take part must not leave the others inside it.
             self._on_every_rank(lambda: self._require_visible(staging))
-            self._on_every_rank(lambda: self._write_files(staging, write_shards, extra), needed)
-            names = self._on_first_rank(lambda: list_files(staging))
-            shares = all_gather_json(self._on_every_rank(lambda: self._settle(staging, names), needed))
+            parts = self._on_every_rank(lambda: self._parts(staging, write, extra), needed)
+        self._pending = Pending(state, final, needed, Writing(staging, parts))
+        if not in_background:
+            return self.finish()
+        self._pending.writing.begin()
+        return None
+
+    def finish(self) -> Path | None:
+        """Wait until the checkpoint that is being saved is written, and give it its name. Collective.
+
+        Returns:
+            The new checkpoint; None if none is being saved.
+        Raises:
+            StorageError: on every rank, if the disk is full or a file cannot be written.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        staging, needed = pending.writing.staging, pending.needed
+        with self._removing(staging):
+            shares = all_gather_json(self._on_every_rank(pending.writing.finish, needed))
             records = {name: FileRecord(**values) for share in shares for name, values in share.items()}
-            self._on_first_rank(lambda: self._commit(staging, final, state, records), needed)
+            self._on_first_rank(lambda: self._commit(pending, records), needed)
+        best = self.path_of(pending.state.health.get("best_step", 0))
+        self._on_first_rank(lambda: apply_limit(self.folder, self.save_total_limit, best))
+        return pending.final
+
+    def as_tensor(self, device: torch.device) -> Tensor:
+        """1 if this rank has written its part of a checkpoint that waits for its name, else 0; shape (1,), float64."""
+        written = self._pending is not None and self._pending.writing.is_over
+        return torch.tensor([float(written)], dtype=torch.float64, device=device)
+
+    @contextmanager
+    def _removing(self, staging: Path) -> Iterator[None]:
+        """What is left of a checkpoint that could not be written goes."""
+        try:
+            yield
         except Exception:
             if self.ranks.is_first:
                 remove_path(staging)
             raise
-        self._on_first_rank(lambda: self._apply_limit(self.path_of(state.health.get("best_step", 0))))
-        return final
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, if there is one."""
@@ -112,7 +150,7 @@ class CheckpointStore:
         """Make an empty folder to write to; returns how many bytes the checkpoint will need, 0 if that is unknown."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_path(staging)
-        needed = Manifest.read(earlier[-1]).num_bytes if (earlier := self._by_age()) else 0
+        needed = Manifest.read(earlier[-1]).num_bytes if (earlier := by_age(self.folder)) else 0
         if (free := free_bytes(self.folder)) < needed:
             said = f"disk full: need {human_bytes(needed)}, have {human_bytes(free)}"
             raise StorageError(f"{self.folder}: {said}; free some space or lower checkpoint.save_total_limit")
@@ -126,50 +164,36 @@ class CheckpointStore:
                 "put it on a file system that all nodes share"
             )
 
-    def _write_files(
-        self, staging: Path, write_shards: Callable[[Path], None], extra: Callable[[Path], None] | None
-    ) -> None:
-        write_shards(staging)
+    def _parts(
+        self,
+        staging: Path,
+        write: Callable[[Path], Sequence[Part] | None],
+        extra: Callable[[Path], None] | None,
+    ) -> list[Part]:
+        parts = list(write(staging) or ())
         write_rng(staging, self.ranks.rank)
         if self.ranks.is_first and extra is not None:
-            extra(staging)
-        inject("save.written")
+            parts.append(Part(staging / ASSETS_FOLDER, lambda: extra(staging)))
+        # Last, so that everything of this rank is written when it strikes.
+        return [*parts, Part(staging / ".none", lambda: inject("save.written") and None)]
 
-    def _settle(self, staging: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Sync and hash this rank's share of the files, and make sure that they can be loaded again."""
-        records = {}
-        for name in names[self.ranks.rank :: self.ranks.world_size]:
-            sync(staging / name)
-            if name.endswith(".pt"):
-                require_harmless(staging / name, name)
-            records[name] = asdict(hash_file(staging / name))
-        return records
-
-    def _commit(self, staging: Path, final: Path, state: RunState, records: dict[str, FileRecord]) -> None:
-        state.write(staging / STATE_FILE)
+    def _commit(self, pending: Pending, records: dict[str, FileRecord]) -> None:
+        staging = pending.writing.staging
+        # What no rank has claimed is small, as the states of random generators.
+        left = [name for name in list_files(staging) if name not in records]
+        records |= {name: FileRecord(**values) for name, values in settled(staging, left).items()}
+        pending.state.write(staging / STATE_FILE)
         sync(staging / STATE_FILE)
         records[STATE_FILE] = hash_file(staging / STATE_FILE)
-        newest = self._by_age()[-1:]
+        newest = by_age(self.folder)[-1:]
         sequence = Manifest.read(newest[0]).sequence + 1 if newest else 0
         inject("save.manifest")
         Manifest(sequence, records).write(staging)
         sync_folders(staging)
         inject("save.publish")
-        publish(staging, final)
+        publish(staging, pending.final)
         inject("save.latest")
-        replace_text(self.folder / LATEST_FILE, final.name + "\n")
-
-    def _apply_limit(self, best: Path) -> None:
-        if self.save_total_limit is None:
-            return
-        for folder in [old for old in self._by_age()[: -max(1, self.save_total_limit)] if old != best]:
-            doomed = folder.with_name(f"{_STAGING}deleted-{folder.name}")
-            try:
-                # Renamed first: a crash half-way must not leave a folder that looks like a damaged checkpoint.
-                os.rename(folder, doomed)
-                remove_path(doomed)
-            except OSError as error:
-                logger.warning("checkpoint.save_total_limit: %s cannot be deleted (%s)", folder, error)
+        replace_text(self.folder / LATEST_FILE, pending.final.name + "\n")
 
     # ---- find and load
 
@@ -186,7 +210,7 @@ class CheckpointStore:
         if resume == "never":
             return None
         if not look_only:
-            self._on_first_rank(self._clean_up)
+            self._on_first_rank(lambda: clean_up(self.folder))
         folder = self._newest_verified(look_only) if resume == "auto" else self._verified(resume, look_only)
         if folder is not None and (saved := self.load_state(folder).world_size) != self.ranks.world_size:
             raise CheckpointError(
@@ -212,7 +236,7 @@ class CheckpointStore:
         raise CheckpointError(f"checkpoint.resume={resume} cannot be used: {fault}; {hint}")
 
     def _newest_verified(self, look_only: bool) -> Path | None:
-        folders = [Path(path) for path in self._on_first_rank(self._candidates)]
+        folders = [Path(path) for path in self._on_first_rank(lambda: list(map(str, candidates(self.folder))))]
         faults = []
         for folder in folders:
             if (fault := self._fault(folder, look_only)) is None:
@@ -239,12 +263,6 @@ class CheckpointStore:
             fault = str(error)
         return next((theirs for theirs in all_gather_json(fault) if theirs is not None), None)
 
-    def _candidates(self) -> list[str]:
-        """Everything that could be a checkpoint, newest first; those without a readable manifest before all others."""
-        complete = self._by_age()
-        damaged = [folder for folder in self._step_folders() if folder not in complete]
-        return [str(folder) for folder in reversed(complete + damaged)]
-
     def _report_latest(self, folder: Path) -> None:
         latest = self.folder / LATEST_FILE
         named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
@@ -252,54 +270,8 @@ class CheckpointStore:
             says = "is missing" if named is None else f"names {named!r}" if named else "is empty"
             logger.warning("%s %s; resuming from %s, the newest checkpoint that verifies", latest, says, folder.name)
 
-    # ---- the folder
-
-    def _clean_up(self) -> None:
-        """Finish or undo what an interrupted save has left."""
-        for path in sorted(self.folder.glob(".*")):
-            original = path.with_name(path.name.removeprefix(REPLACED_PREFIX))
-            try:
-                if path.name.startswith(REPLACED_PREFIX) and not original.exists():
-                    os.rename(path, original)
-                    logger.warning("%s restored; the save that was to replace it was interrupted", original)
-                elif path.name.startswith((_STAGING, REPLACED_PREFIX)):
-                    remove_path(path)
-                    logger.warning("%s removed; it was left by an interrupted save", path)
-            except OSError as error:
-                logger.warning("%s was left by an interrupted save and cannot be removed (%s)", path, error)
-
-    def _step_folders(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(
-            (
-                path
-                for path in self.folder.iterdir()
-                if STEP_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-            ),
-            key=lambda path: int(path.name.removeprefix("step-")),
-        )
-
-    def _by_age(self) -> list[Path]:
-        """Folders that hold our manifest, oldest save first."""
-        sequences = {}
-        for folder in self._step_folders():
-            try:
-                sequences[folder] = Manifest.read(folder).sequence
-            except CheckpointError:
-                continue
-        return sorted(sequences, key=lambda folder: sequences[folder])
-
     def _on_first_rank(self, action: Callable[[], Any], needed: int = 0) -> Any:
-        """What the action returns on the first rank, as JSON carries it; its error is raised on every rank."""
-        return broadcast_json(self._on_every_rank(lambda: action() if self.ranks.is_first else None, needed))
+        return on_first_rank(self.ranks, self.folder, action, needed)
 
     def _on_every_rank(self, action: Callable[[], T], needed: int = 0) -> T:
-        """What the action returns on this rank; if it fails on any rank, every rank raises."""
-        result, error = None, None
-        try:
-            result = action()
-        except Exception as failure:  # whatever it is, the other ranks must hear of it
-            error = explain_write_error(failure, self.folder, needed)
-        raise_together(error)
-        return result  # type: ignore[return-value]  # raise_together has raised unless the action returned
+        return on_every_rank(self.folder, action, needed)

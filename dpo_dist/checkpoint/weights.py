@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dpo_dist.checkpoint.parts import Part
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.engine import InferenceEngine, RankAllocation, TrainingEngine
 from dpo_dist.errors import CheckpointError
@@ -22,19 +23,23 @@ class Weights:
     policy: TrainingEngine
     reference: InferenceEngine | None  # None where it is frozen: its own folder has it
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, copies: bool = False) -> list[Part]:
         """This rank's part. Collective.
 
+        Args:
+            folder: of the checkpoint.
+            copies: only copy to host memory what is large; what is returned writes the files.
         Raises:
             OSError, RuntimeError: what this rank's own write raised; the other ranks return normally.
         """
-        save_shards(self.policy.engine, folder)
+        parts = save_shards(self.policy.engine, folder, copies)
         if self.reference is not None:
-            save_reference(self.reference, folder)
+            parts += [Part(path, write) for path, write in save_reference(self.reference, folder, copies)]
         if self.policy.allocation is not None and self.policy.ranks.is_first:
             tensors, values = self.policy.allocation.state()
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, _file(folder, "safetensors"))
             _file(folder, "json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+        return parts
 
     def read(self, folder: Path) -> None:
         """Set all of it to what a verified checkpoint holds. Collective.

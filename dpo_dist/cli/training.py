@@ -31,12 +31,13 @@ from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engi
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
+from dpo_dist.errors import NumericsError
 from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
 from dpo_dist.phases import reach
 from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import ReferenceSync
-from dpo_dist.run import Progress, Run, require_sound, restore
+from dpo_dist.run import Progress, Run, complete_save, require_sound, restore
 from dpo_dist.selfcheck import Proof, check_agreement, prove
 from dpo_dist.tokenization import load_tokenizer
 from dpo_dist.trainer import catch_up, evaluate_all, train
@@ -100,7 +101,11 @@ def _train_and_export(prepared: Prepared, run: Run, start: Start) -> None:
             _begin(run, progress)
         else:
             catch_up(run, progress)
-        train(run, progress)
+        try:
+            train(run, progress)
+        except NumericsError:  # raised by all ranks alike: what was being written until now is sound
+            complete_save(run, progress)
+            raise
     if not progress.stopped:
         _load_best(run, progress)
         _export(prepared, run, progress)

@@ -4,6 +4,7 @@ reference-rank00000.safetensors ...   one for each rank under ZeRO-3; below, onl
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,30 @@ from dpo_dist.engine import InferenceEngine
 from dpo_dist.errors import CheckpointError
 
 
-def save_reference(engine: InferenceEngine, folder: Path) -> None:
+def save_reference(
+    engine: InferenceEngine, folder: Path, copies: bool = False
+) -> list[tuple[Path, Callable[[], None] | None]]:
     """Write what this rank holds; every rank calls it, and none waits for another.
 
+    Args:
+        engine: of the reference.
+        folder: of the checkpoint.
+        copies: only copy to host memory; what is returned writes the file.
+    Returns:
+        This rank's file, if it has one, and what writes it; None: it is written.
     Raises:
         OSError, SafetensorError: what this rank's write raised.
     """
     rank = _rank()
     if rank and not engine.is_partitioned:
-        return
+        return []
     tensors = {name: share.contiguous() for name, share in engine.named_shares()}
-    save_file(tensors, _path(folder, rank), metadata=_metadata(engine))
+    path, metadata = _path(folder, rank), _metadata(engine)
+    if copies:
+        kept = {name: share.to("cpu", copy=True) for name, share in tensors.items()}
+        return [(path, lambda: save_file(kept, path, metadata=metadata))]
+    save_file(tensors, path, metadata=metadata)
+    return [(path, None)]
 
 
 def load_reference(engine: InferenceEngine, folder: Path) -> None:

@@ -176,3 +176,65 @@ def test_a_rank_that_hangs_is_named_and_all_end(out: Path, fault: str, who: str)
 def test_a_rank_that_is_killed_ends_all(out: Path) -> None:
     code, said, seconds = launch_with(out, "kill@1:2:backward")
     assert code and seconds < 60 and "hang" not in {path.name for path in out.iterdir()}, said
+
+
+# ---- saving while training goes on
+
+BACKGROUND = ("checkpoint.async_save=true", "train.max_steps=5")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same_numbers(folder: Path, other: Path) -> None:
+    clocks = ("pairs_per_second", "tokens_per_second", "time/step", "memory/peak_gib")
+    lines = [[{k: v for k, v in line.items() if k not in clocks} for line in train_lines(f)] for f in (folder, other)]
+    assert lines[0] == lines[1]
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.thorough), 3])
+def test_a_checkpoint_in_the_background_is_the_same(out: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Each one is of its own step, though training went on while it was written."""
+    files(out.parent)
+    kind = f"parallel.deepspeed=zero{stage}.json"
+    said = train(monkeypatch, "slow=0.2@0:*:save.written", *BACKGROUND, kind)
+    train(monkeypatch, "", "train.max_steps=5", kind, "train.output_dir=waited")
+    same_numbers(out, out.with_name("waited"))
+    lines = said.splitlines()
+    first = next(n for n, line in enumerate(lines) if "saved out/checkpoints/step-000001" in line)
+    assert any("step 2/5" in line for line in lines[:first]), "training went on"
+    for step in (1, 3):
+        folder = f"out/checkpoints/step-{step:06d}"
+        train(monkeypatch, "", "train.max_steps=5", kind, f"checkpoint.resume={folder}", f"train.output_dir=from{step}")
+        ours, theirs = weights(out.with_name(f"from{step}")), weights(out)
+        assert all(ours[name].equal(theirs[name]) for name in theirs), step
+
+
+def test_a_background_save_that_fails_is_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = train(monkeypatch, "full=2@0:*:save.written", *BACKGROUND, "checkpoint.save_steps=2")
+    assert "disk full" in said and "training goes on" in said
+    train(monkeypatch, "", "train.max_steps=5", "checkpoint.save_steps=2", "train.output_dir=waited")
+    same_numbers(out, out.with_name("waited"))
+    assert [path.name for path in sorted((out / "checkpoints").glob("step-*"))] == ["step-000005"]
+
+
+def test_what_was_being_written_when_a_run_ended_by_its_numbers_is_kept(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(monkeypatch, "slow=1@0:*:save.written,nan@0:2:backward", *BACKGROUND, code=1)
+    assert (out / "checkpoints" / "step-000001" / "manifest.json").is_file()
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_older_one(out: Path) -> None:
+    faults = "slow=60@1:2:save.written,kill@0:3:update"
+    shell = {"DPO_DIST_TESTING": "1", "DPO_DIST_FAULT": faults}
+    done = fork_ranks(2, "dpo_dist", "train", "run.yaml", *BACKGROUND, cwd=out.parent, env=shell)
+    assert done.returncode and {path.name for path in (out / "checkpoints").glob("*")} >= {"step-000001"}
+    assert not (out / "checkpoints" / "step-000002").exists()
+    for overrides in (("checkpoint.resume=auto", *BACKGROUND), ("train.output_dir=whole", "train.max_steps=5")):
+        done = fork_ranks(2, "dpo_dist", "train", "run.yaml", *overrides, cwd=out.parent)
+        assert done.returncode == 0, done.stderr
+    same_numbers(out, out.with_name("whole"))

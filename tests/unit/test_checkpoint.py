@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_dist.checkpoint import CheckpointStore, changed_settings, require_same, store, verify
+from dpo_dist.checkpoint import CheckpointStore, changed_settings, listing, require_same, store, verify
 from dpo_dist.checkpoint.files import human_bytes
 from dpo_dist.checkpoint.manifest import Manifest, hash_file, list_files
 from dpo_dist.checkpoint.pickles import load_restricted, require_harmless
 from dpo_dist.checkpoint.state import write_rng
 from dpo_dist.distributed import Ranks
 from dpo_dist.errors import CheckpointError, NoUsableCheckpointError
+from dpo_dist.phases import arm
 from tests.run_states import draw, run_state
 
 ROOT = Path(__file__).parents[2]
@@ -436,12 +437,8 @@ def killed_save(run_dir: Path, phase: str) -> None:
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if phase == "manifest":
-        Manifest.write = die
-    elif phase == "rename":
-        store.publish = die
-    elif phase == "latest":
-        store.replace_text = die
+    if phase != "replacing":
+        arm(f"kill@0:*:save.{phase}", 0)
     else:  # the former checkpoint of the step is out of the way, the new one not yet in its place
         rename = os.rename
         os.rename = lambda old, new: die() if Path(old).name.startswith(".tmp") else rename(old, new)
@@ -457,7 +454,7 @@ def killed_saves(root: Path) -> None:
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
-PHASES = ("manifest", "rename", "latest", "replacing")
+PHASES = ("written", "manifest", "publish", "latest", "replacing")
 
 
 @pytest.fixture(scope="module")
@@ -477,8 +474,9 @@ def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("phase", "resumes_from", "reports"),
     [
+        ("written", "step-000001", ".tmp-step-000002 removed"),
         ("manifest", "step-000001", ".tmp-step-000002 removed"),
-        ("rename", "step-000001", ".tmp-step-000002 removed"),
+        ("publish", "step-000001", ".tmp-step-000002 removed"),
         ("latest", "step-000002", "names 'step-000001'"),
         ("replacing", "step-000002", "step-000002 restored"),
     ],
@@ -488,9 +486,8 @@ def test_sigkill_in_a_save(
 ) -> None:
     checkpoints = CheckpointStore(killed_runs / phase, ALONE)
     before = names_in(checkpoints.folder)
-    assert {"manifest": ".tmp-step-000002", "rename": ".tmp-step-000002", "latest": "step-000002"}.get(
-        phase, ".replaced-step-000002"
-    ) in before
+    expected = {"latest": "step-000002", "replacing": ".replaced-step-000002"}
+    assert expected.get(phase, ".tmp-step-000002") in before
     found = checkpoints.find("auto")
     assert found.name == resumes_from
     assert reports in caplog.text
@@ -531,14 +528,14 @@ def test_failing_to_delete_does_not_fail_the_save(
 ) -> None:
     checkpoints = CheckpointStore(tmp_path, ALONE, save_total_limit=1)
     save_steps(checkpoints, 1)
-    remove = store.remove_path
+    remove = listing.remove_path
 
     def refuse(path: Path) -> None:
         if "deleted" in path.name:
             raise PermissionError(errno.EACCES, "Permission denied")
         remove(path)
 
-    monkeypatch.setattr(store, "remove_path", refuse)
+    monkeypatch.setattr(listing, "remove_path", refuse)
     (newer,) = save_steps(checkpoints, 2)
     assert checkpoints.find("auto") == newer
     assert "cannot be deleted" in caplog.text

@@ -113,6 +113,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_first_of_node() -> bool:
+    """Whether the launcher started this process first on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 class Stopped(Exception):  # noqa: N818  (no error: what was asked for)
     """A run was asked to stop where there is nothing to save."""
 

@@ -235,7 +235,13 @@ def raise_together(error: Exception | None) -> None:
     """
     mine = None if error is None else [type(error).__name__, str(error)]
     own_rank = dist.get_rank() if dist.is_initialized() else 0
-    for rank, theirs in enumerate(all_gather_json(mine)):
+    try:
+        everybody = all_gather_json(mine)
+    except RuntimeError:
+        if error is None:
+            raise
+        raise error from None  # the others have gone, perhaps for the same reason: this rank's own tells more
+    for rank, theirs in enumerate(everybody):
         if theirs is None:
             continue
         if error is not None and rank == own_rank:

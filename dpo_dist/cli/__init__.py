@@ -39,6 +39,7 @@ import typer
 from dpo_dist import __version__
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.peers import is_peer_lost, peer_lost
 
 app = typer.Typer(
     help="Direct Preference Optimization for language models that need more than one GPU.",
@@ -124,7 +125,8 @@ def _user_errors() -> Iterator[None]:
     """Show a user's mistake once, without a traceback, and leave with its exit code."""
     try:
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = peer_lost(raised) if is_peer_lost(raised) else raised
         if not isinstance(error, DpoDistError) and not _is_out_of_memory(error):
             raise
         rank = int(os.environ.get("RANK", "0"))

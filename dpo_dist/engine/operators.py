@@ -23,7 +23,7 @@ from dpo_dist.distributed import is_first_of_node
 
 logger = logging.getLogger(__name__)
 
-QUIET = 600.0  # seconds without a change, after which a lock of an unknown holder is dead; to compile a file takes 30, or 300
+QUIET = 600.0  # seconds without a change, after which a lock of an unknown holder is dead; to compile may take 300
 SAY_EVERY = 30.0  # seconds
 _SETTLED = 3.0  # seconds; the same where our own note says that its holder died on this machine
 _PAUSE = 0.1

@@ -25,6 +25,7 @@ from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_m
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError, ModelError
 from dpo_dist.model import Adapter
+from dpo_dist.pretrained import raise_if_own_code
 from dpo_dist.pretrained.adapter_folder import SETTINGS_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def _merge(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
             peft: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
             return peft.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
+        raise_if_own_code(error, str(base), "--trust-remote-code")
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{adapter} cannot be merged into {base}: {reason} give the model that it was trained on"

@@ -16,6 +16,7 @@
     checking.py  `check`
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
+    redaction.py secrets, which it does not write
 
 Imports of torch and transformers stand inside the commands, so that a mistake in a configuration is reported within two
 seconds. Together with `distributed.py` the only place that reads environment variables.
@@ -37,6 +38,7 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__
+from dpo_dist.cli.redaction import redact_tracebacks, redacted
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 from dpo_dist.errors import ConfigError, DpoDistError
 from dpo_dist.peers import is_peer_lost, peer_lost
@@ -58,6 +60,7 @@ def main() -> None:
     """Entry point of `dpo-dist`, `python -m dpo_dist`, torchrun and the deepspeed launcher."""
     # The deepspeed launcher hands every process its local rank as an argument; we read it from the environment.
     arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    redact_tracebacks()
     try:
         app(args=arguments, prog_name="dpo-dist")
     except SystemExit as end:
@@ -135,7 +138,7 @@ def _user_errors() -> Iterator[None]:
             # Only a rank that fails alone lives to speak.
             time.sleep(15)
         said = str(error) if isinstance(error, DpoDistError) else f"out of memory; {_MORE_ROOM} ({_first_line(error)})"
-        text = (f"error on rank {rank}: " if rank else "error: ") + said
+        text = redacted((f"error on rank {rank}: " if rank else "error: ") + said)
         print(text, file=sys.stderr, flush=True)
         _tell_launcher(text)
         raise typer.Exit(getattr(error, "exit_code", 1)) from None

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.checkpoint.export import ASSETS_FOLDER, require_unused, write_assets
-from dpo_dist.checkpoint.files import explain_write_error, publish, remove_path, sync, sync_folders
+from dpo_dist.checkpoint.files import explain_write_error, make_staging, publish, remove_path, sync, sync_folders
 from dpo_dist.checkpoint.manifest import verify
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_mode
@@ -252,9 +252,7 @@ def _settings_of(folder: Path) -> Any:
 
 def _write(out: Path, settings: Any, named: dict[str, Tensor], tokenizer: Any) -> None:
     tensors = adapter_tensors(settings, named)
-    staging = out.parent / f".tmp-{out.name}"
-    remove_path(staging)
-    staging.mkdir(parents=True)
+    staging = make_staging(out)
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

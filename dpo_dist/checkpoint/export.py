@@ -140,7 +140,8 @@ def export_checkpoint(
         raise CheckpointError(f"{assets}: its config.json cannot be used: {error}") from error
     writer = ModelWriter(out, model_config, max_shard_bytes, trust_remote_code)
     try:
-        shutil.copytree(assets, writer.staging, dirs_exist_ok=True)
+        for path in assets.iterdir():  # not the folder itself, which has a mode of its own
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, writer.staging / path.name)
         for name, tensor in full_parameters(checkpoint, model_config.dtype or torch.float32):
             writer.add(name, tensor)
         writer.finish()

@@ -79,6 +79,7 @@ def _initialise(timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _keep_to_loopback()
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
@@ -86,6 +87,16 @@ def _initialise(timeout: timedelta) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _keep_to_loopback() -> None:
+    """Ranks of one machine talk over its loopback interface, unless the user names another one.
+
+    gloo listens where the machine's name leads to, which others may reach, and asks nobody who they are.
+    """
+    one_machine = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if one_machine and os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _ranks() -> Ranks:

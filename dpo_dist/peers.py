@@ -4,6 +4,8 @@ A collective that fails for this reason must not be taken for a mistake of the u
 around it: job scripts start a run again after one and not after the other. Imports no torch.
 """
 
+import re
+
 from dpo_dist.errors import DpoDistError, PeerLostError
 
 _WORDS = (
@@ -47,7 +49,9 @@ def peer_lost(error: BaseException) -> PeerLostError:
         return error
     while error.__cause__ is not None:
         error = error.__cause__
-    detail = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # "[.../gloo/transport/tcp/pair.cc:537] Read error [...]: Connection reset by peer. This is typically ..."
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    detail = re.sub(r"^\[[^\]]*\] ", "", line).split(". ")[0]
     return PeerLostError(
         f"another rank is gone or hangs ({detail}); see its own message above, or parallel.ddp_timeout if it was only "
         "slow, and start again with checkpoint.resume=auto"

@@ -79,6 +79,7 @@ def _initialise(timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    _keep_to_loopback()
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
@@ -86,6 +87,16 @@ def _initialise(timeout: timedelta) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _keep_to_loopback() -> None:
+    """Ranks of one machine talk over its loopback interface, unless the user names another one.
+
+    gloo listens where the machine's name leads to, which others may reach, and asks nobody who they are.
+    """
+    one_machine = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if one_machine and os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _ranks() -> Ranks:
@@ -111,6 +122,11 @@ def end_with_launcher() -> None:
 def launched_rank() -> int:
     """The rank the launcher gave this process, before any process group exists; 0 when it was started by hand."""
     return int(os.environ.get("RANK", "0"))
+
+
+def is_first_of_node() -> bool:
+    """Whether the launcher started this process first on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Stopped(Exception):  # noqa: N818  (no error: what was asked for)
@@ -230,7 +246,13 @@ def raise_together(error: Exception | None) -> None:
     """
     mine = None if error is None else [type(error).__name__, str(error)]
     own_rank = dist.get_rank() if dist.is_initialized() else 0
-    for rank, theirs in enumerate(all_gather_json(mine)):
+    try:
+        everybody = all_gather_json(mine)
+    except RuntimeError:
+        if error is None:
+            raise
+        raise error from None  # the others have gone, perhaps for the same reason: this rank's own tells more
+    for rank, theirs in enumerate(everybody):
         if theirs is None:
             continue
         if error is not None and rank == own_rank:

@@ -10,6 +10,7 @@
       NumericsError             a number the run proves about itself is off       exit 1
       FolderInUseError          another run trains in the run's folder            exit 1
       RankMismatchError         ranks do not agree on what they compute           exit 1
+      PeerLostError             another rank is gone or hangs                     exit 1
 
 A message says what is wrong as `<path>=<value> <what>; <what would be right>`; data errors name file:line. Each class
 also inherits its standard-library type, and carries plain strings only, so that it can be pickled.
@@ -58,6 +59,12 @@ class FolderInUseError(DpoDistError, RuntimeError):
 
 class NumericsError(DpoDistError, ArithmeticError):
     """The run's proof of itself failed, or a value is not finite."""
+
+    exit_code = 1
+
+
+class PeerLostError(DpoDistError, RuntimeError):
+    """Another rank is gone or hangs: nobody's mistake here, and another attempt may succeed."""
 
     exit_code = 1
 

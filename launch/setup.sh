@@ -137,9 +137,8 @@ prepare_caches() {
   [ "$(cat "$state/prepared" 2> /dev/null)" != "$places" ] || return 0
 
   say "Compiling DeepSpeed's operator for sums over the processes of one machine (about a minute)"
-  # A build that was killed leaves its lock, and every later start would wait for it forever. A build takes a minute.
-  [ ! -d "$extensions" ] || find "$extensions" -path '*/deepspeed_shm_comm/lock' -mmin +10 -delete
-  env "$mark" "$venv/bin/python" -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' > /dev/null
+  env "$mark" "$venv/bin/python" -c \
+    'from dpo_dist.engine.operators import load_operator; load_operator("ShareMemCommBuilder")' > /dev/null
   say "Converting the demo model, SmolLM2-135M-Instruct (about half a minute)"
   env "$mark" "$venv/bin/python" -m dpo_dist demo-model
   printf '%s\n' "$places" > "$state/prepared"

@@ -34,6 +34,7 @@ from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ModelError
 from dpo_dist.model.adapted import POLICY, REFERENCE, Adapter, base_name
 from dpo_dist.model.scoring import ScoringModel, sharded_loading
+from dpo_dist.peers import raise_if_peer_lost
 from dpo_dist.pretrained import PROMPT_LEARNING, adapter_kind, first_line, require_adapter_folder
 
 
@@ -186,4 +187,5 @@ def _peft_errors(config: AdapterConfig) -> Iterator[None]:
     except DpoDistError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise_if_peer_lost(error)
         raise ConfigError(f"{source} does not fit this model: {first_line(error)}") from error

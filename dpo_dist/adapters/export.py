@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.checkpoint.export import ASSETS_FOLDER, require_unused, write_assets
-from dpo_dist.checkpoint.files import explain_write_error, publish, remove_path, sync, sync_folders
+from dpo_dist.checkpoint.files import explain_write_error, make_staging, publish, remove_path, sync, sync_folders
 from dpo_dist.checkpoint.manifest import verify
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_mode
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError, ModelError
 from dpo_dist.model import Adapter
+from dpo_dist.pretrained import raise_if_own_code
 from dpo_dist.pretrained.adapter_folder import SETTINGS_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def _merge(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
             peft: Any = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
             return peft.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
+        raise_if_own_code(error, str(base), "--trust-remote-code")
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{adapter} cannot be merged into {base}: {reason} give the model that it was trained on"
@@ -250,9 +252,7 @@ def _settings_of(folder: Path) -> Any:
 
 def _write(out: Path, settings: Any, named: dict[str, Tensor], tokenizer: Any) -> None:
     tensors = adapter_tensors(settings, named)
-    staging = out.parent / f".tmp-{out.name}"
-    remove_path(staging)
-    staging.mkdir(parents=True)
+    staging = make_staging(out)
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

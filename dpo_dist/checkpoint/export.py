@@ -18,6 +18,7 @@ from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.pretrained import raise_if_own_code
 
 ASSETS_FOLDER = "model_assets"
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -45,6 +46,7 @@ def write_assets(
     if not config.architectures and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
+    _copy_code(config, folder)
     _drop_attention(folder / "config.json")
     if generation_config is not None:
         # Not save_pretrained: it refuses values that the base model came with (a temperature without sampling).
@@ -134,10 +136,12 @@ def export_checkpoint(
             assets, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError) as error:
+        raise_if_own_code(error, f"CHECKPOINT={checkpoint}", "--trust-remote-code")
         raise CheckpointError(f"{assets}: its config.json cannot be used: {error}") from error
     writer = ModelWriter(out, model_config, max_shard_bytes, trust_remote_code)
     try:
-        shutil.copytree(assets, writer.staging, dirs_exist_ok=True)
+        for path in assets.iterdir():  # not the folder itself, which has a mode of its own
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, writer.staging / path.name)
         for name, tensor in full_parameters(checkpoint, model_config.dtype or torch.float32):
             writer.add(name, tensor)
         writer.finish()
@@ -153,6 +157,13 @@ def require_unused(out: Path, checkpoint: Path) -> None:
         raise ConfigError(f"OUT={out} exists and is not an empty folder; name a new folder")
     if checkpoint.resolve() in out.resolve().parents:
         raise ConfigError(f"OUT={out} lies inside the checkpoint; name a folder outside of it")
+
+
+def _copy_code(config: Any, folder: Path) -> None:
+    """Code that came with the model goes with it; transformers itself would write that of the configuration alone."""
+    if getattr(config, "auto_map", None) and config.name_or_path:
+        for path in Path(config.name_or_path).glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
 
 
 def _present(name: str, tensor: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ synced itself: a machine that loses power right after `os.replace` may otherwise
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from dpo_dist.errors import CheckpointError, StorageError
@@ -57,6 +58,17 @@ def remove_path(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
+
+
+def make_staging(out: Path) -> Path:
+    """An empty folder beside one that is to be made, for its owner alone; one that is replaced keeps its mode."""
+    staging = out.parent / f".tmp-{out.name}"
+    remove_path(staging)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    staging.mkdir(mode=0o700)
+    if out.is_dir():
+        staging.chmod(stat.S_IMODE(out.stat().st_mode))
+    return staging
 
 
 def publish(staging: Path, final: Path) -> None:

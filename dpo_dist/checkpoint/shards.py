@@ -27,6 +27,7 @@ from torch import Tensor
 from dpo_dist.checkpoint.parts import Part, on_host
 from dpo_dist.checkpoint.pickles import load_restricted
 from dpo_dist.errors import CheckpointError
+from dpo_dist.peers import raise_if_peer_lost
 
 SHARDS_FOLDER = "shards"
 # The engine trains a module that holds the language model as its attribute `model`.
@@ -156,6 +157,7 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
 
     Raises:
         CheckpointError: if the shards are not there, or belong to another model.
+        PeerLostError: if another rank is gone.
     """
     try:
         with _guarded(deepspeed_engine) as shard_io:
@@ -165,6 +167,7 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
     except CheckpointError:
         raise
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+        raise_if_peer_lost(error)
         raise CheckpointError(f"{folder} does not fit the model or its optimizer ({error})") from error
     if path is None:
         raise CheckpointError(f"{folder} holds no shards for this ZeRO stage; resume with its own")

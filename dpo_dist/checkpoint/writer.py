@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_dist.checkpoint.files import publish, remove_path, sync, sync_folders
+from dpo_dist.checkpoint.files import make_staging, publish, sync, sync_folders
 from dpo_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,7 @@ class ModelWriter:
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = self.total_bytes = 0
         self.shards: list[list[str]] = []
-        self.staging = out.parent / f".tmp-{out.name}"
-        remove_path(self.staging)
-        self.staging.mkdir(parents=True)
+        self.staging = make_staging(out)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one parameter or buffer; the tensor may change or vanish afterwards."""

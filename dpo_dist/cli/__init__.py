@@ -17,6 +17,7 @@
     checking.py  `check`
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
+    redaction.py secrets, which it does not write
 
 Imports of torch and transformers stand inside the commands, so that a mistake in a configuration is reported within two
 seconds. Together with `distributed.py` the only place that reads environment variables.
@@ -37,8 +38,10 @@ import typer
 
 from dpo_dist import __version__
 from dpo_dist.cli.ending import end_rank, tell_launcher
+from dpo_dist.cli.redaction import redact_tracebacks, redacted
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.peers import is_peer_lost, peer_lost
 from dpo_dist.phases import arm
 
 app = typer.Typer(
@@ -58,6 +61,7 @@ def main() -> None:
     """Entry point of `dpo-dist`, `python -m dpo_dist`, torchrun and the deepspeed launcher."""
     # The deepspeed launcher hands every process its local rank as an argument; we read it from the environment.
     arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    redact_tracebacks()
     try:
         app(args=arguments, prog_name="dpo-dist")
     except SystemExit as end:
@@ -112,7 +116,8 @@ def _user_errors() -> Iterator[None]:
         testing = os.environ.get("DPO_DIST_TESTING") == "1"
         arm(os.environ.get("DPO_DIST_FAULT", "") if testing else "", int(os.environ.get("RANK", "0")))
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = peer_lost(raised) if is_peer_lost(raised) else raised
         if not isinstance(error, DpoDistError) and not _is_out_of_memory(error):
             raise
         rank = int(os.environ.get("RANK", "0"))
@@ -121,7 +126,7 @@ def _user_errors() -> Iterator[None]:
             # Only a rank that fails alone lives to speak.
             time.sleep(15)
         said = str(error) if isinstance(error, DpoDistError) else f"out of memory; {_MORE_ROOM} ({_first_line(error)})"
-        text = (f"error on rank {rank}: " if rank else "error: ") + said
+        text = redacted((f"error on rank {rank}: " if rank else "error: ") + said)
         print(text, file=sys.stderr, flush=True)
         tell_launcher(text)
         raise typer.Exit(getattr(error, "exit_code", 1)) from None

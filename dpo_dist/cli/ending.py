@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from dpo_dist.cli.redaction import redacted
+
 
 def end_rank(exit_code: int) -> NoReturn:
     """End a rank as Python does, and do not take the interpreter apart.
@@ -28,7 +30,7 @@ def end_rank(exit_code: int) -> NoReturn:
 def give_up(text: str) -> NoReturn:
     """End a process in which another thread hangs, with exit code 1."""
     rank = int(os.environ.get("RANK", "0"))
-    text = (f"error on rank {rank}: " if rank else "error: ") + text
+    text = redacted((f"error on rank {rank}: " if rank else "error: ") + text)
     print(text, file=sys.stderr, flush=True)
     tell_launcher(text)
     os._exit(1)

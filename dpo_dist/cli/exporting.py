@@ -66,7 +66,8 @@ def _merge(adapter: Path, assets: Path, out: Path, trust_remote_code: bool, base
         raise ConfigError(f"{adapter} does not name its model; give it with --base")
     folder = resolve_folder(named, "--base", None, cache_dir)
     written = assets / "config.json"
-    config: Any = load_config(assets if written.is_file() else folder, trust_remote_code)
+    shown = ("CHECKPOINT", assets) if written.is_file() else ("--base", folder)
+    config: Any = load_config(shown[1], trust_remote_code, shown[0], "--trust-remote-code")
     tokenizer = AutoTokenizer.from_pretrained(assets) if (assets / "tokenizer.json").is_file() else None
     from dpo_dist.adapters import export_merged
 

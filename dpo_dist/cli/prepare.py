@@ -175,7 +175,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         key = "model.reference_name_or_path"
         reference_folder = resolve_folder(model.reference_name_or_path, key, None, cache_dir)
     model_config = load_config(model_folder, model.trust_remote_code)
-    reference_config = load_config(reference_folder, model.trust_remote_code)
+    reference_config = load_config(reference_folder, model.trust_remote_code, key)
     reference_dtype = DTYPES[config.reference.dtype or model.dtype]
     kernels = [
         choose_backend(model.attn_implementation, device, its_dtype, [attention_needs(one)])

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from dpo_dist.checkpoint import explain_write_error, free_bytes, human_bytes, replace_text
+from dpo_dist.cli.redaction import redacted_values
 from dpo_dist.cli.requirements import LOCK_FILE
 from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, raising_together
@@ -54,7 +55,7 @@ def _take(folder: Path) -> int | None:
     """An open file that holds the lock; None where the file system knows no locks."""
     path = folder / LOCK_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # a model that has seen the data
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
@@ -132,7 +133,7 @@ def start_trackers(config: RunConfig, metrics: MetricsFile, first_step: int) -> 
     Raises:
         ConfigError: one cannot be started.
     """
-    folder, values = Path(config.train.output_dir), config.model_dump(mode="json")
+    folder, values = Path(config.train.output_dir), redacted_values(config.model_dump(mode="json"))
     for name in config.log.report_to:
         try:
             metrics.add_tracker(name, TRACKERS[name](folder, values, first_step))

@@ -1,6 +1,7 @@
 """backward, step, gather: the folder that knows DeepSpeed.
 
     settings.py   DeepSpeed's configuration of policy and reference
+    operators.py  its operators in C++: compiled by one rank, whatever was killed before
     whole.py      parameters whole, wherever their parts lie
     shares.py     what a rank keeps of them between two forwards
     inference.py  a model that is only asked

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 
 from dpo_dist.distributed import Ranks
+from dpo_dist.engine.operators import load_operator
 from dpo_dist.errors import ConfigError
 
 _LOGGER = logging.getLogger("DeepSpeed")
@@ -19,6 +20,7 @@ _LOGGER.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 
 def adopt_process_group() -> None:
     """Make DeepSpeed use the process group that exists; it would do so itself later, and print."""
+    load_operator("ShareMemCommBuilder")
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False)
 

@@ -14,6 +14,7 @@ from dpo_dist.batch import MicroBatch
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import shares
+from dpo_dist.engine.operators import load_operator
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import named_full_parameters
@@ -199,5 +200,6 @@ def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool
     betas = (train.adam_beta1, train.adam_beta2)
     # A rate of 0 until `step` sets the step's own: nothing decays in an update that DeepSpeed makes on its own.
     if use_deepspeed:
+        load_operator("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon)

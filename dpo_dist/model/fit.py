@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from dpo_dist.errors import ModelError
-from dpo_dist.pretrained.folder import first_line, weight_files
+from dpo_dist.pretrained.folder import first_line, raise_if_own_code, weight_files
 
 Shape = tuple[int, ...]
 _PLAIN = frozenset({"F64", "F32", "BF16", "F16"})
@@ -95,6 +95,7 @@ def find_fit(folder: Path, config: PretrainedConfig, trust_remote_code: bool) ->
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=trust_remote_code)
     except Exception as error:  # each class refuses in its own way
+        raise_if_own_code(error, str(folder), "model.trust_remote_code=true")
         detail = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(
             f"{folder}: no model can be built from its config.json ({detail}); copy the folder again"

@@ -22,6 +22,7 @@ from dpo_dist.model.adapted import Adapter
 from dpo_dist.model.own_forward import own_logps
 from dpo_dist.model.packed import as_packed
 from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
+from dpo_dist.peers import raise_if_peer_lost
 from dpo_dist.pretrained.architecture import logit_transform
 from dpo_dist.pretrained.folder import first_line
 
@@ -131,6 +132,7 @@ def load_model(
     except (ModelError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a class may refuse in any way, or know no attention but its own
+        raise_if_peer_lost(error)
         reason = first_line(error)
         if quantization is not None:
             needed = 2 * dtype.itemsize

@@ -28,6 +28,7 @@ from dpo_dist.pretrained.digests import adapter_identity, identity
 from dpo_dist.pretrained.folder import (
     first_line,
     num_parameters,
+    raise_if_own_code,
     resolve_folder,
     weight_files,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "load_config",
     "logit_transform",
     "num_parameters",
+    "raise_if_own_code",
     "require_adapter_folder",
     "resolve_folder",
     "weight_files",

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from dpo_dist.attention import AttentionNeeds
 from dpo_dist.errors import ConfigError, ModelError
 from dpo_dist.logprobs import LogitTransform
-from dpo_dist.pretrained.folder import first_line
+from dpo_dist.pretrained.folder import first_line, raise_if_own_code
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Softmax attention over all keys, positions only through position_ids: checked one by one against their own stock
@@ -34,9 +34,19 @@ _INNER_CONFIGS = frozenset({"attn_config", "ffn_config"})  # of a decoder's laye
 PACKABLE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
 
-def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(
+    folder: Path,
+    trust_remote_code: bool,
+    key: str = "model.model_name_or_path",
+    option: str = "model.trust_remote_code=true",
+) -> PretrainedConfig:
     """The architecture's configuration, with every dropout and noise at 0 (`disabled_dropout` keeps what it was).
 
+    Args:
+        folder: what `resolve_folder` gave.
+        trust_remote_code: run code that lies in the folder.
+        key: the dotted path that the folder was written under, for messages.
+        option: what would set `trust_remote_code`, for messages.
     Raises:
         ModelError: the folder holds no usable configuration.
     """
@@ -44,12 +54,13 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Configuration classes check their values, each in its own way.
     except Exception as error:
+        raise_if_own_code(error, f"{key}={folder}", option)
         reason = first_line(error)
-        raise ModelError(f"model.model_name_or_path={folder}: its config.json cannot be used: {reason}") from None
+        raise ModelError(f"{key}={folder}: its config.json cannot be used: {reason}") from None
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ModelError(
-            f"model.model_name_or_path={folder}: its weights are quantised ({getattr(kind, 'value', kind)}), and only "
+            f"{key}={folder}: its weights are quantised ({getattr(kind, 'value', kind)}), and only "
             "float32, bfloat16 and float16 can be trained; give a folder with such weights (adapter.load_in_4bit "
             "quantises them here)"
         )

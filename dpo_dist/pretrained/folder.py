@@ -140,6 +140,22 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
+def raise_if_own_code(error: Exception, what: str, option: str) -> None:
+    """To be called with what transformers raised, before it is taken for anything else.
+
+    Args:
+        error: its error.
+        what: the model, for the message.
+        option: what allows such code.
+    Raises:
+        ModelError: the model needs code of its own, which may not run.
+    """
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"{what} needs code of its own, which is not run unasked; read that code, then give {option}"
+        ) from None
+
+
 def first_line(error: Exception) -> str:
     """What other packages say, short enough to stand inside of a message of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

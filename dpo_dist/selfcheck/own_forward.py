@@ -17,6 +17,7 @@ from dpo_dist.batch import MicroBatch, RankWork, build_micro_batch
 from dpo_dist.errors import DpoDistError, ModelError
 from dpo_dist.model import ScoringModel, own_kernel
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN
+from dpo_dist.peers import raise_if_peer_lost
 from dpo_dist.selfcheck.comparison import Comparison, alone, compare
 
 # Another kernel rounds at other places; "eager" attention in half precision rounds scores before the softmax, and gave
@@ -69,6 +70,7 @@ def _ask(engine: _Engine, own: MicroBatch) -> Float[Tensor, " M"]:
     except (DpoDistError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        raise_if_peer_lost(error)
         what = next(iter(str(error).splitlines()), "")
         raise ModelError(
             f"model.model_name_or_path: the architecture's own forward, which packed numbers are held against, fails "

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -59,6 +60,24 @@ def steps(out: Path) -> list[int]:
 
 def contents(out: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and "tfevents" not in path.name}
+
+
+def test_what_is_made_is_for_its_owner_alone_and_what_exists_stays(out: Path) -> None:
+    def modes(*folders: Path) -> list[int]:
+        return [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
+
+    given, empty = out.with_name("given"), out.with_name("empty")
+    for folder in (given, empty):
+        folder.mkdir()
+        folder.chmod(0o755)
+    train()
+    train(f"train.output_dir={given}")
+    assert modes(out, out / "model", given) == [0o700, 0o700, 0o755]
+    checkpoint = str(out / "checkpoints" / "step-000002")
+    for name in ("exported", "empty"):
+        result = CliRunner().invoke(app, ["export", checkpoint, name])
+        assert result.exit_code == 0, result.output
+    assert modes(out.with_name("exported"), empty) == [0o700, 0o755]
 
 
 # ---- a folder that can always be used again

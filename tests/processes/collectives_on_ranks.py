@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from dpo_dist.distributed import (
@@ -39,6 +40,12 @@ def outcome(function: Callable[[], Any]) -> list[str]:
     return []
 
 
+def listening() -> list[str]:
+    """Addresses at which this process can be reached, without those of the store, which is not gloo's."""
+    sockets = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return [one.laddr.ip for one in sockets if str(one.laddr.port) != os.environ["MASTER_PORT"]]
+
+
 class OurOwnError(Exception):
     """An error the package does not know."""
 
@@ -68,6 +75,8 @@ def observations(ranks: Ranks) -> dict[str, Any]:
         "joined at the first": at_first.tolist() if rank == 0 else [],
         "broadcast tensor": numbers.tolist(),
         "second fails inside": outcome(second_fails),
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        "gloo listens": listening(),
         "rank": [ranks.rank, ranks.world_size, ranks.local_rank, launched_rank(), ranks.is_first],
         "unequal": all_gather_json([None, {"text": "\u00e9\u4e2d\U0001f600" * 5, "number": 0.1}][rank]),
         "long": [len(text) for text in all_gather_json(LONG if rank else "")],

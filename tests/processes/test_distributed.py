@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_dist import distributed
 from dpo_dist.distributed import (
     StopRequest,
     all_gather_json,
@@ -39,6 +40,29 @@ def both(seen: list[dict[str, Any]], key: str) -> Any:
 
 def test_ranks_know_who_they_are(seen: list[dict[str, Any]]) -> None:
     assert [one["rank"] for one in seen] == [[0, 2, 0, 0, True], [1, 2, 1, 1, False]]
+
+
+@pytest.mark.parametrize(
+    ("variables", "interface"),
+    [
+        ({}, "lo"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "lo"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, None),
+        ({"WORLD_SIZE": "4"}, None),  # a launcher that does not say how many are here
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "eth0"}, "eth0"),
+    ],
+)
+def test_ranks_of_one_machine_keep_to_it(
+    variables: dict[str, str], interface: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(variables))
+    distributed._keep_to_loopback()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+
+
+def test_gloo_listens_on_loopback_alone(seen: list[dict[str, Any]]) -> None:
+    assert both(seen, "interface") == "lo"
+    assert all(address.startswith("127.") for one in seen for address in one["gloo listens"])
 
 
 def test_json_of_unequal_length_travels_whole(seen: list[dict[str, Any]]) -> None:

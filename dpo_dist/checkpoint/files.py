@@ -5,11 +5,12 @@ synced itself: a machine that loses power right after `os.replace` may otherwise
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
 
-from dpo_dist.errors import CheckpointError, StorageError
+from dpo_dist.errors import CheckpointError, FolderInUseError, StorageError
 
 REPLACED_PREFIX = ".replaced-"
 # No room on the device, the user's quota, or a file larger than the process may write.
@@ -57,6 +58,42 @@ def remove_path(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
+
+
+def claim_staging(out: Path) -> tuple[Path, int | None]:
+    """An empty folder beside `out`, to be given its name when it is complete. Nobody else fills it meanwhile.
+
+    Returns:
+        The folder, and a descriptor that holds it until it is closed, by the system at the latest when the process
+        ends; None where the file system knows no locks.
+    Raises:
+        FolderInUseError: another process fills it.
+    """
+    staging = out.parent / f".tmp-{out.name}"
+    while True:
+        if staging.is_symlink() or staging.is_file():
+            staging.unlink()
+        staging.mkdir(parents=True, exist_ok=True)
+        try:
+            held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:  # its last holder has just published it
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise FolderInUseError(
+                f"{out} is being written by another process; wait until it has ended, or name another folder"
+            ) from None
+        except OSError:
+            os.close(held)
+            held = None
+        if held is None or (staging.is_dir() and os.fstat(held).st_ino == staging.stat().st_ino):
+            break
+        os.close(held)
+    for left in staging.iterdir():  # by a process that was killed
+        remove_path(left)
+    return staging, held
 
 
 def publish(staging: Path, final: Path) -> None:

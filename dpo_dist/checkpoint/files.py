@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dpo_dist.errors import CheckpointError, FolderInUseError, StorageError
+from dpo_dist.errors import CheckpointError, ConfigError, FolderInUseError, StorageError
 
 REPLACED_PREFIX = ".replaced-"
 # No room on the device, the user's quota, or a file larger than the process may write.
@@ -68,12 +68,12 @@ def claim_staging(out: Path) -> tuple[Path, int | None]:
         ends; None where the file system knows no locks.
     Raises:
         FolderInUseError: another process fills it.
+        ConfigError: it cannot be made there.
+        StorageError: the disk is full.
     """
     staging = out.parent / f".tmp-{out.name}"
     while True:
-        if staging.is_symlink() or staging.is_file():
-            staging.unlink()
-        staging.mkdir(parents=True, exist_ok=True)
+        _make_staging(staging, out)
         try:
             held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # its last holder has just published it
@@ -94,6 +94,17 @@ def claim_staging(out: Path) -> tuple[Path, int | None]:
     for left in staging.iterdir():  # by a process that was killed
         remove_path(left)
     return staging, held
+
+
+def _make_staging(staging: Path, out: Path) -> None:
+    try:
+        if staging.is_symlink() or staging.is_file():
+            staging.unlink()
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise explain_write_error(error, out.parent, 0) from error
+        raise ConfigError(f"{out} cannot be made ({error}); name another folder") from None
 
 
 def publish(staging: Path, final: Path) -> None:

@@ -136,7 +136,7 @@ def verify(folder: Path, share: tuple[int, int] | None = (0, 1)) -> None:
 
     Args:
         folder: The checkpoint, `.../step-000012`.
-        share: (k, n): this call is the k-th of n that split the reading of files between them. None: no other file is read.
+        share: (k, n): this call is the k-th of n that split the reading of files between them. None: none is read.
     Raises:
         CheckpointError: naming the file and its fault.
     """

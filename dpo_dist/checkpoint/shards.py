@@ -160,7 +160,7 @@ def _require_stage(deepspeed_engine: Any, folder: Path) -> None:
 
     Stages 1 and 2 write alike, and read what the other has written.
     """
-    saved, current = _saved_stage(folder / SHARDS_FOLDER), deepspeed_engine.zero_optimization_stage()
+    saved, current = _saved_stage(folder / SHARDS_FOLDER), int(deepspeed_engine.zero_optimization_stage())
     if saved is None or saved == current or {saved, current} == {1, 2}:
         return
     raise CheckpointError(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo_dist.checkpoint.strict_json import parse
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, NumericsError
 from dpo_dist.health import Health
 from dpo_dist.metrics import Window
 
@@ -49,8 +49,16 @@ class RunState:
     """The resolved configuration."""
 
     def write(self, path: Path) -> None:
-        """Write the state as JSON; floats survive exactly."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        """Write the state as JSON; floats survive exactly.
+
+        Raises:
+            NumericsError: a number is not finite; `read` would refuse it.
+        """
+        try:
+            text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)
+        except ValueError as error:
+            raise NumericsError(f"the state after step {self.step} cannot be saved ({error})") from None
+        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "RunState":
@@ -70,8 +78,15 @@ class RunState:
             return cls(**values)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read; it is not a checkpoint of this program ({error})") from None
-        except (ValidationError, ValueError) as error:
-            raise CheckpointError(f"{path} does not hold the state of a run: {error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not hold the state of a run: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _require_fields(values: object) -> None:

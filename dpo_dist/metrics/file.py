@@ -65,7 +65,8 @@ class MetricsFile:
                     kept.append(line + b"\n")
                     self._checksums.append(_checksum(line))
                 elif values.get("split") != "evaluation":  # one that was made up for after the checkpoint is made again
-                    _LOGGER.warning("%s:%d: a line is not as it was written, and is left out", self._path, number)
+                    said = "%s:%d: a line is not as it was when %s was saved, and is left out"
+                    _LOGGER.warning(said, self._path, number, checkpoint)
             elif values is None and line.strip() and number < len(raw):
                 _LOGGER.warning("%s:%d: a damaged line is left out", self._path, number)
         temporary = self._path.with_suffix(".tmp")

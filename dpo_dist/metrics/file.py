@@ -43,7 +43,7 @@ class MetricsFile:
         """Let a checkpoint know the lines that were written until then."""
         (checkpoint / LINES_FILE).write_text("".join(f"{one}\n" for one in self._checksums), encoding="ascii")
 
-    def keep_until(self, step: int, checkpoint: Path | None = None) -> None:
+    def keep_until(self, step: int, checkpoint: Path | None = None, evaluated: bool = True) -> None:
         """Drop the lines of steps that a resumed run will compute again, and those that are not as they were written.
 
         A last line cut short by a kill is nothing to speak of; any other damage is.
@@ -51,6 +51,8 @@ class MetricsFile:
         Args:
             step: the last one whose lines are kept.
             checkpoint: knows what was written (`write_checksums`), unless an earlier version made it.
+            evaluated: the evaluation after `step` was before the checkpoint, if there was one; else its lines may have
+                been written since.
         """
         self._checksums = []
         if not self._path.exists():
@@ -61,10 +63,11 @@ class MetricsFile:
         for number, line in enumerate(raw, start=1):
             values = _parsed(line)
             if values is not None and values["step"] <= step:
-                if known is None or _checksum(line) in known:
+                later = not evaluated and values["step"] == step and values.get("split") == "evaluation"
+                if known is None or later or _checksum(line) in known:
                     kept.append(line + b"\n")
                     self._checksums.append(_checksum(line))
-                elif values.get("split") != "evaluation":  # one that was made up for after the checkpoint is made again
+                else:
                     said = "%s:%d: a line is not as it was when %s was saved, and is left out"
                     _LOGGER.warning(said, self._path, number, checkpoint)
             elif values is None and line.strip() and number < len(raw):

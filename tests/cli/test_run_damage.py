@@ -173,6 +173,11 @@ def test_without_a_sound_checkpoint_there_is_advice(runs: Runs, name: str) -> No
             continue
         assert result.exit_code == 3, f"{damage}\n{result.output}"
         assert "restore one from a copy, or choose another train.output_dir" in result.output, damage
+    # Both ways out that it names.
+    anew = runs.out.with_name("anew")
+    assert command("train", THREE, f"train.output_dir={anew}").exit_code == 0
+    assert (runs.has_right_model(anew), lines_in(anew)) == (True, runs.lines)
+    shutil.rmtree(anew)
     shutil.copytree(runs.sound / "checkpoints/step-000001", runs.out / "checkpoints/step-000001", dirs_exist_ok=True)
     assert command("train", THREE).exit_code == 0
     assert (runs.has_right_model(), lines_in(runs.out)) == (True, runs.lines)

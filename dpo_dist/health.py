@@ -5,9 +5,12 @@ keeps, so a resumed run decides as one that was never stopped.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from dpo_dist.config import BEST_BY, EvaluationConfig, HealthConfig, RunConfig
 from dpo_dist.errors import NumericsError
@@ -51,6 +54,19 @@ class Health:
         """What a checkpoint keeps; JSON keeps every bit of a float."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Health":
+        """What `to_json` gave; what an earlier version did not keep is as in the beginning.
+
+        Raises:
+            ValueError: it is something else, of another version for instance.
+        """
+        unknown = values.keys() - {known.name for known in dataclasses.fields(cls)}
+        health = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        if unknown := sorted(unknown | health.sums.keys() - _SUMS):
+            raise ValueError(f"health has no {', '.join(unknown)}; another version of dpo-dist wrote it")
+        return health
+
 
 def restored(saved: Mapping[str, Any], saved_config: Mapping[str, Any], config: RunConfig) -> Health:
     """What a checkpoint kept, less what a change of the rules since then has made void.
@@ -62,7 +78,7 @@ def restored(saved: Mapping[str, Any], saved_config: Mapping[str, Any], config: 
         saved_config: the resolved configuration it was saved with.
         config: this run's.
     """
-    health, now = Health(**saved), config.model_dump(mode="json")
+    health, now = Health.from_json(saved), config.model_dump(mode="json")
     evaluation, thresholds = (saved_config.get(section, {}) for section in ("evaluation", "health"))
     if evaluation != now["evaluation"] or thresholds != now["health"]:
         health.ended = ""

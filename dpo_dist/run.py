@@ -170,7 +170,7 @@ def restore(run: Run, folder: Path) -> Progress:
     run.weights.read(folder)
     run.store.restore_rng(folder)
     if run.ranks.is_first:
-        run.metrics_file.keep_until(state.step)
+        run.metrics_file.keep_until(state.step, folder, evaluated=state.health.get("evaluated") == state.step)
         logger.info("resuming after step %d (%d examples) from %s", state.step, state.examples_seen, folder)
     window, health = Window.from_json(state.metrics_window), restored(state.health, state.config, run.config)
     return Progress(state.step, state.num_tokens, state.pairs_seen, window, health)

@@ -16,7 +16,7 @@ def run_state(step: int = 2, world_size: int = 1, **changes) -> RunState:
         "seed": 42,
         "num_tokens": 1000 * step,
         "pairs_seen": 9 * step,
-        "metrics_window": {"loss": 0.1 + 0.2, "counts": [1, 2]},
+        "metrics_window": {"num_steps": 1, "sums": {"loss": 0.1 + 0.2, "num_pairs": 2.0}},
         "health": {"best_step": 0},
         "reference_identity": "reference-1",
         "data_fingerprint": "data-1",

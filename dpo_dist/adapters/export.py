@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.checkpoint.export import ASSETS_FOLDER, require_unused, write_assets
-from dpo_dist.checkpoint.files import explain_write_error, make_staging, publish, remove_path, sync, sync_folders
+from dpo_dist.checkpoint.files import claim_staging, explain_write_error, publish, remove_path, sync, sync_folders
 from dpo_dist.checkpoint.manifest import verify
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_mode
@@ -139,7 +140,7 @@ def export_merged(
             writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         writer.finish()
     except Exception as error:
-        remove_path(writer.staging)
+        writer.discard()
         raise explain_write_error(error, out.parent, 0) from error
     return out
 
@@ -252,7 +253,7 @@ def _settings_of(folder: Path) -> Any:
 
 def _write(out: Path, settings: Any, named: dict[str, Tensor], tokenizer: Any) -> None:
     tensors = adapter_tensors(settings, named)
-    staging = make_staging(out)
+    staging, held = claim_staging(out)
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -273,3 +274,6 @@ def _write(out: Path, settings: Any, named: dict[str, Tensor], tokenizer: Any) -
     except Exception:
         remove_path(staging)
         raise
+    finally:
+        if held is not None:
+            os.close(held)

@@ -4,6 +4,7 @@
 |---|---|
 | `state.py` | The part of a run's state that is ours: counters as JSON, random generators as JSON and safetensors |
 | `files.py` | Durable writes: fsync, atomic replace, and what a full disk looks like from Python |
+| `strict_json.py` | JSON whose numbers can be computed with |
 | `pickles.py` | Which pickled classes a shard may name, checked before anything is unpickled |
 | `manifest.py` | Which files a checkpoint consists of, with sizes and hashes; verification |
 | `shards.py` | DeepSpeed's shard files: write, load, and read the full parameters from them offline |

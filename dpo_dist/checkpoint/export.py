@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dpo_dist.checkpoint.files import explain_write_error, remove_path
+from dpo_dist.checkpoint.files import explain_write_error
 from dpo_dist.checkpoint.manifest import MANIFEST_FILE, checkpoint_meant_by, verify
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter
@@ -102,7 +102,7 @@ def export_model(
     except Exception as failure:
         error = failure
     if writer is not None and error is not None:
-        remove_path(writer.staging)
+        writer.discard()
     raise_together(None if error is None else explain_write_error(error, out.parent, 0))
     return out
 
@@ -120,6 +120,7 @@ def export_checkpoint(
         The folder `out`.
     Raises:
         ConfigError: if `out` is in use; nothing is touched.
+        FolderInUseError: if another process writes it at this moment.
         CheckpointError: if the checkpoint does not verify, or does not hold the whole model.
     """
     require_unused(out, checkpoint)
@@ -140,13 +141,14 @@ def export_checkpoint(
         raise CheckpointError(f"{assets}: its config.json cannot be used: {error}") from error
     writer = ModelWriter(out, model_config, max_shard_bytes, trust_remote_code)
     try:
+        require_unused(out, checkpoint)  # another process may have written it until now; from here on none does
         for path in assets.iterdir():  # not the folder itself, which has a mode of its own
             (shutil.copytree if path.is_dir() else shutil.copy2)(path, writer.staging / path.name)
         for name, tensor in full_parameters(checkpoint, model_config.dtype or torch.float32):
             writer.add(name, tensor)
         writer.finish()
     except Exception as error:
-        remove_path(writer.staging)
+        writer.discard()
         raise explain_write_error(error, out.parent, 0) from error
     return out
 

@@ -5,12 +5,13 @@ synced itself: a machine that loses power right after `os.replace` may otherwise
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
 from pathlib import Path
 
-from dpo_dist.errors import CheckpointError, StorageError
+from dpo_dist.errors import CheckpointError, ConfigError, FolderInUseError, StorageError
 
 REPLACED_PREFIX = ".replaced-"
 # No room on the device, the user's quota, or a file larger than the process may write.
@@ -60,15 +61,54 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def make_staging(out: Path) -> Path:
-    """An empty folder beside one that is to be made, for its owner alone; one that is replaced keeps its mode."""
+def claim_staging(out: Path) -> tuple[Path, int | None]:
+    """An empty folder beside `out`, to be given its name when it is complete. Nobody else fills or reads it meanwhile.
+
+    Returns:
+        The folder, and a descriptor that holds it until it is closed, by the system at the latest when the process
+        ends; None where the file system knows no locks.
+    Raises:
+        FolderInUseError: another process fills it.
+        ConfigError: it cannot be made there.
+        StorageError: the disk is full.
+    """
     staging = out.parent / f".tmp-{out.name}"
-    remove_path(staging)
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    staging.mkdir(mode=0o700)
-    if out.is_dir():
-        staging.chmod(stat.S_IMODE(out.stat().st_mode))
-    return staging
+    while True:
+        _make_staging(staging, out)
+        try:
+            held = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:  # its last holder has just published it
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise FolderInUseError(
+                f"{out} is being written by another process; wait until it has ended, or name another folder"
+            ) from None
+        except OSError:
+            os.close(held)
+            held = None
+        if held is None or (staging.is_dir() and os.fstat(held).st_ino == staging.stat().st_ino):
+            break
+        os.close(held)
+    for left in staging.iterdir():  # by a process that was killed
+        remove_path(left)
+    return staging, held
+
+
+def _make_staging(staging: Path, out: Path) -> None:
+    try:
+        if staging.is_symlink() or staging.is_file():
+            staging.unlink()
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(mode=0o700, exist_ok=True)
+        if out.is_dir():  # one that is replaced keeps its mode
+            staging.chmod(stat.S_IMODE(out.stat().st_mode))
+    except OSError as error:
+        if is_disk_full(error):
+            raise explain_write_error(error, out.parent, 0) from error
+        raise ConfigError(f"{out} cannot be made ({error}); name another folder") from None
 
 
 def publish(staging: Path, final: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_dist.checkpoint.files import sync
 from dpo_dist.checkpoint.pickles import require_harmless
 from dpo_dist.checkpoint.state import STATE_FILE, RunState
+from dpo_dist.checkpoint.strict_json import parse
 from dpo_dist.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -70,10 +71,12 @@ class Manifest:
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{folder} has no {MANIFEST_FILE}; it is not a checkpoint, or was not completed")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse(path.read_text(encoding="utf-8"))
             if values["format"] != _FORMAT:
                 raise ValueError(f"format is {values['format']!r}, expected {_FORMAT!r}")
-            return cls(int(values["sequence"]), {name: _record(name, r) for name, r in values["files"].items()})
+            if type(sequence := values["sequence"]) is not int or sequence < 0:
+                raise ValueError(f"the sequence {sequence!r} is not a count of saves")
+            return cls(sequence, {name: _record(name, r) for name, r in values["files"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder}: {MANIFEST_FILE} is damaged ({type(error).__name__}: {error})") from None
 
@@ -106,6 +109,11 @@ def list_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def held_bytes(folder: Path) -> int:
+    """Size of all files but the manifest together, as they are: a damaged manifest may say anything."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+
+
 def hash_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
@@ -124,11 +132,11 @@ def checkpoint_meant_by(path: Path) -> Path | None:
 def verify(folder: Path, share: tuple[int, int] | None = (0, 1)) -> None:
     """Check that a folder is a complete, unchanged checkpoint that can be loaded without executing anything.
 
-    Names, sizes, `state.json` and the manifest are always checked, hashes and pickles of this share's files only.
+    Names, sizes, `state.json` and the manifest are always checked, other hashes and pickles for this share's files.
 
     Args:
         folder: The checkpoint, `.../step-000012`.
-        share: (k, n): this call is the k-th of n that split the reading of files between them. None: no file is read.
+        share: (k, n): this call is the k-th of n that split the reading of files between them. None: none is read.
     Raises:
         CheckpointError: naming the file and its fault.
     """
@@ -147,7 +155,8 @@ def verify(folder: Path, share: tuple[int, int] | None = (0, 1)) -> None:
     if STATE_FILE not in files:
         raise CheckpointError(f"{folder}: {MANIFEST_FILE} lists no {STATE_FILE}; not a checkpoint of this program")
 
-    for name in sorted(files)[share[0] :: share[1]] if share else ():
+    own = sorted(files)[share[0] :: share[1]] if share else []
+    for name in sorted({*own, STATE_FILE}):
         if (found := hash_file(folder / name).sha256) != files[name].sha256:
             raise CheckpointError(
                 f"{folder}: {name} has sha256 {found[:12]}..., {MANIFEST_FILE} says {files[name].sha256[:12]}...; "

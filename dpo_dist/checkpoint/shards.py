@@ -156,9 +156,10 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
     """Set weights and optimizer to those of a verified checkpoint. Collective.
 
     Raises:
-        CheckpointError: if the shards are not there, or belong to another model.
+        CheckpointError: if the shards are not there, or belong to another model or ZeRO stage.
         PeerLostError: if another rank is gone.
     """
+    _require_stage(deepspeed_engine, folder)
     try:
         with _guarded(deepspeed_engine) as shard_io:
             strict = shard_io.trained is None
@@ -171,6 +172,31 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
         raise CheckpointError(f"{folder} does not fit the model or its optimizer ({error})") from error
     if path is None:
         raise CheckpointError(f"{folder} holds no shards for this ZeRO stage; resume with its own")
+
+
+def _require_stage(deepspeed_engine: Any, folder: Path) -> None:
+    """DeepSpeed reads what another stage has saved with any error, or with one that says nothing.
+
+    Stages 1 and 2 write alike, and read what the other has written.
+    """
+    saved, current = _saved_stage(folder / SHARDS_FOLDER), int(deepspeed_engine.zero_optimization_stage())
+    if saved is None or saved == current or {saved, current} == {1, 2}:
+        return
+    raise CheckpointError(
+        f"checkpoint.resume: {folder} was saved at ZeRO stage {saved}, and parallel.deepspeed of this run sets stage "
+        f"{current}; resume with stage {saved}, or export it and start a new run from the model"
+    )
+
+
+def _saved_stage(folder: Path) -> int | None:
+    """The ZeRO stage that shards were saved at; None if they do not tell."""
+    if not folder.is_dir():
+        return None
+    paths = sorted(path for path in folder.iterdir() if _OPTIMIZER_FILE.fullmatch(path.name))
+    if not paths:
+        return 0 if (folder / "mp_rank_00_model_states.pt").is_file() else None
+    stage = load_restricted(paths[0], mmap=True).get("optimizer_state_dict", {}).get("zero_stage")
+    return int(stage) if stage in range(4) else None
 
 
 def full_parameters(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

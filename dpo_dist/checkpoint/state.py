@@ -14,7 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpo_dist.errors import CheckpointError
+from dpo_dist.checkpoint.strict_json import parse
+from dpo_dist.errors import CheckpointError, NumericsError
+from dpo_dist.health import Health
+from dpo_dist.metrics import Window
 
 STATE_FILE = "state.json"
 
@@ -42,12 +45,20 @@ class RunState:
     """Hash of the training data's token ids and pairs."""
     world_size: int
     """Number of processes that wrote the shards."""
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     """The resolved configuration."""
 
     def write(self, path: Path) -> None:
-        """Write the state as JSON; floats survive exactly."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        """Write the state as JSON; floats survive exactly.
+
+        Raises:
+            NumericsError: a number is not finite; `read` would refuse it.
+        """
+        try:
+            text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)
+        except ValueError as error:
+            raise NumericsError(f"the state after step {self.step} cannot be saved ({error})") from None
+        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "RunState":
@@ -58,14 +69,24 @@ class RunState:
         """
         try:
             text = path.read_text(encoding="utf-8")
-            values = json.loads(text)
+            values = parse(text)
             _require_fields(values)
             TypeAdapter(cls).validate_json(text, strict=True)
+            # What is in them is theirs; here, so that a checkpoint whose state cannot be used is passed over.
+            Health.from_json(values["health"])
+            Window.from_json(values["metrics_window"])
             return cls(**values)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read; it is not a checkpoint of this program ({error})") from None
-        except (ValidationError, ValueError) as error:
-            raise CheckpointError(f"{path} does not hold the state of a run: {error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not hold the state of a run: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _require_fields(values: object) -> None:
@@ -140,7 +161,7 @@ def read_rng(folder: Path, rank: int) -> None:
     """
     try:
         tensors = load_file(_rng_file(folder, rank, "safetensors"))
-        values = json.loads(_rng_file(folder, rank, "json").read_text(encoding="utf-8"))
+        values = parse(_rng_file(folder, rank, "json").read_text(encoding="utf-8"))
         kind, position, has_gauss, cached_gauss = values["numpy"]
         version, words, gauss = values["python"]
         random.setstate((version, tuple(words), gauss))
@@ -149,7 +170,7 @@ def read_rng(folder: Path, rank: int) -> None:
         # A checkpoint made on a GPU may be resumed on a CPU, where there is no such generator to set.
         if torch.cuda.is_available() and "torch_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["torch_cuda"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{folder}: the random state of rank {rank} cannot be restored ({error})") from error
 
 

@@ -27,6 +27,7 @@ from dpo_dist.checkpoint.manifest import (
     Manifest,
     checkpoint_meant_by,
     hash_file,
+    held_bytes,
     list_files,
     verify,
 )
@@ -150,7 +151,7 @@ class CheckpointStore:
         """Make an empty folder to write to; returns how many bytes the checkpoint will need, 0 if that is unknown."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_path(staging)
-        needed = Manifest.read(earlier[-1]).num_bytes if (earlier := by_age(self.folder)) else 0
+        needed = held_bytes(earlier[-1]) if (earlier := by_age(self.folder)) else 0
         if (free := free_bytes(self.folder)) < needed:
             said = f"disk full: need {human_bytes(needed)}, have {human_bytes(free)}"
             raise StorageError(f"{self.folder}: {said}; free some space or lower checkpoint.save_total_limit")

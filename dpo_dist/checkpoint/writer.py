@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_dist.checkpoint.files import make_staging, publish, sync, sync_folders
+from dpo_dist.checkpoint.files import claim_staging, publish, remove_path, sync, sync_folders
 from dpo_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ModelWriter:
         self.pending: dict[str, Tensor] = {}
         self.pending_bytes = self.total_bytes = 0
         self.shards: list[list[str]] = []
-        self.staging = make_staging(out)
+        self.staging, self._held = claim_staging(out)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one parameter or buffer; the tensor may change or vanish afterwards."""
@@ -105,7 +105,18 @@ class ModelWriter:
         sync_folders(self.staging)
         _require_loadable(self.staging, self.trust_remote_code)
         publish(self.staging, self.out)
+        self._release()
         logger.info("trained model written to %s: %d tensors, %d bytes", self.out, len(self.added), self.total_bytes)
+
+    def discard(self) -> None:
+        """Leave nothing behind of a model that was not written."""
+        remove_path(self.staging)
+        self._release()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def _write_shard(self) -> None:
         self.shards.append(sorted(self.pending))

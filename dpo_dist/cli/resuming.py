@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, require_same
 from dpo_dist.cli.prepare import Prepared
@@ -86,5 +87,5 @@ def _of_section(
 ) -> dict[str, tuple[object, object]]:
     """Settings that decide what is trained, or against what, and therefore stay what they were."""
     now = prepared.config.model_dump(mode="json")[section]
-    was = state.config.get(section, now)
+    was: Any = state.config.get(section, now)
     return {f"{section}.{key}": (was.get(key, value), value) for key, value in now.items() if key not in free}

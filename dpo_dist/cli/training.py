@@ -127,6 +127,7 @@ def _build(
     reach("load")
     policy = _policy(prepared, ranks)
     sync = _synchronisation(config, policy, engine)
+    metrics_file = MetricsFile(Path(config.train.output_dir) / "metrics.jsonl")
     run = Run(
         config=config,
         ranks=ranks,
@@ -139,10 +140,10 @@ def _build(
         reference_identity=prepared.reference_identity,
         loss=losses.bind(config.loss),
         num_steps=prepared.num_steps,
-        metrics_file=MetricsFile(Path(config.train.output_dir) / "metrics.jsonl"),
+        metrics_file=metrics_file,
         store=store,
         weights=Weights(policy, engine if sync else None),
-        write_assets=_asset_writer(prepared, policy),
+        write_assets=_asset_writer(prepared, policy, metrics_file),
         report=lambda line: None,
         after_update=sync or (lambda step: None),
         stop=stop,
@@ -233,8 +234,9 @@ def _keep_config(run: Run, start: Start) -> None:
             write_config(run.config)
 
 
-def _asset_writer(prepared: Prepared, policy: TrainingEngine) -> Callable[[Path], None]:
+def _asset_writer(prepared: Prepared, policy: TrainingEngine, metrics: MetricsFile) -> Callable[[Path], None]:
     def write(checkpoint: Path) -> None:
+        metrics.write_checksums(checkpoint)
         assets = checkpoint / "model_assets"
         write_assets(assets, policy.model.export_config(), _tokenizer(prepared), _generation(policy), prepared.dtype)
         if policy.model.adapter is not None:

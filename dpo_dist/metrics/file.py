@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dpo_dist.phases import inject
+
+LINES_FILE = "metrics.crc32"  # in a checkpoint: of every line until then, for a number with a flipped bit is a number
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -32,24 +35,43 @@ class MetricsFile:
         self._path = path
         self._trackers: dict[str, Tracker] = {}
         self._waiting: list[bytes] = []
+        self._checksums: list[str] = []  # of every line that was written or kept
 
     def add_tracker(self, name: str, tracker: Tracker) -> None:
         """Send every further line to a tracker as well."""
         self._trackers[name] = tracker
 
-    def keep_until(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will compute again, and those that cannot be read.
+    def write_checksums(self, checkpoint: Path) -> None:
+        """Let a checkpoint know the lines that were written until then."""
+        (checkpoint / LINES_FILE).write_text("".join(f"{one}\n" for one in self._checksums), encoding="ascii")
+
+    def keep_until(self, step: int, checkpoint: Path | None = None, evaluated: bool = True) -> None:
+        """Drop the lines of steps that a resumed run will compute again, and those that are not as they were written.
 
         A last line cut short by a kill is nothing to speak of; any other damage is.
+
+        Args:
+            step: the last one whose lines are kept.
+            checkpoint: knows what was written (`write_checksums`), unless an earlier version made it.
+            evaluated: the evaluation after `step` was before the checkpoint, if there was one; else its lines may have
+                been written since.
         """
+        self._checksums = []
         if not self._path.exists():
             return
+        known = _known(checkpoint)
         kept: list[bytes] = []
         raw = self._path.read_bytes().split(b"\n")
         for number, line in enumerate(raw, start=1):
             values = _parsed(line)
             if values is not None and values["step"] <= step:
-                kept.append(line + b"\n")
+                later = not evaluated and values["step"] == step and values.get("split") == "evaluation"
+                if known is None or later or _checksum(line) in known:
+                    kept.append(line + b"\n")
+                    self._checksums.append(_checksum(line))
+                else:
+                    said = "%s:%d: a line is not as it was when %s was saved, and is left out"
+                    _LOGGER.warning(said, self._path, number, checkpoint)
             elif values is None and line.strip() and number < len(raw):
                 _LOGGER.warning("%s:%d: a damaged line is left out", self._path, number)
         temporary = self._path.with_suffix(".tmp")
@@ -93,7 +115,9 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and send its numbers to the trackers; evaluation keys get the prefix `eval_` there."""
-        self._waiting.append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        text = json.dumps(line, allow_nan=False).encode()
+        self._checksums.append(_checksum(text))
+        self._waiting.append(text + b"\n")
         try:
             self._append()
         except OSError as error:  # a full disk: the line waits, at the latest for the next checkpoint
@@ -125,6 +149,17 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def _checksum(line: bytes) -> str:
+    return f"{zlib.crc32(line):08x}"
+
+
+def _known(checkpoint: Path | None) -> set[str] | None:
+    """Checksums of the lines that were written until a checkpoint; None if it does not tell."""
+    if checkpoint is None or not (checkpoint / LINES_FILE).is_file():
+        return None
+    return set((checkpoint / LINES_FILE).read_text(encoding="ascii").split())
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -168,8 +168,22 @@ class Window:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Window":
-        """What `to_json` gave."""
-        return cls(values["sums"], values["num_steps"], values.get("num_skipped", 0))
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: it is something else, of another version for instance.
+        """
+        form = {"num_steps": int, "num_skipped": int, "sums": dict}
+        if {name: type(value) for name, value in ({"num_skipped": 0} | dict(values)).items()} != form:
+            raise ValueError(f"a logging interval has num_steps and sums, not {', '.join(sorted(values))}")
+        for name, value in values["sums"].items():
+            if name not in (*SUMS, *COUNTS) or type(value) not in (int, float):
+                raise ValueError(f"a logging interval has no sum {name}={value}; another version of dpo-dist wrote it")
+        return cls(
+            {name: float(value) for name, value in values["sums"].items()},
+            values["num_steps"],
+            values.get("num_skipped", 0),
+        )
 
     def means(self, has_reference: bool = True) -> dict[str, float]:
         """Loss per unit of weight, everything else per pair, or per token where statistics were asked for.

@@ -62,7 +62,7 @@ def rewrite_manifest(folder: Path) -> None:
 
 
 def test_a_checkpoint_holds_the_state_exactly_and_lists_every_file(checkpoints: CheckpointStore) -> None:
-    state = run_state(12, metrics_window={"loss": 0.1 + 0.2, "bad": float("inf"), "n": 3})
+    state = run_state(12, metrics_window={"num_steps": 3, "sums": {"loss": 0.1 + 0.2, "kl": 5e-324, "entropy": 3}})
     folder = checkpoints.save(state, write_plain, lambda f: (f / "extra.txt").write_text("x"))
 
     assert folder == checkpoints.folder / "step-000012"

@@ -1,6 +1,7 @@
 """Exported models: equal to what was trained, complete, loadable by transformers; from a live engine and offline."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from transformers import (
 )
 
 from dpo_dist.checkpoint import CheckpointStore, export_checkpoint, export_model, save_shards, write_assets
+from dpo_dist.checkpoint import export as exporting
+from dpo_dist.checkpoint.files import claim_staging
 from dpo_dist.checkpoint.shards import full_parameters
 from dpo_dist.distributed import Ranks
-from dpo_dist.errors import CheckpointError, ConfigError
+from dpo_dist.errors import CheckpointError, ConfigError, FolderInUseError
 from tests.run_states import run_state
 from tests.tiny_engine import QUIET, full_parameters_of, make_engine, only_rank, save_engine, tiny_config, train
 
@@ -338,3 +341,60 @@ def test_shards_that_do_not_hold_the_model(
         torch.save({"optimizer_state_dict": content["optimizer_state_dict"] | change}, path)
     with pytest.raises(CheckpointError, match=says):
         list(full_parameters(tmp_path, torch.float32))
+
+
+# ---- two at once
+
+
+def test_two_exports_into_one_folder(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    """The second would clear away what the first is writing."""
+    checkpoint, out = saved_model(tmp_path), tmp_path / "exported"
+    staging, held = claim_staging(out)
+    (staging / "half").write_text("x")
+    for attempt in (lambda: export_checkpoint(checkpoint, out), lambda: export(out, model)):
+        with pytest.raises(FolderInUseError, match="exported is being written by another process; wait until it has"):
+            attempt()
+    assert [path.name for path in staging.iterdir()] == ["half"]
+    assert held is not None
+    os.close(held)  # as when its process is killed
+    export_checkpoint(checkpoint, out)
+    assert not staging.exists() and not (out / "half").exists()
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        export_checkpoint(checkpoint, out)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    checkpoint, out = saved_model(tmp_path), tmp_path / "file" / "exported"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"exported cannot be made \(.*\); name another folder"):
+        export_checkpoint(checkpoint, out)
+
+
+def test_an_export_that_another_has_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, out = saved_model(tmp_path), tmp_path / "exported"
+    real = exporting.verify
+
+    def slow(folder: Path) -> None:
+        real(folder)
+        out.mkdir()
+        (out / "config.json").write_text("the other's")
+
+    monkeypatch.setattr(exporting, "verify", slow)
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        export_checkpoint(checkpoint, out)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    assert not (tmp_path / ".tmp-exported").exists()
+
+
+def test_a_link_in_the_place_of_what_is_being_written_is_not_followed(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("x")
+    (tmp_path / ".tmp-exported").symlink_to(other)
+    export(tmp_path / "exported", model)
+    assert (other / "precious").read_text() == "x"
+
+
+def saved_model(folder: Path) -> Path:
+    engine = make_engine(0, torch.float32)
+    return save_engine(CheckpointStore(folder, only_rank()), engine, run_state(), torch.float32)

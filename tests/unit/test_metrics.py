@@ -254,6 +254,43 @@ def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path, damage: bytes, ca
     assert MetricsFile(path).evaluations(1) == {"a": {"x": 1.0}}
 
 
+def test_a_line_that_still_reads_with_another_number_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = MetricsFile(path)
+    for step in (1, 2, 3):
+        written.write({"step": step, "loss": 0.5})
+    written.write_checksums(tmp_path)
+    whole = path.read_text()
+    path.write_text(whole.replace('"step": 2, "loss": 0.5', '"step": 2, "loss": 0.7'))
+    resumed = MetricsFile(path)
+    resumed.keep_until(3, tmp_path)
+    assert steps_in(path) == [1, 3]
+    assert f"{path}:2: a line is not as it was when {tmp_path} was saved" in caplog.text
+    resumed.write({"step": 4})
+    resumed.write_checksums(tmp_path)
+    MetricsFile(path).keep_until(4, tmp_path)
+    assert steps_in(path) == [1, 3, 4]
+    (tmp_path / "metrics.crc32").unlink()  # a checkpoint of an earlier version
+    path.write_text(whole)
+    MetricsFile(path).keep_until(2, tmp_path)
+    assert steps_in(path) == [1, 2]
+
+
+def test_an_evaluation_that_was_made_up_for_after_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written = MetricsFile(path)
+    written.write({"step": 3, "loss": 0.5})
+    written.write_checksums(tmp_path)
+    written.write({"step": 3, "split": "evaluation", "dataset": "a", "loss": 0.25})
+    resumed = MetricsFile(path)
+    resumed.keep_until(3, tmp_path, evaluated=False)
+    assert resumed.evaluations(3) == {"a": {"loss": 0.25}}
+    resumed.keep_until(3, tmp_path)
+    assert resumed.evaluations(3) == {}
+
+
 def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
     path.write_text('{"step": 1}\n')

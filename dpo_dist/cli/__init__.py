@@ -20,7 +20,7 @@
     redaction.py secrets, which it does not write
 
 Imports of torch and transformers stand inside the commands, so that a mistake in a configuration is reported within two
-seconds. Together with `distributed.py` the only place that reads environment variables.
+seconds. Together with `distributed/groups.py` the only place that reads environment variables.
 """
 
 import gc

@@ -41,13 +41,13 @@ def test_a_steady_step_has_one_copy_to_the_host(seen: dict[str, list[dict[str, i
     assert len(seen["honest"]) == STEPS
     for step in seen["honest"][1:-1]:
         ours, of_others = _split(step)
-        assert ours == {"dpo_dist/distributed.py:sum_over_ranks _to_copy": 1}
+        assert ours == {"dpo_dist/distributed/collectives.py:sum_over_ranks _to_copy": 1}
         assert of_others == OF_DEEPSPEED, step
 
 
 @pytest.mark.parametrize("kind", ["_local_scalar_dense", "index", "_to_copy"])
 def test_a_value_that_is_read_inside_the_loop_shows(seen: dict[str, list[dict[str, int]]], kind: str) -> None:
     ours, of_others = _split(seen["faulty"][1])
-    assert ours.pop("dpo_dist/distributed.py:sum_over_ranks _to_copy") == 1
+    assert ours.pop("dpo_dist/distributed/collectives.py:sum_over_ranks _to_copy") == 1
     assert ours[f"dpo_dist/trainer.py:train {kind}"] > 1  # once for each micro-batch
     assert of_others == OF_DEEPSPEED

@@ -41,9 +41,9 @@ def outcome(function: Callable[[], Any]) -> list[str]:
 
 
 def listening() -> list[str]:
-    """Addresses at which this process can be reached, without those of the store, which is not gloo's."""
+    """Addresses at which this process can be reached, those of the store included."""
     sockets = [one for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    return [one.laddr.ip for one in sockets if str(one.laddr.port) != os.environ["MASTER_PORT"]]
+    return [one.laddr.ip for one in sockets]
 
 
 class OurOwnError(Exception):
@@ -76,7 +76,7 @@ def observations(ranks: Ranks) -> dict[str, Any]:
         "broadcast tensor": numbers.tolist(),
         "second fails inside": outcome(second_fails),
         "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
-        "gloo listens": listening(),
+        "listens": listening(),
         "rank": [ranks.rank, ranks.world_size, ranks.local_rank, launched_rank(), ranks.is_first],
         "unequal": all_gather_json([None, {"text": "\u00e9\u4e2d\U0001f600" * 5, "number": 0.1}][rank]),
         "long": [len(text) for text in all_gather_json(LONG if rank else "")],

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist import distributed
 from dpo_dist.distributed import (
     StopRequest,
     all_gather_json,
     barrier,
     broadcast_json,
+    groups,
     raise_together,
     require_agreement,
     sum_over_ranks,
@@ -56,13 +56,24 @@ def test_ranks_of_one_machine_keep_to_it(
     variables: dict[str, str], interface: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(variables))
-    distributed._keep_to_loopback()
+    groups._keep_to_loopback()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
 
 
-def test_gloo_listens_on_loopback_alone(seen: list[dict[str, Any]]) -> None:
+def test_ranks_of_one_machine_listen_on_loopback_alone(seen: list[dict[str, Any]]) -> None:
+    """gloo, and the store by which they find each other."""
     assert both(seen, "interface") == "lo"
-    assert all(address.startswith("127.") for one in seen for address in one["gloo listens"])
+    assert all(address.startswith("127.") for one in seen for address in one["listens"])
+    assert len(seen[0]["listens"]) > len(seen[1]["listens"]) > 0, "the store is the first rank's"
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [({}, 1), ({"LOCAL_WORLD_SIZE": "4"}, 4), ({"LOCAL_SIZE": "8"}, 8)],  # by hand, torchrun, DeepSpeed's launcher
+)
+def test_how_many_ranks_are_here(variables: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(variables))
+    assert groups._ranks_per_node() == number
 
 
 def test_json_of_unequal_length_travels_whole(seen: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"  # beside the checkpoints of a run: the newest one's name
 STEP_FOLDER = re.compile(r"step-\d{6,}")
 _FORMAT = "dpo_dist checkpoint 1"
+_PIECE = 16 << 20  # bytes
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -115,10 +116,16 @@ def held_bytes(folder: Path) -> int:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
+    """Size and SHA-256 of a file, read in pieces.
+
+    Large ones: where training goes on beside it, each piece waits twice until Python's lock is free.
+    """
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
 
 
 def checkpoint_meant_by(path: Path) -> Path | None:

@@ -165,8 +165,8 @@ class CheckpointConfig(Section):
     """Keep this many of the newest checkpoints. null: all."""
     async_save: Flag = False
     """Copy what is to be saved to host memory, and write it while training goes on: a step loses the time of the copy,
-    not of the write. Takes host memory for each rank's share of weights and optimizer. Not for AdaLoRA, and not for the
-    last checkpoint, which is waited for."""
+    not of the write. Takes host memory for each rank's share of weights and optimizer, and a processor core that is
+    free. Not for AdaLoRA, and not for the last checkpoint, which is waited for."""
     resume: Text = "never"
     """`never`: start new; `auto`: go on from the newest sound checkpoint of output_dir, if there is one; or the path
     of a checkpoint to go on from."""

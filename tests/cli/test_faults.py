@@ -146,7 +146,9 @@ def launch_with(out: Path, faults: str) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     ("fault", "who"),
     [
-        ("stop@1:2:forward", "rank 1 does not answer: stopped, or its machine is gone"),
+        pytest.param(
+            "stop@1:2:forward", "rank 1 does not answer: stopped, or its machine is gone", marks=pytest.mark.thorough
+        ),
         ("hang@1:2:forward", "rank 1 does not get any further than step 2, forward"),
         pytest.param("stop@0:3:save", "rank 0 does not answer", marks=pytest.mark.thorough),
         pytest.param(

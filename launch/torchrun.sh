@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train on one machine or many with torchrun: launch/torchrun.sh CONFIG [section.key=value ...]
+#
+# Run it on every machine, with the same arguments and variables. All machines need the run's folder (train.output_dir)
+# at the same path. A start with checkpoint.resume=auto goes on from the newest checkpoint.
+#
+#   NPROC         processes on this machine: its GPUs, or 1 without one
+#   NNODES        machines: 1
+#   HEAD          where they meet, with more than one: the name of one of them, or name:port; the port is 29500
+#   RUN_ID        with more than one: a name that only the machines of this run use: dpo_dist
+#   STOP_SECONDS  how long a step and a save may take after a stop request, before ranks are killed: 600
+#
+# SIGTERM, SIGINT and SIGUSR1 stop the run after its step, with a checkpoint.
+
+set -euo pipefail
+case "${1:-}" in -h | --help | "") sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
+nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+nnodes=${NNODES:-1}
+if [ "$nnodes" -gt 1 ]; then
+  head=${HEAD:?with NNODES=$nnodes, HEAD names the machine where all of them meet}
+  case $head in *:*) ;; *) head=$head:29500 ;; esac
+  meet=(--rdzv-backend c10d --rdzv-endpoint "$head" --rdzv-id "${RUN_ID:-dpo_dist}")
+else
+  # They meet in a file: nothing then listens but on the loopback interface.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  meet=(--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint "$(mktemp -u -t dpo_dist-XXXXXX)")
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# torchrun dies of SIGUSR1 unless it is told to pass it on, and kills its ranks 30 s after a signal.
+exec torchrun --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts 0 "${meet[@]}" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${STOP_SECONDS:-600}" \
+  -m dpo_dist train "$@"

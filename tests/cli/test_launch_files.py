@@ -1,0 +1,161 @@
+"""The scripts of `launch/` for one machine, many, and Slurm, with stand-ins for torchrun and Slurm's commands."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+# What each attempt does in the place of srun: OUT is the folder of the run.
+SAVES = 'mkdir -p "$OUT/checkpoints"; echo step-000002 > "$OUT/checkpoints/latest"; '
+FINISHES = SAVES + 'mkdir -p "$OUT/model"; sleep 0.1; echo {} > "$OUT/model/dpo_dist.json"; '
+WAITS = 'trap "exit 1" USR1 TERM; for _ in $(seq 300); do sleep 0.1; done; '
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A folder of stand-ins, each of which writes down how it was called."""
+    programs = {
+        "torchrun": "",
+        "nvidia-smi": "exit 9",
+        "scancel": 'kill -USR1 "$(cat "$CALLS/srun.pid")"',
+        "scontrol": '[ "$1" != show ] || printf "n0\\nn1\\n"',
+        "sleep": 'case $1 in 60) ;; *) exec /bin/sleep "$@" ;; esac',
+        "srun": 'echo $$ > "$CALLS/srun.pid"; eval "$ATTEMPT"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, does in programs.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS/calls"\n{does}\n')
+        path.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def run(
+    machine: Path, script: str, *arguments: str, stop: signal.Signals | None = None, **variables: str
+) -> tuple[int, str, list[str]]:
+    """Exit code, output, and the calls of other programs."""
+    (machine / "calls").unlink(missing_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_"))}
+    env = inherited | {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "CALLS": str(machine), **variables}
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH / script), *arguments],
+        env=env,
+        cwd=machine,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if stop is not None:
+        deadline = time.monotonic() + 30
+        while not (machine / "srun.pid").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(stop)
+    said, _ = process.communicate(timeout=60)
+    calls = machine / "calls"
+    return process.returncode, said, calls.read_text().splitlines() if calls.exists() else []
+
+
+# ---- torchrun
+
+
+def test_one_machine(machine: Path) -> None:
+    code, _, calls = run(machine, "torchrun.sh", "run.yaml", "loss.beta=0.2", "a.b=c d")
+    (call,) = [call for call in calls if call.startswith("torchrun ")]
+    assert code == 0 and call.endswith("-m dpo_dist train run.yaml loss.beta=0.2 a.b=c d")
+    assert "--nnodes 1 --nproc-per-node 1 " in call and "store_type=file" in call
+    assert "SIGUSR1" in call and "--shutdown-timeout 600" in call
+
+
+def test_many_machines(machine: Path) -> None:
+    variables = {"NNODES": "4", "NPROC": "8", "HEAD": "node0", "STOP_SECONDS": "77"}
+    code, _, calls = run(machine, "torchrun.sh", "run.yaml", **variables)
+    (call,) = [call for call in calls if call.startswith("torchrun ")]
+    assert code == 0 and "--nnodes 4 --nproc-per-node 8 " in call and "--shutdown-timeout 77" in call
+    assert "--rdzv-endpoint node0:29500 --rdzv-id dpo_dist " in call and "store_type" not in call
+    code, said, calls = run(machine, "torchrun.sh", "run.yaml", NNODES="2")
+    assert code and "HEAD names the machine where all of them meet" in said and not calls[1:]
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh"])
+def test_it_says_how_it_is_used(machine: Path, script: str) -> None:
+    code, said, calls = run(machine, script)
+    assert code == 0 and said.startswith("Train on one machine or many") and not calls
+
+
+# ---- Slurm
+
+
+def attempt(machine: Path, does: str, number: int = 0, **more: object) -> tuple[int, str, list[str]]:
+    variables = {
+        "SLURM_JOB_ID": "20007",
+        "SLURM_RESTART_COUNT": str(number),
+        "SLURM_JOB_NODELIST": "n[0-1]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_SUBMIT_DIR": str(machine),
+        "ATTEMPT": does,
+        "OUT": str(machine / "out"),
+    }
+    stop = more.pop("stop", None)
+    assert stop is None or isinstance(stop, signal.Signals)
+    variables |= {name: str(value) for name, value in more.items()}
+    return run(machine, "slurm.sbatch", "run.yaml", str(machine / "out"), "loss.beta=0.2", stop=stop, **variables)
+
+
+def requeued(calls: list[str]) -> bool:
+    return "scontrol requeue 20007" in calls
+
+
+def test_what_runs_on_the_nodes(machine: Path) -> None:
+    shown = 'echo "$NNODES $HEAD $RUN_ID $STOP_SECONDS ${NPROC:-none}"'
+    code, said, calls = attempt(machine, FINISHES + shown, number=3, SLURM_GPUS_ON_NODE=8)
+    assert code == 0 and "2 n0:20007 20007.3 240 8" in said, said
+    end = f"launch/torchrun.sh run.yaml train.output_dir={machine}/out checkpoint.resume=auto loss.beta=0.2"
+    assert any(call.endswith(end) for call in calls)
+    assert "none" in attempt(machine, FINISHES + shown)[1]
+
+
+def test_a_finished_job_is_not_queued_again(machine: Path) -> None:
+    code, said, calls = attempt(machine, FINISHES)
+    assert code == 0 and not requeued(calls) and "finished; the model is in" in said
+    code, said, calls = attempt(machine, "exit 0")  # nothing was left to do
+    assert code == 0 and not requeued(calls)
+    # Asked to stop when it had just finished.
+    code, said, calls = attempt(machine, FINISHES + WAITS, stop=signal.SIGUSR1)
+    assert code == 0 and not requeued(calls) and "finished" in said
+
+
+def test_a_time_limit(machine: Path) -> None:
+    code, said, calls = attempt(machine, SAVES + WAITS, stop=signal.SIGUSR1)
+    assert code and "scancel --signal=USR1 20007" in calls and requeued(calls)
+    assert "the time limit is near; saved: step-000002; queued again" in said
+
+
+def test_a_preemption(machine: Path) -> None:
+    code, said, calls = attempt(machine, SAVES + "/bin/sleep 2; exit 1", stop=signal.SIGTERM)
+    assert code and requeued(calls) and "preempted or cancelled; saved: step-000002" in said, said
+
+
+def test_a_failure_is_tried_again_while_something_is_saved(machine: Path) -> None:
+    code, said, calls = attempt(machine, "exit 2")
+    assert code == 2 and not requeued(calls) and "failed before its first checkpoint (exit code 2)" in said
+    for number in range(1, 4):
+        code, said, calls = attempt(machine, SAVES + "exit 1", number)
+        assert code == 1 and requeued(calls) and "exit code 1; saved: step-000002; queued again" in said
+    code, said, calls = attempt(machine, "exit 1", 4)
+    assert code == 1 and not requeued(calls) and "4 attempts in a row have saved nothing new" in said
+    moved = SAVES.replace("step-000002", "step-000004")
+    assert requeued(attempt(machine, moved + "exit 1", 5)[2])
+
+
+def test_a_budget_of_restarts(machine: Path) -> None:
+    code, said, calls = attempt(machine, SAVES + "exit 1", 2, MAX_RESTARTS=2)
+    assert code == 1 and not requeued(calls) and "MAX_RESTARTS=2 is reached" in said

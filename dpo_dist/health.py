@@ -80,9 +80,12 @@ def restored(saved: Mapping[str, Any], saved_config: Mapping[str, Any], config: 
     """
     health, now = Health.from_json(saved), config.model_dump(mode="json")
     evaluation, thresholds = (saved_config.get(section, {}) for section in ("evaluation", "health"))
-    if evaluation != now["evaluation"] or thresholds != now["health"]:
+    # What an earlier version did not know was what it is by default.
+    rules = {key: value for key, value in now["health"].items() if key not in ("non_finite", "max_skipped_steps")}
+    has_changed = any(thresholds.get(key, value) != value for key, value in rules.items())
+    if evaluation != now["evaluation"] or has_changed:
         health.ended = ""
-    if thresholds != now["health"]:
+    if has_changed:
         health.crossed = []
     if evaluation.get("metric_for_best_model") != now["evaluation"]["metric_for_best_model"]:
         health.best, health.best_step, health.num_worse = None, 0, 0

@@ -96,7 +96,7 @@ def save(run: Run, progress: Progress) -> None:
         NumericsError: a weight is not finite.
         StorageError: the last one of a run cannot be written.
     """
-    complete_save(run, progress)
+    complete_save(run, progress, goes_on=not progress.is_over(run.num_steps))
     started = time.perf_counter()
     require_sound(run, progress.step)
     progress.saving = progress.step
@@ -123,10 +123,16 @@ def save(run: Run, progress: Progress) -> None:
     progress.window_started += time.perf_counter() - started
 
 
-def complete_save(run: Run, progress: Progress) -> None:
-    """Wait for the checkpoint that is being written, if there is one, and give it its name. Every rank must call it."""
+def complete_save(run: Run, progress: Progress, goes_on: bool = True) -> None:
+    """Wait for the checkpoint that is being written, if there is one, and give it its name. Every rank must call it.
+
+    Args:
+        run: its store knows of it.
+        progress: of the run.
+        goes_on: whether a step follows; for the message where it cannot be written.
+    """
     started = time.perf_counter()
-    with _going_on(run, progress, progress.saving):
+    with _going_on(run, progress, progress.saving, goes_on):
         _report(run, run.store.finish())
     progress.window_started += time.perf_counter() - started
 
@@ -137,7 +143,7 @@ def _report(run: Run, folder: Path | None) -> None:
 
 
 @contextmanager
-def _going_on(run: Run, progress: Progress, step: int) -> Iterator[None]:
+def _going_on(run: Run, progress: Progress, step: int, goes_on: bool = True) -> Iterator[None]:
     """A checkpoint that cannot be written ends a run only where no other one follows."""
     try:
         yield
@@ -147,7 +153,8 @@ def _going_on(run: Run, progress: Progress, step: int) -> Iterator[None]:
         if progress.health.best_step == step:
             progress.health.best_step = 0  # there is no such checkpoint
         if run.ranks.is_first:
-            logger.error("%s; training goes on, and the next checkpoint is tried when it is due", error)
+            then = "; training goes on, and the next checkpoint is tried when it is due" if goes_on else ""
+            logger.error("%s%s", error, then)
 
 
 def require_sound(run: Run, step: int) -> None:

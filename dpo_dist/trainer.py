@@ -22,10 +22,8 @@ from dpo_dist.metrics import SUMS, Window, loss_of, not_finite, padded_tokens, s
 from dpo_dist.optim import learning_rate_at
 from dpo_dist.packing import StepPlan, sizes_of
 from dpo_dist.phases import reach
-from dpo_dist.run import Progress, Run, complete_save, peak_memory_gib, restore, save
+from dpo_dist.run import Progress, Run, complete_save, peak_memory_gib, save
 from dpo_dist.selfcheck import check_first_loss
-
-__all__ = ["Progress", "Run", "catch_up", "evaluate_all", "peak_memory_gib", "restore", "save", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +66,9 @@ def train(run: Run, progress: Progress) -> None:
         *totals, grad_norm, stop_requests, written = sum_over_ranks(
             torch.cat([sums, norm, run.stop.as_tensor(device), run.store.as_tensor(device)])
         ).tolist()
-        progress.stopped = stop_requests > 0
         if written == run.ranks.world_size:
             complete_save(run, progress)
+        progress.stopped = stop_requests > 0
         _finish_step(run, progress, plan, dict(zip(SUMS, totals, strict=True)), grad_norm, learning_rate)
 
 
@@ -81,8 +79,6 @@ def _finish_step(
     progress.step += 1
     run.after_update(progress.step)
     step, health = progress.step, progress.health
-    progress.num_tokens += int(totals["tokens_processed"])
-    progress.pairs_seen += int(totals["num_pairs"])
     _take_in(run, progress, plan, totals, grad_norm)
 
     if run.is_logged(step) or health.ended:
@@ -101,10 +97,12 @@ def _take_in(run: Run, progress: Progress, plan: StepPlan, totals: dict[str, flo
         _say(run, [judge_not_finite(progress.health, text, run.config)])
         progress.window.num_skipped += 1
         return
-    if progress.step == 1 and run.proof is not None:
+    if progress.num_tokens == 0 and run.proof is not None:
         verdict = check_first_loss(step_loss, run.loss, run.proof)
         if run.ranks.is_first:
             logger.info(verdict)
+    progress.num_tokens += int(totals["tokens_processed"])
+    progress.pairs_seen += int(totals["num_pairs"])
     rows = [length for size in sizes_of(run.dataset, plan.examples) for length in size.longest_rows]
     progress.window.add({**totals, "tokens_padded": padded_tokens(rows)} if rows else totals)
     _say(run, judge_step(progress.health, totals, run.config))

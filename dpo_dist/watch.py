@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dpo_dist.distributed import Ranks
+from dpo_dist.distributed import Ranks, barrier
+from dpo_dist.peers import is_peer_lost
 from dpo_dist.phases import Place, place, reach
 
 FOLDER = "hang"
@@ -37,14 +38,15 @@ def watching(folder: Path, ranks: Ranks, seconds: int, leave: Callable[[str], No
     """
     if ranks.is_first:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of an earlier start
+    barrier()  # or another rank would take it for one of this start
     reach("watched")
     watch = _Watch(folder / FOLDER, ranks, seconds, leave)
     watch.start()
     try:
         yield
-    except Exception:
+    except Exception as error:
         # A collective may have run out of time a moment before the thread looks.
-        if watch.idle() > 0.9 * seconds:
+        if is_peer_lost(error) and watch.idle() > 0.8 * seconds:
             watch.give_up()
         raise
     finally:
@@ -59,50 +61,73 @@ class _Watch(threading.Thread):
         self._folder, self._ranks, self._seconds, self._leave = folder, ranks, seconds, leave
         # A little before collectives run out of time: where each rank stands is then still to be seen.
         self._patience = seconds - min(5.0, seconds / 10)
+        self._between_looks = min(5.0, seconds / 10)
+        self._awake_since = 0.0
         self._giving_up = threading.Lock()
 
     def run(self) -> None:
-        while not self.over.wait(max(self._patience - self.idle(), 0.1)):
+        while not self._waited():
             if self.idle() >= self._patience:
                 self.give_up()
+            if self._folder.is_dir():  # another rank gives up
+                self._report()
+
+    def _waited(self) -> bool:
+        """Whether it is over, after a while."""
+        began = time.monotonic()
+        is_over = self.over.wait(min(max(self._patience - self.idle(), 0.1), self._between_looks))
+        if (now := time.monotonic()) - began > 2 * self._between_looks:
+            self._awake_since = now  # the process was suspended, and so was everything that it waits for
+        return is_over
 
     def idle(self) -> float:
         """Seconds since this rank has reached anything."""
-        return time.monotonic() - place().since
+        return time.monotonic() - max(place().since, self._awake_since)
 
     def give_up(self) -> NoReturn:
         """Report, wait for the others' reports, and end this process."""
         with self._giving_up:  # never given back: the process ends inside
-            here = place()
-            with suppress(OSError):  # a full disk must not keep the run from ending
-                self._report(here)
-            found = self._reports()
-            if found and self._ranks.rank > min(found):
-                time.sleep(5.0)  # one says it for all
-            self._leave(self._verdict(here, found))
+            here, found = place(), dict[int, dict[str, Any]]()
+            # In a thread of its own: a file system that hangs must not keep the run from ending.
+            looking = threading.Thread(target=self._look_around, args=(found,), daemon=True)
+            looking.start()
+            looking.join(2 * _GRACE)
+            self._leave(self._verdict(here, dict(found)))
 
-    def _report(self, here: Place) -> None:
-        self._folder.mkdir(exist_ok=True)
+    def _look_around(self, found: dict[int, dict[str, Any]]) -> None:
+        self._report()
+        self._gather(found)
+        if found and self._ranks.rank > min(found):
+            time.sleep(5.0)  # one says it for all
+
+    def _report(self) -> None:
+        """Write down where this rank stands, once."""
         path = self._folder / f"rank-{self._ranks.rank:05d}.txt"
-        with path.with_suffix(".tmp").open("w") as file:
-            values = {"step": here.step, "phase": here.phase, "count": here.count, "waits": _waits_for_others()}
-            file.write(json.dumps(values) + "\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        path.with_suffix(".tmp").replace(path)
+        here, began = place(), path.with_suffix(".tmp")
+        values = {"step": here.step, "phase": here.phase, "count": here.count, "waits": self._waits_for_others()}
+        with suppress(OSError):  # nor must a full disk
+            self._folder.mkdir(exist_ok=True)
+            if path.exists():
+                return
+            with began.open("w") as file:
+                file.write(json.dumps(values) + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            began.replace(path)
 
-    def _reports(self) -> dict[int, dict[str, Any]]:
-        """What every rank has written down, of those that did so in time."""
+    def _gather(self, found: dict[int, dict[str, Any]]) -> None:
+        """What every rank has written down, of those that do so in time."""
         end = time.monotonic() + min(_GRACE, self._seconds)
-        found: dict[int, dict[str, Any]] = {}
-        while True:
+        while len(found) < self._ranks.world_size and time.monotonic() < end:
             for path in self._folder.glob("rank-*.txt"):
                 with suppress(OSError, ValueError):
                     values = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
                     found[int(path.stem.removeprefix("rank-"))] = values
-            if len(found) == self._ranks.world_size or time.monotonic() > end:
-                return found
             time.sleep(0.2)
+
+    def _waits_for_others(self) -> bool:
+        """Whether any thread of this process is in a collective; of a GPU's nothing is to be seen."""
+        return self._ranks.device.type == "cuda" or _is_in_collective()
 
     def _verdict(self, here: Place, found: dict[int, dict[str, Any]]) -> str:
         silent = sorted(set(range(self._ranks.world_size)) - found.keys() - {self._ranks.rank})
@@ -130,8 +155,7 @@ def _named(ranks: list[int]) -> str:
     return f"rank {shown} does" if len(ranks) == 1 else f"ranks {shown} do"
 
 
-def _waits_for_others() -> bool:
-    """Whether any thread of this process is in a collective."""
+def _is_in_collective() -> bool:
     for frame in sys._current_frames().values():
         at: FrameType | None = frame
         while at is not None:

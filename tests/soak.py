@@ -23,6 +23,7 @@ import psutil
 from safetensors.torch import load_file
 
 from dpo_dist.metrics import WALL_CLOCK
+from tests.cores import alone
 from tests.golden.trajectories import FOLDER
 from tests.launching import command, environment, kill_group, launch, succeeded
 
@@ -58,7 +59,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
 
 def strike(root: Path, overrides: list[str], victim: str, after: float) -> Kill | None:
     """Start, and kill; None if the run had ended before."""
-    with (root / "log.txt").open("a") as log:
+    with alone(2), (root / "log.txt").open("a") as log:
         process = subprocess.Popen(
             command(2, "dpo_dist", "train", "run.yaml", *overrides),
             cwd=root,

@@ -16,6 +16,7 @@ from torch import Tensor
 from dpo_dist.checkpoint.files import sync
 from dpo_dist.checkpoint.manifest import hash_file
 from dpo_dist.checkpoint.pickles import require_harmless
+from dpo_dist.phases import inject
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Writing:
             for part in self.parts:
                 if part.write is not None:
                     part.write()
+            inject("save.written")
             files = [path for part in self.parts for path in _files(part.path)]
             self.records = settled(self.staging, (path.relative_to(self.staging).as_posix() for path in files))
         except Exception as error:  # raised by `finish`, on the thread that waits for it

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from dpo_dist.checkpoint.parts import Part, on_host
 from dpo_dist.checkpoint.pickles import load_restricted
-from dpo_dist.errors import CheckpointError
+from dpo_dist.distributed import launched_rank
+from dpo_dist.errors import CheckpointError, StorageError
 from dpo_dist.peers import raise_if_peer_lost
 
 SHARDS_FOLDER = "shards"
@@ -62,11 +63,20 @@ class _ShardIO:
             state_dict = {**state_dict, "module": kept}
         state_dict = without_enums(state_dict)
         if self.copies:
-            kept = on_host(state_dict)
-            self.parts.append(Part(Path(path), lambda: self.inner.save(kept, path)))
+            self._attempt(self._copy, state_dict, Path(path))
             return
         self._attempt(self.inner.save, state_dict, path)
         self.parts.append(Part(Path(path)))
+
+    def _copy(self, state_dict: Any, path: Path) -> None:
+        try:
+            copied = on_host(state_dict)
+        except (MemoryError, RuntimeError) as error:
+            raise StorageError(
+                f"{path.parent}: the copy that checkpoint.async_save=true makes does not fit into host memory "
+                f"({error}); set it to false"
+            ) from error
+        self.parts.append(Part(path, lambda: self.inner.save(copied, str(path))))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file without executing anything from it."""
@@ -149,7 +159,8 @@ def save_shards(deepspeed_engine: Any, folder: Path, copies: bool = False) -> li
         deepspeed_engine.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False, **adapted)
     if shard_io.error is not None:
         raise shard_io.error
-    return shard_io.parts
+    # What an optimizer keeps on NVMe DeepSpeed copies itself, at once.
+    return [*shard_io.parts, Part(folder / SHARDS_FOLDER / "offloaded_tensors" / f"rank{launched_rank()}")]
 
 
 def load_shards(deepspeed_engine: Any, folder: Path) -> None:

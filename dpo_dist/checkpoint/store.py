@@ -102,11 +102,11 @@ class CheckpointStore:
             # Before the collective write: a rank that cannot take part must not leave the others inside it.
             self._on_every_rank(lambda: self._require_visible(staging))
             parts = self._on_every_rank(lambda: self._parts(staging, write, extra), needed)
-        self._pending = Pending(state, final, needed, Writing(staging, parts))
-        if not in_background:
-            return self.finish()
-        self._pending.writing.begin()
-        return None
+            writing = Writing(staging, parts)
+            if in_background:
+                self._on_every_rank(writing.begin)
+        self._pending = Pending(state, final, needed, writing)
+        return None if in_background else self.finish()
 
     def finish(self) -> Path | None:
         """Wait until the checkpoint that is being saved is written, and give it its name. Collective.
@@ -122,10 +122,13 @@ class CheckpointStore:
         staging, needed = pending.writing.staging, pending.needed
         with self._removing(staging):
             shares = all_gather_json(self._on_every_rank(pending.writing.finish, needed))
+            reach("commit")
             records = {name: FileRecord(**values) for share in shares for name, values in share.items()}
             self._on_first_rank(lambda: self._commit(pending, records), needed)
         best = self.path_of(pending.state.health.get("best_step", 0))
+        reach("limit")
         self._on_first_rank(lambda: apply_limit(self.folder, self.save_total_limit, best))
+        reach("saved")
         return pending.final
 
     def as_tensor(self, device: torch.device) -> Tensor:
@@ -175,8 +178,7 @@ class CheckpointStore:
         write_rng(staging, self.ranks.rank)
         if self.ranks.is_first and extra is not None:
             parts.append(Part(staging / ASSETS_FOLDER, lambda: extra(staging)))
-        # Last, so that everything of this rank is written when it strikes.
-        return [*parts, Part(staging / ".none", lambda: inject("save.written") and None)]
+        return parts
 
     def _commit(self, pending: Pending, records: dict[str, FileRecord]) -> None:
         staging = pending.writing.staging
@@ -258,6 +260,7 @@ class CheckpointStore:
     def _fault(self, folder: Path, look_only: bool) -> str | None:
         """What is wrong with a checkpoint, the same text on every rank; each rank reads its share of the files."""
         fault = None
+        reach("verify")
         try:
             verify(folder, None if look_only else (self.ranks.rank, self.ranks.world_size))
         except (CheckpointError, OSError) as error:

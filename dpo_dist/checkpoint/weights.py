@@ -11,6 +11,7 @@ from dpo_dist.checkpoint.parts import Part
 from dpo_dist.checkpoint.shards import load_shards, save_shards
 from dpo_dist.engine import InferenceEngine, RankAllocation, TrainingEngine
 from dpo_dist.errors import CheckpointError
+from dpo_dist.phases import reach
 from dpo_dist.reference import load_reference, save_reference
 
 _ALLOCATION = "rank_allocation"
@@ -47,6 +48,7 @@ class Weights:
         Raises:
             CheckpointError: it is not there, or belongs to another model.
         """
+        reach("restore")
         load_shards(self.policy.engine, folder)
         if self.reference is not None:
             load_reference(self.reference, folder)

@@ -31,9 +31,11 @@ def give_up(text: str) -> NoReturn:
     """End a process in which another thread hangs, with exit code 1."""
     rank = int(os.environ.get("RANK", "0"))
     text = redacted((f"error on rank {rank}: " if rank else "error: ") + text)
-    print(text, file=sys.stderr, flush=True)
-    tell_launcher(text)
-    os._exit(1)
+    try:
+        print(text, file=sys.stderr, flush=True)
+        tell_launcher(text)
+    finally:
+        os._exit(1)
 
 
 def tell_launcher(text: str) -> None:

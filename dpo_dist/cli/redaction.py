@@ -16,6 +16,7 @@ from typing import Any
 HIDDEN = "***"
 _PATTERNS = (
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), HIDDEN),
+    (re.compile(r"(?<=://)([^/\s:@]+):\S+(?=@[\w.-]+)"), HIDDEN),  # a slash in the password
     (
         re.compile(
             r"([?&](?:\w+[-_])*(?:token|key|signature|sig|password|secret|credential)=)[^&\s\"')\]]+", re.IGNORECASE
@@ -25,7 +26,7 @@ _PATTERNS = (
     (re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
     (re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_|gh[pousr]_|github_pat_|glpat-)\w{16,}"), rf"\1{HIDDEN}"),
 )
-_NAMES = re.compile(r"(?:TOKEN|API_KEY|PASSWORD|SECRET|SECRET_KEY|SECRET_ACCESS_KEY)$")
+_NAMES = re.compile(r"(?:TOKEN|API_KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|SECRET_KEY|ACCESS_KEY)$")
 _SHORTEST = 8  # characters; a shorter value of the environment may be an ordinary word
 
 

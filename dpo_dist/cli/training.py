@@ -104,7 +104,7 @@ def _train_and_export(prepared: Prepared, run: Run, start: Start) -> None:
         try:
             train(run, progress)
         except NumericsError:  # raised by all ranks alike: what was being written until now is sound
-            complete_save(run, progress)
+            complete_save(run, progress, goes_on=False)
             raise
     if not progress.stopped:
         _load_best(run, progress)

@@ -41,6 +41,7 @@ _REMOVED = "DeepSpeed 0.19.8 has removed it; leave it out"
 _TRACKER = "trackers are log.report_to"
 _ACCUMULATION = "accumulation follows from train.examples_per_step and packing.max_tokens"
 _PARALLEL = "only ZeRO is used to spread the model; leave it out"
+_FINITE = "an update that is not finite is never made (health.non_finite); leave it out"
 _UNREAD = "DeepSpeed 0.19.8 never reads it; leave it out"
 _DATA = "data are read and ordered by dpo_dist; leave it out"
 _BUFFERS = "policy and reference must compute alike; leave it out"
@@ -128,7 +129,7 @@ ZERO: dict[str, Allowed | str] = {
 
 BF16: dict[str, Allowed | str] = {
     "enabled": _DTYPE,
-    "check_grad_overflow": Allowed("flag"),
+    "check_grad_overflow": _FINITE,
     "immediate_grad_update": Allowed("flag"),
     "bf16_master_weights_and_grads": _MASTER,
     "bf16_optimizer_states": _MASTER,

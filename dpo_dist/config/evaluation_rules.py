@@ -32,6 +32,9 @@ def evaluation_keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
 def _of_health(config: RunConfig) -> dict[KeyPath, Unread]:
     """A threshold that nothing is held against trains the same model, but does not stop a run that it was to stop."""
     found: dict[KeyPath, Unread] = {}
+    if config.health.non_finite == "stop":
+        why = "has no effect without health.non_finite=skip; set it, or leave this out"
+        found["health", "max_skipped_steps"] = Unread(("health", "non_finite"), why)
     warns_only = config.health.action == "warn"
     has_held_out_pairs = bool(config.data.evaluation) and not config.trains_on_demonstrations
     if not config.has_reference:
@@ -51,6 +54,9 @@ def _of_health(config: RunConfig) -> dict[KeyPath, Unread]:
 def evaluation_rules(config: RunConfig) -> Iterator[Broken]:
     """Every rule of these sections that a configuration breaks."""
     evaluation, path = config.evaluation, ("evaluation", "metric_for_best_model")
+    if config.health.non_finite == "skip" and config.adapter.peft_type == "adalora":
+        why = "does not go with adapter.peft_type=adalora, which takes ranks away at certain steps; leave it out"
+        yield ("health", "non_finite"), (("adapter", "peft_type"),), why
     if evaluation.metric_for_best_model is None or not config.data.evaluation:
         return
     names = config.data.evaluation_names

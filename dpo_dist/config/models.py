@@ -152,8 +152,8 @@ class ParallelConfig(Section):
     deepspeed: Text = "zero3_bf16"
     """A file in `deepspeed_configs/` by its name without .json, or the path of a .json file."""
     ddp_timeout: Annotated[int, Field(ge=1)] = 1800
-    """Seconds in which nothing moves, or one rank waits for the others, before the run ends: one of them hangs or is
-    gone. Longer than any micro-batch or save takes."""
+    """The run ends if nothing moves for so many seconds: a rank hangs or is gone. Set it above the longest micro-batch,
+    save or restore."""
 
 
 class CheckpointConfig(Section):

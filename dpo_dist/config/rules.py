@@ -48,6 +48,9 @@ def keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
             "has no effect with train.shuffle=false: nothing else is random; leave this out, or shuffle",
             same_result=True,
         )
+    if config.adapter.peft_type == "adalora":
+        why = "has no effect with adapter.peft_type=adalora, whose checkpoints are waited for; leave this out"
+        found["checkpoint", "async_save"] = Unread(("adapter", "peft_type"), why, same_result=True)
     name = config.model.model_name_or_path
     if is_local(name):
         what = "names the demo model" if name == "demo" else "is a local folder"

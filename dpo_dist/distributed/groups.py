@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 
 from dpo_dist.distributed.collectives import barrier
+from dpo_dist.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LOOPBACK = "127.0.0.1"
+_LATER = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def _initialise(timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # The watch speaks first: NCCL ends a process without a word.
+        timeout += _LATER
     _keep_to_loopback()
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         if _on_one_machine() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -112,7 +116,13 @@ def _loopback_store(timeout: timedelta, rank: int, world_size: int) -> Any:
     port, store = int(os.environ["MASTER_PORT"]), dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
     if rank:
         return store(_LOOPBACK, port, world_size, is_master=False, timeout=timeout)
-    listening = socket.create_server((_LOOPBACK, port), backlog=1024)
+    try:
+        listening = socket.create_server((_LOOPBACK, port), backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_PORT={port} cannot be listened at ({error}): another run on this machine may use it; give the "
+            "launcher another port (deepspeed --master_port)"
+        ) from None
     return store(_LOOPBACK, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed import is_first_of_node
@@ -41,7 +42,7 @@ def load_operator(builder_name: str) -> None:
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
     folder = Path(_get_build_directory(builder.name, verbose=False))
-    is_built = (folder / f"{builder.name}.so").is_file()
+    is_built = (folder / f"{builder.name}.so").is_file() or installed_ops.get(builder.NAME, False)
     if not is_built and is_first_of_node():
         logger.info(
             "DeepSpeed compiles its operator %s, once on this machine: about a minute, in %s", builder.name, folder

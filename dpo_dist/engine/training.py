@@ -116,7 +116,8 @@ class TrainingEngine:
 
         Returns:
             The gradient's norm before clipping, float64, on the first rank; 0 on the others, so that the sum over ranks
-            is the norm. It stays on the device: reading it would make the host wait. 0 as well where float16
+            is the norm. It stays on the device: reading it would make the host wait, as it does at stage 0 in float32
+            and for AdaLoRA, where it decides what happens next. 0 as well where float16
             overflowed: DeepSpeed has then lowered its loss scale and left the weights alone, which is how it finds the
             right one. In other dtypes an overflow is reported.
         """
@@ -169,14 +170,14 @@ class TrainingEngine:
         return shares.whole_shapes(self.model.model)
 
     def broken_parameter(self) -> str:
-        """The name of a parameter of which this rank keeps a value that is not finite; empty if there is none.
+        """The name of a trained parameter of which this rank keeps a value that is not finite; empty if there is none.
 
         Shares on NVMe are not looked at.
         """
         if self.is_on_disk:
             return ""
-        named = ((name, share) for name, share in self.named_shares() if share.is_floating_point())
-        return next((name for name, share in named if not bool(torch.isfinite(share).all())), "")
+        trained = ((name, shares.own_share(p)) for name, p in self.model.named_parameters() if p.requires_grad)
+        return next((name for name, share in trained if not bool(torch.isfinite(share).all())), "")
 
     @property
     def num_trained(self) -> int:

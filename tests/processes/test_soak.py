@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.cores import alone
 from tests.launching import kill_group, launch, start, succeeded
 from tests.soak import CONFIG, lines, soak
 
@@ -28,9 +29,10 @@ def test_ranks_without_their_torchrun_and_the_next_start(tmp_path: Path, monkeyp
     (tmp_path / "run.yaml").write_text(CONFIG)
     run = ("train", "run.yaml", "train.max_steps=8", "checkpoint.resume=auto")
     slow = {"DPO_DIST_TESTING": "1", "DPO_DIST_FAULT": "slow=45@*:5:update"}
-    first = start(2, "dpo_dist", *run, "train.output_dir=out", cwd=tmp_path, env=slow)
-    try:
+    with alone(2):
+        first = start(2, "dpo_dist", *run, "train.output_dir=out", cwd=tmp_path, env=slow)
         _wait_until(lambda: (tmp_path / "out/checkpoints/step-000004").exists())
+    try:
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
         refused = launch(2, "dpo_dist", *run, "train.output_dir=out", cwd=tmp_path)

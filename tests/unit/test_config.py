@@ -631,7 +631,7 @@ def test_revision_of_a_local_folder_has_no_effect(minimal, tmp_path):
 
 @pytest.mark.parametrize(("section", "dtype"), [("bf16", "float32"), ("fp16", "bfloat16")])
 def test_deepspeed_tuning_of_another_dtype_has_no_effect(minimal, tmp_path, section, dtype):
-    key = {"bf16": "check_grad_overflow", "fp16": "consecutive_hysteresis"}[section]
+    key = {"bf16": "immediate_grad_update", "fp16": "consecutive_hysteresis"}[section]
     content = {"zero_optimization": {"stage": 1}, section: {key: True}}
     (tmp_path / "ds.json").write_text(json.dumps(content), encoding="utf-8")
     line = only_error(minimal, "parallel.deepspeed=ds.json", f"model.dtype={dtype}")

@@ -192,13 +192,20 @@ def test_a_sound_file_comes_back_as_it_is(tmp_path):
             "offload_param": {"device": "nvme", "nvme_path": "/local", "pin_memory": True},
             "leaf_module": {"names": ["experts"]},
         },
-        "bf16": {"check_grad_overflow": False},
+        "bf16": {"immediate_grad_update": False},
         "aio": {"queue_depth": 16},
         "wall_clock_breakdown": True,
     }
     path = tmp_path / "own.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     assert load_deepspeed(str(path)) == content
+
+
+def test_an_update_that_is_not_finite_cannot_be_asked_for(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"bf16": {"check_grad_overflow": False}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"an update that is not finite is never made \(health.non_finite\)"):
+        load_deepspeed(str(path))
 
 
 def test_owners_named_in_refusals_are_keys_that_exist():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dpo_dist.distributed import Ranks
+from dpo_dist.errors import StorageError
 from dpo_dist.phases import arm, place, reach
-from dpo_dist.watch import watching
+from dpo_dist.watch import _Watch, watching
 
 
 class Left(BaseException):
@@ -105,8 +106,37 @@ def test_a_collective_that_runs_out_of_time_first(tmp_path: Path, monkeypatch: p
     assert "nothing has moved" in leaving.said[0]
 
 
-def test_another_error_is_raised_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [0, 59])
+def test_another_error_is_raised_at_once(tmp_path: Path, late: int, monkeypatch: pytest.MonkeyPatch) -> None:
     leaving = Leaving()
-    with pytest.raises(RuntimeError, match="another"), watching(tmp_path, ranks(2), 60, leaving):
-        raise RuntimeError("another")
+    with pytest.raises(StorageError, match="another"), watching(tmp_path, ranks(2), 60, leaving):
+        later = time.monotonic() + late
+        monkeypatch.setattr("dpo_dist.watch.time.monotonic", lambda: later)
+        raise StorageError("another")
     assert not leaving.said
+
+
+def test_who_still_moves_reports_when_another_gives_up(tmp_path: Path) -> None:
+    leaving = Leaving()
+    with watching(tmp_path, ranks(2), 5, leaving):
+        others_report(tmp_path, 1, 4, "backward", 1)
+        end = time.monotonic() + 20
+        while not (tmp_path / "hang" / "rank-00000.txt").exists():
+            assert time.monotonic() < end
+            reach("forward")
+            time.sleep(0.05)
+    assert not leaving.said
+
+
+def test_time_in_which_the_process_was_suspended_does_not_count(tmp_path: Path) -> None:
+    leaving = Leaving()
+    watch = _Watch(tmp_path / "hang", ranks(1), 600, leaving)
+    reach("forward")
+    clock = [time.monotonic(), time.monotonic() + 3600]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch.over, "wait", lambda seconds: clock.pop(0) and False)
+        patch.setattr("dpo_dist.watch.time.monotonic", lambda: clock[0])
+        assert watch.idle() < 1
+        assert not watch._waited()
+        assert watch.idle() < 1
+    assert watch._awake_since > 0

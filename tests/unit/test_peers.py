@@ -91,6 +91,7 @@ def test_while_shards_load(error: Exception, expected: type | None, tmp_path: Pa
     class Engine:
         checkpoint_engine = None
         load_checkpoint = staticmethod(_raising(error))
+        zero_optimization_stage = staticmethod(lambda: 0)
 
     with pytest.raises(expected or CheckpointError):
         load_shards(Engine(), tmp_path)

@@ -139,11 +139,11 @@ class _Watch(threading.Thread):
         stacks = f"see {self._folder}/rank-*.txt for where each rank stands"
         if silent:
             who = f"{_named(silent)} not answer: stopped, or its machine is gone"
-        elif behind:
+        elif len(behind) not in (0, len(found)):
             there = found[behind[0]]
             who = f"{_named(behind)} not get any further than step {there['step']}, {there['phase']}"
         else:
-            who = "all ranks wait for each other: look at the network between them"
+            who = "all ranks stand at the same place: look at the network between them"
         return (
             f"nothing has moved for parallel.ddp_timeout={self._seconds} seconds at step {here.step}, {here.phase}: "
             f"{who}; {stacks}; checkpoints written before are intact"

@@ -47,6 +47,7 @@ def others_report(folder: Path, rank: int, step: int, phase: str, count: int, wa
         (4, [(2, 5, "forward", 3)], "ranks 1, 3 do not answer"),
         (2, [(1, 4, "backward", 1)], "rank 1 does not get any further than step 4, backward"),
         (3, [(1, 5, "forward", 3), (2, 5, "forward", 3, False)], "ranks 0, 2 do not get any further than step 5, for"),
+        (2, [(1, 5, "forward", 3, False)], "all ranks stand at the same place: look at the network between them"),
         (2, [(1, 5, "update", 9)], "rank 0 does not get any further than step 5, forward"),
     ],
 )
@@ -83,7 +84,7 @@ def test_all_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         later = time.monotonic() + 59
         monkeypatch.setattr("dpo_dist.watch.time.monotonic", lambda: later)
         raise RuntimeError("Timed out waiting 60000ms for recv operation to complete")
-    assert "all ranks wait for each other: look at the network" in leaving.said[0]
+    assert "all ranks stand at the same place: look at the network" in leaving.said[0]
 
 
 def test_who_gets_on_is_left_alone(tmp_path: Path) -> None:

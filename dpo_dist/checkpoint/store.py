@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.checkpoint.agreeing import on_every_rank, on_first_rank
+from dpo_dist.checkpoint.export import ASSETS_FOLDER
 from dpo_dist.checkpoint.files import free_bytes, human_bytes, publish, remove_path, replace_text, sync, sync_folders
 from dpo_dist.checkpoint.listing import STAGING_PREFIX, apply_limit, by_age, candidates, clean_up
 from dpo_dist.checkpoint.manifest import (
@@ -39,7 +40,6 @@ from dpo_dist.phases import inject, reach
 
 logger = logging.getLogger(__name__)
 
-ASSETS_FOLDER = "model_assets"
 T = TypeVar("T")
 
 

@@ -28,6 +28,7 @@ SAME_RESULT = [
     (["loss.loss_type=simpo"], "health.max_length_drift=1.0"),
     (["loss.loss_type=simpo"], "health.check_pairs=9"),
     ([], "health.max_accuracy_gap=0.5"),
+    (["adapter.peft_type=adalora", "train.max_steps=500"], "checkpoint.async_save=true"),
 ]
 OTHER_RUN = [
     (["train.max_steps=9"], "train.num_train_epochs=3"),
@@ -52,6 +53,7 @@ OTHER_RUN = [
     (ADAPTER_OFF, "reference.per_microbatch=true"),
     (["reference.source=cache"], "reference.sync_ref_model=true"),
     ([], "reference.ref_model_sync_steps=3"),
+    ([], "health.max_skipped_steps=5"),
     ([], "evaluation.eval_steps=5"),
     ([], "evaluation.metric_for_best_model=loss"),
     ([], "evaluation.load_best_model_at_end=true"),
@@ -114,3 +116,8 @@ def test_a_deepspeed_file_that_tunes_another_stage(minimal: Path) -> None:
         f"parallel.deepspeed={file}: zero_optimization.stage3_prefetch_bucket_size=5 has no effect at ZeRO stage 2; it "
         "needs stage 3, or leave it out"
     ]
+
+
+def test_steps_are_not_left_out_where_ranks_are_taken_away(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"health\.non_finite=skip does not go with adapter\.peft_type=adalora"):
+        load_config(str(minimal), ["health.non_finite=skip", "adapter.peft_type=adalora", "train.max_steps=500"])

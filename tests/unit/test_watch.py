@@ -85,6 +85,7 @@ def test_all_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("dpo_dist.watch.time.monotonic", lambda: later)
         raise RuntimeError("Timed out waiting 60000ms for recv operation to complete")
     assert "all ranks stand at the same place: look at the network" in leaving.said[0]
+    assert json.loads((tmp_path / "hang" / "rank-00000.txt").read_text().splitlines()[0])["waits"] is True
 
 
 def test_who_gets_on_is_left_alone(tmp_path: Path) -> None:

@@ -61,4 +61,5 @@ def _numbers(line: Mapping[str, Any]) -> str:
     names = [name for name in _SHOWN if name in line]
     if "rewards/margins" in names:
         names = [name for name in names if name != "mean_token_accuracy"]
-    return "  ".join(f"{name} {line[name]:{_SHOWN[name]}}" for name in names)
+    left_out = [f"left out: {line['skipped_steps']}"] if "skipped_steps" in line else []
+    return "  ".join([f"{name} {line[name]:{_SHOWN[name]}}" for name in names] + left_out)

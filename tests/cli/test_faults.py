@@ -67,6 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     said = train(monkeypatch, "nan@0:2:backward", *constant, "train.max_steps=2")
     assert "step 2 (examples " in said and "grad_norm=" in said
     assert "the weights stay as they are, and the run goes on (health.non_finite=skip)" in said
+    assert "step 2/2  left out: 1  " in said
     lines = train_lines(out)
     assert [line["step"] for line in lines] == [1, 2] and "loss" in lines[0] and "skipped_steps" not in lines[0]
     assert lines[1]["skipped_steps"] == 1 and "loss" not in lines[1] and "grad_norm" not in lines[1]

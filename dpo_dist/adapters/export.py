@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.checkpoint.export import ASSETS_FOLDER, require_unused, write_assets
 from dpo_dist.checkpoint.files import claim_staging, explain_write_error, publish, remove_path, sync, sync_folders
 from dpo_dist.checkpoint.manifest import verify
-from dpo_dist.checkpoint.shards import full_parameters
+from dpo_dist.checkpoint.saved_states import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter, set_usual_mode
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError, ModelError

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dpo_dist.checkpoint.files import explain_write_error
 from dpo_dist.checkpoint.manifest import MANIFEST_FILE, checkpoint_meant_by, verify
-from dpo_dist.checkpoint.shards import full_parameters
+from dpo_dist.checkpoint.saved_states import full_parameters
 from dpo_dist.checkpoint.writer import MAX_SHARD_BYTES, ModelWriter
 from dpo_dist.distributed import Ranks, raise_together
 from dpo_dist.errors import CheckpointError, ConfigError

@@ -1,20 +1,12 @@
-"""DeepSpeed's shard files: write, load, and read the full parameters from them offline.
+"""DeepSpeed's shard files: write and load.
 
-Writing and loading take DeepSpeed's engine as it is (this file does not import DeepSpeed) and put two things right
-while it works: a write error of one rank no longer leaves the others waiting in a barrier, and nothing is unpickled
-without restriction. Reading offline needs no engine, no process group and no GPU.
+Both take DeepSpeed's engine as it is (this file does not import DeepSpeed) and put two things right while it works: a
+write error of one rank no longer leaves the others waiting in a barrier, and nothing is unpickled without restriction.
 
-Layout, DeepSpeed 0.19, one model-parallel rank:
-
-| stages | full parameters are in |
-|---|---|
-| 0, 1, 2 | `mp_rank_00_model_states.pt`: `module`, as the model computes with them |
-| 3 | `*zero_pp_rank_R_mp_rank_00_optim_states.pt`: float32, the R-th of equal parts of each parameter, padded |
-
-Where an adapter is trained, its parameters alone are written: the frozen ones are in the base model's folder.
+DeepSpeed loads what as many processes have saved at the same stage. What others have saved is shared out anew: each
+rank reads the elements that it holds (`saved_states`, docs/decisions/0019).
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -22,20 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpo_dist.checkpoint.parts import Part, on_host
 from dpo_dist.checkpoint.pickles import load_restricted
+from dpo_dist.checkpoint.saved_states import SHARDS_FOLDER, Layout, SavedStates, layout_at, layout_of
 from dpo_dist.distributed import launched_rank
+from dpo_dist.engine import optimizer_order, set_states
 from dpo_dist.errors import CheckpointError, StorageError
 from dpo_dist.peers import raise_if_peer_lost
-
-SHARDS_FOLDER = "shards"
-# The engine trains a module that holds the language model as its attribute `model`.
-WRAPPER_PREFIX = "model."
-# Virtual tokens stand beside the language model.
-VIRTUAL_PREFIX = "prompt_encoder."
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 class _ShardIO:
@@ -134,11 +120,15 @@ def _require_trained(state: dict[str, Any], trained: dict[str, tuple[int, ...]])
     held = {name: tuple(value.shape) for name, value in state["module"].items()}
     for group in state.get("param_shapes") or ():
         held |= {name: tuple(shape) for name, shape in group.items()}
+    _require_shapes(held, trained, "adapter that is trained; resume with the settings of the section adapter that it")
+
+
+def _require_shapes(held: dict[str, tuple[int, ...]], trained: dict[str, tuple[int, ...]], whose: str) -> None:
     for name in sorted(trained.keys() | held.keys()):
         if held.get(name) != trained.get(name):
             raise CheckpointError(
                 f"{name} has shape {held.get(name, 'none')} in the checkpoint and {trained.get(name, 'none')} in the "
-                "adapter that is trained; resume with the settings of the section adapter that it was made with"
+                f"{whose} was made with"
             )
 
 
@@ -164,133 +154,49 @@ def save_shards(deepspeed_engine: Any, folder: Path, copies: bool = False) -> li
 
 
 def load_shards(deepspeed_engine: Any, folder: Path) -> None:
-    """Set weights and optimizer to those of a verified checkpoint. Collective.
+    """Set weights and optimizer to those of a verified checkpoint, whoever saved it. Collective.
 
     Raises:
-        CheckpointError: if the shards are not there, or belong to another model or ZeRO stage.
+        CheckpointError: if the shards are not there, or belong to another model.
         PeerLostError: if another rank is gone.
     """
-    _require_stage(deepspeed_engine, folder)
+    saved = layout_of(folder)
     try:
-        with _guarded(deepspeed_engine) as shard_io:
-            strict = shard_io.trained is None
-            # Without a `latest` file or shards DeepSpeed only warns, returns None and trains from step 0.
-            path, _ = deepspeed_engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER, load_module_strict=strict)
+        if saved is None or saved == _own_layout(deepspeed_engine):
+            _load_as_saved(deepspeed_engine, folder)
+        else:
+            _share_out(deepspeed_engine, folder)
     except CheckpointError:
         raise
     except (RuntimeError, KeyError, ValueError, AssertionError) as error:
         raise_if_peer_lost(error)
         raise CheckpointError(f"{folder} does not fit the model or its optimizer ({error})") from error
+
+
+def _own_layout(deepspeed_engine: Any) -> Layout:
+    return layout_at(int(deepspeed_engine.zero_optimization_stage()), torch.distributed.get_world_size())
+
+
+def _load_as_saved(deepspeed_engine: Any, folder: Path) -> None:
+    with _guarded(deepspeed_engine) as shard_io:
+        strict = shard_io.trained is None
+        # Without a `latest` file or shards DeepSpeed only warns, returns None and trains from step 0.
+        path, _ = deepspeed_engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER, load_module_strict=strict)
     if path is None:
         raise CheckpointError(f"{folder} holds no shards for this ZeRO stage; resume with its own")
 
 
-def _require_stage(deepspeed_engine: Any, folder: Path) -> None:
-    """DeepSpeed reads what another stage has saved with any error, or with one that says nothing.
-
-    Stages 1 and 2 write alike, and read what the other has written.
-    """
-    saved, current = _saved_stage(folder / SHARDS_FOLDER), int(deepspeed_engine.zero_optimization_stage())
-    if saved is None or saved == current or {saved, current} == {1, 2}:
-        return
-    raise CheckpointError(
-        f"checkpoint.resume: {folder} was saved at ZeRO stage {saved}, and parallel.deepspeed of this run sets stage "
-        f"{current}; resume with stage {saved}, or export it and start a new run from the model"
-    )
-
-
-def _saved_stage(folder: Path) -> int | None:
-    """The ZeRO stage that shards were saved at; None if they do not tell."""
-    if not folder.is_dir():
-        return None
-    paths = sorted(path for path in folder.iterdir() if _OPTIMIZER_FILE.fullmatch(path.name))
-    if not paths:
-        return 0 if (folder / "mp_rank_00_model_states.pt").is_file() else None
-    stage = load_restricted(paths[0], mmap=True).get("optimizer_state_dict", {}).get("zero_stage")
-    return int(stage) if stage in range(4) else None
-
-
-def full_parameters(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and full value of each parameter and persistent buffer, one at a time, on the CPU.
-
-    Files are memory-mapped: the process holds one parameter, not the model.
-
-    Args:
-        checkpoint: A verified checkpoint.
-        dtype: What the model computes with; the float32 parameters of stage 3 are rounded to it, as the optimizer did.
-    Raises:
-        CheckpointError: if a shard is missing or its layout is unknown.
-    """
-    folder = checkpoint / SHARDS_FOLDER
-    whole = folder / "mp_rank_00_model_states.pt"
-    tensors = _whole_module(whole) if whole.is_file() else _joined_partitions(folder, dtype)
-    for name, tensor in tensors:
-        if not name.startswith((WRAPPER_PREFIX, VIRTUAL_PREFIX)):
-            raise CheckpointError(f"{checkpoint}: parameter {name} does not begin with {WRAPPER_PREFIX!r}")
-        yield name.removeprefix(WRAPPER_PREFIX), tensor
-
-
-def _whole_module(path: Path) -> Iterator[tuple[str, Tensor]]:
-    yield from load_restricted(path, mmap=True)["module"].items()
-
-
-def _joined_partitions(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    models = _model_states(folder)
-    partitions = _flat_partitions(folder, len(models))
-    first = models[0]
-    for name in first["buffer_names"]:
-        yield name, first["module"][name]
-
-    # Frozen parameters have no optimizer state: each rank keeps its part beside the model.
-    for name, shape in (first["frozen_param_shapes"] or {}).items():
-        parts = [model["frozen_param_fragments"][name].flatten() for model in models]
-        yield name, torch.cat(parts)[: shape.numel()].view(shape)
-
-    shapes = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
-    lengths = {name: -(-shape.numel() // len(partitions)) for name, shape in shapes.items()}
-    if (held := sum(len(flat) for flat in partitions[0])) != (needed := sum(lengths.values())):
-        raise CheckpointError(f"{folder}: parameters need {needed} values of each rank, the shards hold {held}")
-    offset = 0
-    for name, shape in shapes.items():
-        length = lengths[name]
-        parts = [_slice(flat_groups, offset, length) for flat_groups in partitions]
-        yield name, torch.cat(parts)[: shape.numel()].view(shape).to(dtype)
-        offset += length
-
-
-def _model_states(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=_rank_of)
-    if [_rank_of(path) for path in paths] != list(range(len(paths))) or not paths:
-        raise CheckpointError(f"{folder} holds no complete set of model shards")
-    return [load_restricted(path, mmap=True) for path in paths]
-
-
-def _flat_partitions(folder: Path, world_size: int) -> list[list[Tensor]]:
-    """The float32 parameters of each rank, as the flat groups DeepSpeed keeps them in."""
-    by_rank = {int(match[1]): path for path in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))}
-    if sorted(by_rank) != list(range(world_size)):
-        raise CheckpointError(f"{folder} has {world_size} model shards and optimizer shards of {sorted(by_rank)}")
-    partitions = []
-    for rank in range(world_size):
-        state = load_restricted(by_rank[rank], mmap=True)["optimizer_state_dict"]
-        flat_groups = state.get("fp32_flat_groups")
-        if state.get("partition_count") != world_size or not flat_groups or not all(len(flat) for flat in flat_groups):
-            raise CheckpointError(
-                f"{by_rank[rank]} does not hold its part of the float32 parameters; "
-                "export the model from a run without NVMe offload"
-            )
-        partitions.append(flat_groups)
-    return partitions
-
-
-def _slice(flat_groups: list[Tensor], offset: int, length: int) -> Tensor:
-    """`torch.cat(flat_groups)[offset : offset + length]` without building the whole."""
-    pieces = []
-    for flat in flat_groups:
-        pieces.append(flat[max(offset, 0) : max(offset + length, 0)])
-        offset -= len(flat)
-    return torch.cat(pieces)
-
-
-def _rank_of(path: Path) -> int:
-    return int(path.name.split("_")[3])
+def _share_out(deepspeed_engine: Any, folder: Path) -> None:
+    wrapper = deepspeed_engine.optimizer
+    if getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False):
+        raise CheckpointError(
+            f"{folder} was saved by other processes, and what this run keeps on NVMe cannot be shared out anew"
+        )
+    states = SavedStates(folder, optimizer_order(deepspeed_engine))
+    named = deepspeed_engine.module.named_parameters()
+    trained = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+    _require_shapes(states.shapes, trained, "model that is trained; resume with the model and adapter that it")
+    set_states(deepspeed_engine, states)
+    deepspeed_engine.global_steps = states.model["global_steps"]
+    deepspeed_engine.global_samples = states.model["global_samples"]
+    deepspeed_engine.skipped_steps = states.model["skipped_steps"]

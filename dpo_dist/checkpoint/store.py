@@ -207,7 +207,7 @@ class CheckpointStore:
             resume: `checkpoint.resume`: `never`, `auto` (the newest that verifies) or the path of a checkpoint.
             look_only: Trust the sizes of files, and leave what an interrupted save has left: a run may be saving now.
         Raises:
-            CheckpointError: if the named folder is no usable checkpoint, or other processes than these wrote it.
+            CheckpointError: if the named folder is no usable checkpoint.
             NoUsableCheckpointError: with `auto`, if checkpoints exist and none verifies.
         """
         if resume == "never":
@@ -215,11 +215,6 @@ class CheckpointStore:
         if not look_only:
             self._on_first_rank(lambda: clean_up(self.folder))
         folder = self._newest_verified(look_only) if resume == "auto" else self._verified(resume, look_only)
-        if folder is not None and (saved := self.load_state(folder).world_size) != self.ranks.world_size:
-            raise CheckpointError(
-                f"checkpoint.resume={resume}: {folder} was saved by {saved} processes and this run has "
-                f"{self.ranks.world_size}; start {saved}, or export it and start a new run from the model"
-            )
         return folder
 
     def load_state(self, folder: Path) -> RunState:
@@ -227,8 +222,11 @@ class CheckpointStore:
         return RunState.read(folder / STATE_FILE)
 
     def restore_rng(self, folder: Path) -> None:
-        """Set this rank's random generators to where they stood when the checkpoint was saved."""
-        read_rng(folder, self.ranks.rank)
+        """Set this rank's random generators to where they stood when the checkpoint was saved.
+
+        A rank that was not there takes another's; nothing that is computed draws from them.
+        """
+        read_rng(folder, self.ranks.rank % max(1, len(list(folder.glob("rng-rank*.json")))))
 
     def _verified(self, resume: str, look_only: bool) -> Path:
         folder = Path(broadcast_json(str(Path(resume).expanduser().resolve())))

@@ -4,11 +4,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.checkpoint import CheckpointStore, RunState, changed_settings, require_same
+from dpo_dist.checkpoint import (
+    CheckpointStore,
+    Layout,
+    RunState,
+    changed_settings,
+    layout_at,
+    layout_of,
+    require_same,
+)
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.cli.run_folder import is_model_of
 from dpo_dist.config import ReferenceConfig, keys_without_effect
 from dpo_dist.distributed import broadcast_json
+from dpo_dist.errors import CheckpointError
 from dpo_dist.health import restored
 
 
@@ -54,8 +63,39 @@ def find_start(prepared: Prepared, store: CheckpointStore, look_only: bool = Fal
         text += f" and the model is in {model}: nothing is left to do; with {way_on} it would go on"
     if ended:
         text += f" (ended early: {ended})"
-    changes = changed_settings(state, prepared.config.model_dump(mode="json"))
-    return Start(folder, state.step + 1, is_finished, text, [f"changed since the checkpoint: {one}" for one in changes])
+    changes = [
+        f"changed since the checkpoint: {one}"
+        for one in changed_settings(state, prepared.config.model_dump(mode="json"))
+    ]
+    changes += _shared_out(prepared, folder, state, store.ranks.world_size)
+    return Start(folder, state.step + 1, is_finished, text, changes)
+
+
+def _shared_out(prepared: Prepared, folder: Path, state: RunState, world_size: int) -> list[str]:
+    """What to tell where other processes go on, or another ZeRO stage.
+
+    Raises:
+        CheckpointError: it cannot be done with what is on NVMe.
+    """
+    zero = prepared.deepspeed.get("zero_optimization", {})
+    saved, current = layout_of(folder), layout_at(zero.get("stage", 0), world_size)
+    if saved is None or (saved == current and state.world_size == world_size):
+        return []
+    devices = {zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")}
+    if saved != current and "nvme" in devices:
+        raise CheckpointError(
+            f"checkpoint.resume: {folder} was saved by {_who(state.world_size, saved)}, and what parallel.deepspeed of "
+            f"this run keeps on NVMe cannot be shared out anew; go on with a file that keeps it in memory, or with "
+            f"{state.world_size} processes at ZeRO stage {saved.stages}"
+        )
+    return [
+        f"{folder.name} was saved by {_who(state.world_size, saved)} and goes on with {_who(world_size, current)}: "
+        "weights and optimizer are shared out anew; steps keep their examples, and losses are equal but for rounding"
+    ]
+
+
+def _who(world_size: int, layout: Layout) -> str:
+    return f"{world_size} process{'es' if world_size > 1 else ''} at ZeRO stage {layout.stages}"
 
 
 def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None:

@@ -3,6 +3,7 @@
     settings.py   DeepSpeed's configuration of policy and reference
     operators.py  its operators in C++: compiled by one rank, whatever was killed before
     whole.py      parameters whole, wherever their parts lie
+    held_states.py  what a rank holds of parameters and of AdamW's states, to be set anew
     shares.py     what a rank keeps of them between two forwards
     inference.py  a model that is only asked
     training.py   the policy: forward, backward, update
@@ -13,6 +14,7 @@ ranks; here that is undone, and nobody else knows. Contract: the backward calls 
 up to the gradient of the objective.
 """
 
+from dpo_dist.engine.held_states import optimizer_order, set_states
 from dpo_dist.engine.inference import InferenceEngine
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import adopt_process_group, engine_config, inference_config, release_process_group
@@ -25,5 +27,7 @@ __all__ = [
     "adopt_process_group",
     "engine_config",
     "inference_config",
+    "optimizer_order",
     "release_process_group",
+    "set_states",
 ]

@@ -49,6 +49,10 @@ class InferenceEngine:
         """What this rank keeps of every parameter, flat, to read or to overwrite; then call `shares_have_changed`."""
         return shares.named_shares(self.model.model)
 
+    def begins_of_shares(self) -> dict[str, int]:
+        """Where each of them begins in the whole parameter, flat."""
+        return shares.begins_of(self.model.model)
+
     @property
     def is_partitioned(self) -> bool:
         """Whether ranks hold different shares: ZeRO stage 3."""

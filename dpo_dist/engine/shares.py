@@ -1,7 +1,7 @@
 """What a rank keeps of every parameter between two forwards, at every ZeRO stage: to read, overwrite and give back."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -25,6 +25,14 @@ def own_share(parameter: Any) -> Shaped[Tensor, " n"]:
     shard = parameter.ds_tensor.detach()
     begin = parameter.ds_zero_partition_rank * shard.numel()
     return shard[: max(0, min(shard.numel(), parameter.ds_numel - begin))]
+
+
+def begins_of(model: nn.Module) -> dict[str, int]:
+    """Where each parameter's own elements begin in the whole one, flat."""
+    return {
+        name: p.ds_zero_partition_rank * p.ds_tensor.numel() if hasattr(p, "ds_tensor") else 0
+        for name, p in cast(Iterator[tuple[str, Any]], model.named_parameters())
+    }
 
 
 def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ reference-rank00000.safetensors ...   one for each rank under ZeRO-3; below, onl
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dpo_dist.distributed import raising_together
 from dpo_dist.engine import InferenceEngine
 from dpo_dist.errors import CheckpointError
 
@@ -43,39 +45,78 @@ def save_reference(
 
 
 def load_reference(engine: InferenceEngine, folder: Path) -> None:
-    """Set the reference's weights to those that `save_reference` wrote; every rank must call it.
+    """Set the reference's weights to those that `save_reference` wrote, on however many ranks; every rank must call it.
 
     Raises:
-        CheckpointError: the files are not there, are damaged, or belong to another model, dtype or number of ranks.
+        CheckpointError: the files are not there, are damaged, or belong to another model or dtype.
     """
-    path = _path(folder, _rank() if engine.is_partitioned else 0)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing: the checkpoint holds no weights of a reference for this rank; resume with the "
-            "reference.sync_ref_model, ZeRO stage and number of processes that it was saved with"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            _fill(engine, file, path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
+    with raising_together():
+        try:
+            _fill(engine, _Files(folder, engine))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{folder}: the reference's weights cannot be read ({error}); resume from another checkpoint"
+            ) from error
     engine.shares_have_changed()
 
 
+class _Files:
+    """What every rank has saved, opened when it is needed.
+
+    Raises:
+        CheckpointError: the files are of something else.
+    """
+
+    def __init__(self, folder: Path, engine: InferenceEngine) -> None:
+        self.folder = folder
+        self._opened: dict[int, Any] = {}
+        needed, found = _metadata(engine), dict(self._file(0).metadata() or {})
+        for key in ("dtype", "shapes"):
+            if found.get(key) != needed[key]:
+                raise CheckpointError(
+                    f"{_path(folder, 0)} does not fit: {_difference(key, found.get(key, ''), needed[key])}"
+                )
+        # Each of so many ranks has one of equal parts, but for what the last ones lack.
+        self.processes = int(found["processes"]) if found.get("processes", "").isdigit() else 1
+
+    def find(self, name: str, numel: int, begin: int, length: int) -> list[tuple[Any, slice]]:
+        """Where elements `begin` to `begin + length` of a parameter of `numel` are, flat; nothing is read."""
+        size = -(-numel // self.processes)
+        pieces = []
+        for rank in range(begin // size, self.processes):
+            low, high = max(begin, rank * size), min(begin + length, (rank + 1) * size, numel)
+            if low >= high:
+                break
+            stored = self._file(rank).get_slice(name)
+            if stored.get_shape() != [held := min(size, numel - rank * size)]:
+                raise CheckpointError(
+                    f"{_path(self.folder, rank)} does not fit: {name} has {stored.get_shape()} elements, not {held}"
+                )
+            pieces.append((stored, slice(low - rank * size, high - rank * size)))
+        return pieces
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._opened:
+            if not (path := _path(self.folder, rank)).is_file():
+                raise CheckpointError(
+                    f"{path} is missing: the checkpoint does not hold all weights of a reference; resume with the "
+                    "reference.sync_ref_model that it was saved with"
+                )
+            self._opened[rank] = safe_open(path, framework="pt").__enter__()
+        return self._opened[rank]
+
+
 @torch.no_grad()
-def _fill(engine: InferenceEngine, file: Any, path: Path) -> None:
-    """Everything is compared before anything is written: a checkpoint that does not fit changes nothing."""
-    found, needed = dict(file.metadata() or {}), _metadata(engine)
-    if wrong := [key for key in needed if found.get(key) != needed[key]]:
-        key = wrong[0]
-        raise CheckpointError(f"{path} does not fit: {_difference(key, found.get(key, ''), needed[key])}")
+def _fill(engine: InferenceEngine, files: _Files) -> None:
+    """Everything is found before anything is written: a checkpoint that does not fit changes nothing."""
+    shapes, begins = engine.whole_shapes(), engine.begins_of_shares()
     shares = dict(engine.named_shares())
-    for name, share in shares.items():
-        stored = file.get_slice(name)
-        if stored.get_shape() != list(share.shape):
-            raise CheckpointError(f"{path} does not fit: {name} has {stored.get_shape()} elements, not {len(share)}")
-    for name, share in shares.items():
-        share.copy_(file.get_tensor(name))
+    found = {
+        name: files.find(name, math.prod(shapes[name]), begins[name], len(share)) for name, share in shares.items()
+    }
+    for name, pieces in found.items():
+        if pieces:  # a rank may hold nothing of a small parameter
+            shares[name].copy_(torch.cat([stored[part] for stored, part in pieces]))
 
 
 def _metadata(engine: InferenceEngine) -> dict[str, str]:

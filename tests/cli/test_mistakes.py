@@ -330,8 +330,10 @@ def test_checkpoint_is_judged_before_anything_is_built(config: Path) -> None:
         for command in ("check", "train"):
             message = refuse(config, resume, override, command=command)
             assert "belongs to another run" in message and fragment in message
-    result = CliRunner().invoke(app, ["check", "run.yaml", resume, "--ranks", "2"])
-    assert result.exit_code == 2 and "was saved by 1 processes and this run has 2" in result.output
+    for ranks, says in (("2", True), ("1", False)):
+        result = CliRunner().invoke(app, ["check", "run.yaml", resume, "--ranks", ranks])
+        told = "was saved by 1 process at ZeRO stage 0 and goes on with 2 processes at ZeRO stage 0: weights and"
+        assert result.exit_code == 0 and (told in result.output) == says
 
 
 @pytest.mark.parametrize("named", ["out", "out/checkpoints", "out/checkpoints/latest"])

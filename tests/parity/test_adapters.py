@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.adapters import export_adapter_checkpoint, export_merged
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import build_micro_batch
-from dpo_dist.checkpoint.shards import full_parameters
+from dpo_dist.checkpoint.saved_states import full_parameters
 from dpo_dist.model import load_model
 from dpo_dist.pretrained import load_config
 from tests.forking import fork_ranks

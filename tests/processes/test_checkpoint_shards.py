@@ -268,12 +268,6 @@ def test_two_ranks(two_rank_stories: tuple[Path, list[dict[str, Any]]], stage: s
     assert not (run_dir / "empty").exists()
 
 
-def test_another_number_of_processes_cannot_resume(two_rank_stories: tuple[Path, list[dict[str, Any]]]) -> None:
-    root, _ = two_rank_stories
-    with pytest.raises(CheckpointError, match="saved by 2 processes and this run has 1"):
-        CheckpointStore(root / "stage-3", only_rank()).find(str(root / "stage-3/checkpoints/step-000002"))
-
-
 def test_a_write_error_does_not_leave_other_ranks_waiting(tmp_path: Path) -> None:
     """DeepSpeed's own save raises in the middle, before its last barrier; ours after it."""
 

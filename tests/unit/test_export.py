@@ -25,7 +25,7 @@ from transformers import (
 from dpo_dist.checkpoint import CheckpointStore, export_checkpoint, export_model, save_shards, write_assets
 from dpo_dist.checkpoint import export as exporting
 from dpo_dist.checkpoint.files import claim_staging
-from dpo_dist.checkpoint.shards import full_parameters
+from dpo_dist.checkpoint.saved_states import full_parameters
 from dpo_dist.distributed import Ranks
 from dpo_dist.errors import CheckpointError, ConfigError, FolderInUseError
 from tests.run_states import run_state
@@ -318,10 +318,10 @@ def test_a_checkpoint_without_assets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "change", "says"),
     [
-        ("*optim_states.pt", None, "has 1 model shards and optimizer shards of"),
-        ("*model_states.pt", None, "no complete set of model shards"),
+        ("*optim_states.pt", None, "no complete set of shards"),
+        ("*model_states.pt", None, "holds no complete set of shards"),
         ("*optim_states.pt", {"fp32_flat_groups": []}, "without NVMe offload"),
-        ("*optim_states.pt", {"partition_count": 2}, "does not hold its part"),
+        ("*optim_states.pt", {"partition_count": 2}, "is one of 2 parts, and 1 are there"),
         ("*optim_states.pt", {"fp32_flat_groups": [torch.zeros(100)]}, "the shards hold 100"),
         ("*optim_states.pt", {"fp32_flat_groups": [torch.zeros(10**6)]}, "the shards hold 1000000"),
     ],

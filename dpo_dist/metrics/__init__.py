@@ -1,10 +1,11 @@
 """Implicit rewards of a step, and where numbers are written.
 
 sums.py  what a step adds up, and means over any number of steps
-file.py  metrics.jsonl, and trackers
+file.py  metrics.jsonl
+trackers.py  who gets the same numbers
 """
 
-from dpo_dist.metrics.file import TRACKER_PACKAGES, TRACKERS, MetricsFile, Tracker
+from dpo_dist.metrics.file import MetricsFile, Tracker
 from dpo_dist.metrics.sums import (
     COUNTS,
     HEALTH,
@@ -19,6 +20,7 @@ from dpo_dist.metrics.sums import (
     padded_tokens,
     step_sums,
 )
+from dpo_dist.metrics.trackers import TRACKER_PACKAGES, TRACKERS
 
 __all__ = [
     "COUNTS",

@@ -341,29 +341,73 @@ def test_tensorboard_files_can_be_read(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    run = types.SimpleNamespace(log=lambda v, step: calls.append((v, step)), finish=lambda: calls.append("finish"))
+
+    def init(**settings: Any) -> Any:
+        calls.append(settings)
+        name = settings.get("id", f"run-{len(calls)}")
+        return types.SimpleNamespace(
+            id=name, log=lambda v, step: calls.append((v, step)), finish=lambda: calls.append("finish")
+        )
+
     wandb = types.ModuleType("wandb")
-    wandb.init = lambda **settings: calls.append(settings) or run  # type: ignore[attr-defined]
+    wandb.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    tracker = TRACKERS["wandb"](tmp_path / "run7", {"beta": 0.1}, 0)
+    folder = tmp_path / "run7"
+    tracker = TRACKERS["wandb"](folder, {"beta": 0.1}, 0)
     tracker.log({"loss": 0.5}, 3)
     tracker.close()
-    settings = {"dir": str(tmp_path / "run7"), "name": "run7", "config": {"beta": 0.1}}
+    settings = {"dir": str(folder), "name": "run7", "config": {"beta": 0.1}}
     assert calls == [settings, ({"loss": 0.5}, 3), "finish"]
 
+    TRACKERS["wandb"](folder, {"beta": 0.1}, 4)
+    TRACKERS["wandb"](folder, {"beta": 0.1}, 9)
+    assert calls[3:] == 2 * [{**settings, "id": "run-1", "resume": "allow"}]
+    TRACKERS["wandb"](folder, {"beta": 0.1}, 0)  # from the beginning: another run
+    assert calls[5:] == [settings]
+    for content in ("", "[]", '{"wandb": 3}'):
+        (folder / "trackers.json").write_text(content)
+        TRACKERS["wandb"](folder, {"beta": 0.1}, 4)
+        assert calls[-1] == settings
 
-def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     calls: list[Any] = []
+
+    missing = type("MlflowException", (Exception,), {})
+
+    def start_run(**settings: str) -> Any:
+        calls.append(settings)
+        if settings.get("run_id") == "gone":
+            raise missing("no such run")
+        name = settings.get("run_id", f"run-{len(calls)}")
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=name))
+
     mlflow = types.ModuleType("mlflow")
-    mlflow.start_run = lambda run_name: calls.append(run_name)  # type: ignore[attr-defined]
+    mlflow.MlflowException = missing  # type: ignore[attr-defined]
+    mlflow.start_run = start_run  # type: ignore[attr-defined]
     mlflow.log_dict = lambda values, name: calls.append((values, name))  # type: ignore[attr-defined]
     mlflow.log_metrics = lambda values, step: calls.append((values, step))  # type: ignore[attr-defined]
     mlflow.end_run = lambda: calls.append("end")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    tracker = TRACKERS["mlflow"](tmp_path / "run7", {"beta": 0.1}, 0)
+    folder = tmp_path / "run7"
+    tracker = TRACKERS["mlflow"](folder, {"beta": 0.1}, 0)
     tracker.log({"rewards/chosen": 0.5}, 3)
     tracker.close()
-    assert calls == ["run7", ({"beta": 0.1}, "config.json"), ({"rewards.chosen": 0.5}, 3), "end"]
+    written = ({"beta": 0.1}, "config.json")
+    assert calls == [{"run_name": "run7"}, written, ({"rewards.chosen": 0.5}, 3), "end"]
+
+    calls.clear()
+    (folder / "trackers.json").write_text('{"wandb": "other", "mlflow": "run-1"}')
+    TRACKERS["mlflow"](folder, {"beta": 0.1}, 4)
+    assert calls == [{"run_id": "run-1"}, written]
+    assert json.loads((folder / "trackers.json").read_text()) == {"wandb": "other", "mlflow": "run-1"}
+
+    calls.clear()
+    (folder / "trackers.json").write_text('{"mlflow": "gone"}')
+    TRACKERS["mlflow"](folder, {"beta": 0.1}, 4)
+    assert calls == [{"run_id": "gone"}, {"run_name": "run7"}, written]
+    assert "log.report_to=mlflow: run gone cannot go on (no such run); a new one begins" in caplog.text
+    assert json.loads((folder / "trackers.json").read_text()) == {"mlflow": "run-2"}
 
 
 def test_every_tracker_names_its_package() -> None:

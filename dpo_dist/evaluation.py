@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from dpo_dist.batch import RankWork
-from dpo_dist.distributed import sum_over_ranks
+from dpo_dist.distributed import StopRequest, sum_over_ranks
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.losses import Objective
 from dpo_dist.matching import matched
@@ -19,6 +19,7 @@ from dpo_dist.reference import Reference
 from dpo_dist.tokenization import TokenizedDataset
 
 CHUNK_EXAMPLES = 1024  # planned at once; only the balance over ranks depends on it
+ASK_EVERY = 16  # forwards, of which every rank makes as many; whether to go on
 
 
 @torch.no_grad()
@@ -30,8 +31,12 @@ def evaluate(
     loss: Objective,
     beta: float,
     has_reference: bool,
+    stop: StopRequest,
 ) -> dict[str, float]:
     """The metrics of a training step, over a whole data set and without an update. Every rank must call it.
+
+    Raises:
+        Stopped: on every rank, once any rank was asked to stop: a held-out set may take longer than who stops waits.
 
     Returns:
         `loss`, `rewards/*`, `logps/*` as means over all pairs, `entropy`, `logits/*`, `mean_token_accuracy` as means
@@ -44,7 +49,9 @@ def evaluate(
         reference_logps = reference.completion_logps(work)
         # No activations are kept, so the policy takes the large bins too. What is matched over a step is matched here
         # over a chunk.
-        for batch in matched(loss, policy, plan, work.reference_bins(), reference_logps):
+        for index, batch in enumerate(matched(loss, policy, plan, work.reference_bins(), reference_logps)):
+            if index % ASK_EVERY == 0:
+                stop.obey()
             on_device = batch.to(policy.ranks.device)
             tokens = policy.token_scores(on_device, (*loss.statistics, *LOGGED_STATISTICS))
             logps = on_device.completion_sums(tokens.logps_M)

@@ -12,7 +12,7 @@ import time
 import torch
 
 from dpo_dist.batch import RankWork
-from dpo_dist.distributed import broadcast_json, sum_over_ranks
+from dpo_dist.distributed import Stopped, broadcast_json, sum_over_ranks
 from dpo_dist.errors import NumericsError
 from dpo_dist.evaluation import evaluate
 from dpo_dist.health import accuracy_gap, judge_evaluation, judge_not_finite, judge_step
@@ -139,12 +139,25 @@ def evaluation_is_due(run: Run, step: int) -> bool:
 
 
 def evaluate_all(run: Run, progress: Progress) -> None:
-    """Evaluate every held-out set, each under its own name. Every rank must call it."""
-    started, found = time.perf_counter(), {}
+    """Evaluate every held-out set, each under its own name. Every rank must call it.
+
+    A request to stop ends it; the run that goes on then evaluates anew (`catch_up`).
+    """
+    started = time.perf_counter()
+    try:
+        _say(run, judge_evaluation(progress.health, progress.step, _evaluated(run, progress), run.config))
+    except Stopped:
+        progress.stopped = True
+    progress.window_started += time.perf_counter() - started  # evaluation is not training time
+
+
+def _evaluated(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
+    """The values of every held-out set, which are written down."""
+    found, config = {}, run.config
     reach("evaluation")
     for name, dataset in run.evaluation_sets.items():
         values = evaluate(
-            run.policy, run.reference, dataset, run.packer, run.loss, run.config.loss.beta, run.config.has_reference
+            run.policy, run.reference, dataset, run.packer, run.loss, config.loss.beta, config.has_reference, run.stop
         )
         if (gap := accuracy_gap(progress.health, values)) is not None:
             values["accuracy_gap"] = gap
@@ -155,8 +168,7 @@ def evaluate_all(run: Run, progress: Progress) -> None:
         if run.ranks.is_first:
             run.metrics_file.write(line)
             run.report(line)
-    _say(run, judge_evaluation(progress.health, progress.step, found, run.config))
-    progress.window_started += time.perf_counter() - started  # evaluation is not training time
+    return found
 
 
 def catch_up(run: Run, progress: Progress) -> None:

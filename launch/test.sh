@@ -21,7 +21,7 @@ unset PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE=1 # a test that reaches for the network must fail on every machine, not only without one
 two_at_a_time=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 case "${1:-}" in
-"") set -- "${two_at_a_time[@]}" -m "not slow and not thorough" ;;
+"") set -- "${two_at_a_time[@]}" -m "not slow and not thorough and not cluster" ;;
 --all) set -- "${two_at_a_time[@]}" "${@:2}" ;;
 esac
 # In the foreground, so that `--pdb` has the terminal; Ctrl-C goes to pytest, and ranks it leaves behind end with us.

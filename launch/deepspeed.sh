@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Train on one machine or many with DeepSpeed's launcher: launch/deepspeed.sh CONFIG [section.key=value ...]
+#
+# Run it on every machine, with the same arguments and variables but NODE_RANK; none reaches another one by ssh. All
+# machines need the run's folder (train.output_dir) at the same path. With checkpoint.resume=auto a start goes on from the
+# newest checkpoint. launch/torchrun.sh is the better choice for a run that is stopped from outside: DeepSpeed's launcher
+# gives ranks 30 s to save after Ctrl-C, and does not pass on SIGTERM and SIGUSR1, which have to be sent to the ranks.
+#
+#   NPROC        processes on this machine: its GPUs, or 1 without one
+#   NNODES       machines: 1
+#   HEAD         where they meet, with more than one: the name of the first machine, or name:port; the port is 29500
+#   NODE_RANK    with more than one: which of them this is, from 0
+#   HOSTFILE     with more than one: a file with a line `name slots=GPUS` for each
+#   MASTER_PORT  with one machine: the port of the loopback interface at which its ranks meet; a free one
+
+set -euo pipefail
+case "${1:-}" in -h | --help | "") sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+
+case ${CUDA_VISIBLE_DEVICES-all} in
+all) gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c "^GPU " || true) ;;
+"" | -1) gpus=0 ;;
+*) gpus=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l) ;;
+esac
+nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+nnodes=${NNODES:-1}
+if [ "$nnodes" -gt 1 ]; then
+  head=${HEAD:?with NNODES=$nnodes, HEAD names the machine where all of them meet}
+  case $head in *:*) ;; *) head=$head:29500 ;; esac
+  rank=${NODE_RANK:?with NNODES=$nnodes, NODE_RANK says which of them this is, from 0}
+  hosts=${HOSTFILE:?with NNODES=$nnodes, HOSTFILE is a file with a line for each: name slots=GPUS}
+  where=(--hostfile "$hosts" --num_nodes "$nnodes" --num_gpus "$nproc"
+    --no_ssh --node_rank "$rank" --master_addr "${head%:*}" --master_port "${head##*:}")
+else
+  # The default port is that of every other run on this machine.
+  free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  where=(--num_gpus "$nproc" --master_port "${MASTER_PORT:-$(python -c "$free")}")
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Without it the launcher looks for GPUs, and ends where there is none.
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+exec deepspeed "${where[@]}" --module dpo_dist train "$@"

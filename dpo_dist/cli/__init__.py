@@ -197,7 +197,7 @@ def check(
 def launch(
     config: ConfigPath,
     overrides: Overrides = None,
-    nodes: launch_options.Nodes = 1,
+    nodes: launch_options.Nodes = None,
     gpus: launch_options.Gpus = None,
     launcher: launch_options.By = launch_options.Launcher.torchrun,
     head: launch_options.Head = None,

@@ -24,7 +24,7 @@ class Where:
     """The options of the command; what is None was not given.
 
     Args:
-        nodes: number of machines.
+        nodes: number of machines; 1.
         launcher: what starts the ranks.
         gpus: processes on each machine; its visible GPUs, or 1 without one.
         head: name of the machine where all of them meet, or name:port.
@@ -35,7 +35,7 @@ class Where:
         stop_seconds: how long a step and a save may take after a stop request.
     """
 
-    nodes: int = 1
+    nodes: int | None = None
     launcher: Launcher = Launcher.torchrun
     gpus: int | None = None
     head: str | None = None
@@ -69,7 +69,7 @@ What would be run, and nothing else:
     dpo-dist launch run.yaml --gpus 8 --dry-run
 """
 
-Nodes = Annotated[int, typer.Option(min=1, help="Number of machines.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Number of machines; 1.")]
 Gpus = Annotated[int | None, typer.Option(min=1, help="Processes on each machine; its visible GPUs, or 1 without one.")]
 By = Annotated[Launcher, typer.Option(help="What starts the ranks.")]
 Head = Annotated[

@@ -47,6 +47,7 @@ def plan_launch(config: RunConfig, path: str, overrides: Sequence[str], where: W
         ConfigError: where an option is missing, wrong or without effect, or the launcher is not installed.
     """
     _refuse_idle_options(where)
+    where = replace(where, nodes=where.nodes or 1)
     if where.launcher is Launcher.slurm:
         return _slurm(config, path, overrides, where)
     present = visible_gpus()
@@ -91,7 +92,7 @@ def visible_gpus() -> int:
 def _torchrun(variables: dict[str, str], arguments: list[str], where: Where) -> Command:
     words = [_program("torchrun"), "--nnodes", str(where.nodes), "--nproc-per-node", str(where.gpus)]
     words += ["--max-restarts", "0", "--rdzv-backend", "c10d"]
-    if where.nodes > 1:
+    if _several(where):
         words += ["--rdzv-endpoint", ":".join(_meeting_place(where)), "--rdzv-id", where.run_id or "dpo_dist"]
     else:
         # They meet in a file: nothing then listens but on the loopback interface.
@@ -106,7 +107,7 @@ def _torchrun(variables: dict[str, str], arguments: list[str], where: Where) -> 
 
 def _deepspeed(variables: dict[str, str], arguments: list[str], where: Where) -> Command:
     words = [_program("deepspeed")]
-    if where.nodes > 1:
+    if _several(where):
         hostfile, rank = _hostfile(where), _node_rank(where)
         head, port = _meeting_place(where)
         words += ["--hostfile", hostfile, "--num_nodes", str(where.nodes), "--num_gpus", str(where.gpus)]
@@ -135,8 +136,12 @@ def _slurm(config: RunConfig, path: str, overrides: Sequence[str], where: Where)
 
 
 def _refuse_idle_options(where: Where) -> None:
-    """Refuse an option that the launcher does not read."""
-    several = where.nodes > 1
+    """Refuse an option that the launcher does not read.
+
+    Where a command line says --nodes=1, options for several machines do no harm: it may be one for any number of them.
+    Without --nodes they are a mistake: every machine would train alone.
+    """
+    several = where.nodes is not None
     read = {
         Launcher.torchrun: {"stop_seconds"} | ({"head", "run_id"} if several else set()),
         Launcher.deepspeed: {"head", "node_rank", "hostfile"} if several else set(),
@@ -145,11 +150,16 @@ def _refuse_idle_options(where: Where) -> None:
     for name in ("head", "run_id", "node_rank", "hostfile", "script", "stop_seconds"):
         value = getattr(where, name)
         if value is not None and name not in read:
-            hint = "; set STOP_SECONDS" if name == "stop_seconds" and where.launcher is Launcher.slurm else ""
+            nodes = "without --nodes" if where.nodes is None else f"--nodes={where.nodes}"
+            hint = "set STOP_SECONDS" if name == "stop_seconds" and where.launcher is Launcher.slurm else "leave it out"
             raise ConfigError(
-                f"{_option(name)}={value} has no effect with --launcher={where.launcher} --nodes={where.nodes}"
-                + (hint or "; leave it out")
+                f"{_option(name)}={value} has no effect with --launcher={where.launcher} {nodes}; {hint}"
+                + (", or say how many machines there are" if where.nodes is None else "")
             )
+
+
+def _several(where: Where) -> bool:
+    return where.nodes is not None and where.nodes > 1
 
 
 def _option(name: str) -> str:
@@ -171,11 +181,12 @@ def _meeting_place(where: Where) -> tuple[str, str]:
 
 
 def _node_rank(where: Where) -> str:
-    if where.node_rank is None or where.node_rank >= where.nodes:
+    nodes = where.nodes or 1
+    if where.node_rank is None or where.node_rank >= nodes:
         shown = "null" if where.node_rank is None else where.node_rank
         raise ConfigError(
-            f"--node-rank={shown} with --nodes={where.nodes}; 0 on the first machine of the hostfile, "
-            f"up to {where.nodes - 1} on the last"
+            f"--node-rank={shown} with --nodes={nodes}; 0 on the first machine of the hostfile, "
+            f"up to {nodes - 1} on the last"
         )
     return str(where.node_rank)
 
@@ -189,7 +200,7 @@ def _hostfile(where: Where) -> str:
         raise ConfigError(f"--hostfile={where.hostfile} does not exist; a line `name slots=GPUS` for each machine")
     lines = (line.strip() for line in where.hostfile.read_text(encoding="utf-8").splitlines())
     count = sum(bool(line) and not line.startswith("#") for line in lines)
-    if count < where.nodes:
+    if count < (where.nodes or 1):
         raise ConfigError(
             f"--hostfile={where.hostfile} names {count} of {where.nodes} machines (--nodes); "
             "add a line `name slots=GPUS` for each"

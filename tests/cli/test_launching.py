@@ -207,6 +207,17 @@ def test_slurm(programs: Path) -> None:
     assert "--launcher=slurm needs sbatch" in refused("--launcher", "slurm", "--script", "elsewhere/slurm.sbatch")
 
 
+def test_a_command_line_for_any_number_of_machines(folder: Path) -> None:
+    """With --nodes=1 what several machines need is allowed, and not read."""
+    random_name = re.compile(r"dpo_dist-\w{6,}|--master_port \d+")
+    for more, other in (
+        (["--run-id", "a"], []),
+        (["--hostfile", "hosts", "--node-rank", "0", "--launcher", "deepspeed"], ["--launcher", "deepspeed"]),
+    ):
+        words = options(printed("--nodes", "1", "--head", "n0", *more)[1])
+        assert random_name.sub("X", words) == random_name.sub("X", options(printed(*other)[1]))
+
+
 # ---- mistakes
 
 

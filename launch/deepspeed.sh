@@ -3,8 +3,10 @@
 #
 # Run it on every machine, with the same arguments and variables but NODE_RANK; none reaches another one by ssh. All
 # machines need the run's folder (train.output_dir) at the same path. With checkpoint.resume=auto a start goes on from the
-# newest checkpoint. launch/torchrun.sh is the better choice for a run that is stopped from outside: DeepSpeed's launcher
-# gives ranks 30 s to save after Ctrl-C, and does not pass on SIGTERM and SIGUSR1, which have to be sent to the ranks.
+# newest checkpoint.
+#
+# DeepSpeed's launcher does not pass on signals: SIGTERM ends it and leaves the ranks running. To stop a run:
+# pkill -TERM -f deepspeed.launcher.launch, which gives them 30 s to save. launch/torchrun.sh does both better.
 #
 #   NPROC        processes on this machine: its GPUs, or 1 without one
 #   NNODES       machines: 1

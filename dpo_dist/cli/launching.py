@@ -19,6 +19,9 @@ from dpo_dist.cli.launch_options import PORT, SCRIPT, Launcher, Where
 from dpo_dist.config import RunConfig
 from dpo_dist.errors import ConfigError
 
+# Ranks of one machine meet in a file that no run has used before: a shell makes up its name, and so does `start`.
+NEW_FILE = "$(mktemp -u -t dpo_dist-XXXXXX)"
+
 
 @dataclass(frozen=True)
 class Command:
@@ -28,11 +31,9 @@ class Command:
     words: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line for a shell."""
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), self._quoted()])
-
-    def _quoted(self) -> str:
-        return shlex.join(self.words)
+        """One line for a shell, which can be run again and again."""
+        words = (f'"{word}"' if word == NEW_FILE else shlex.quote(word) for word in self.words)
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), *words])
 
 
 def plan_launch(config: RunConfig, path: str, overrides: Sequence[str], where: Where) -> Command:
@@ -70,7 +71,8 @@ def plan_launch(config: RunConfig, path: str, overrides: Sequence[str], where: W
 def start(command: Command) -> None:
     """Become this program. Does not return."""
     os.environ.update(command.variables)
-    os.execvp(command.words[0], list(command.words))
+    file = Path(tempfile.gettempdir()) / f"dpo_dist-{secrets.token_hex(4)}"
+    os.execvp(command.words[0], [str(file) if word == NEW_FILE else word for word in command.words])
 
 
 def visible_gpus() -> int:
@@ -97,8 +99,7 @@ def _torchrun(variables: dict[str, str], arguments: list[str], where: Where) -> 
     else:
         # They meet in a file: nothing then listens but on the loopback interface.
         variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **variables}
-        file = Path(tempfile.gettempdir()) / f"dpo_dist-{secrets.token_hex(4)}"
-        words += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(file)]
+        words += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", NEW_FILE]
     # torchrun dies of SIGUSR1 unless it is told to pass it on, and kills its ranks 30 s after a signal.
     words += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     words += ["--shutdown-timeout", str(600 if where.stop_seconds is None else where.stop_seconds)]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def printed(*arguments: str) -> tuple[dict[str, str], list[str]]:
     result = CliRunner().invoke(app, ["launch", "run.yaml", *arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
+    return split(line)
+
+
+def split(line: str) -> tuple[dict[str, str], list[str]]:
+    """Variables and words of a line for a shell."""
     words = shlex.split(line)
     start = next(place for place, word in enumerate(words) if not re.match(r"\w+=", word))
     return dict(word.split("=", 1) for word in words[:start]), words[start:]
@@ -91,8 +97,8 @@ def test_script_and_command_agree(folder: Path, machine: Path, variables: dict[s
     script_words = (machine / "words").read_text().splitlines()
     set_variables, words = printed("loss.beta=0.2", *arguments)
     assert words[0].endswith("/torchrun")
-    random_name = re.compile(r"dpo_dist-\w{6,}$")
-    assert [random_name.sub("X", word) for word in words[1:]] == [random_name.sub("X", w) for w in script_words]
+    file = re.compile(r"/\S+/dpo_dist-\w{6}$")
+    assert words[1:] == [file.sub(launching.NEW_FILE, word) for word in script_words]
     seen = set((machine / "env").read_text().splitlines())
     assert {f"{name}={value}" for name, value in set_variables.items()} <= seen
     alone = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -209,7 +215,7 @@ def test_slurm(programs: Path) -> None:
 
 def test_a_command_line_for_any_number_of_machines(folder: Path) -> None:
     """With --nodes=1 what several machines need is allowed, and not read."""
-    random_name = re.compile(r"dpo_dist-\w{6,}|--master_port \d+")
+    random_name = re.compile(r"--master_port \d+")
     for more, other in (
         (["--run-id", "a"], []),
         (["--hostfile", "hosts", "--node-rank", "0", "--launcher", "deepspeed"], ["--launcher", "deepspeed"]),
@@ -279,8 +285,19 @@ def test_it_runs_what_it_prints(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(app, ["launch", "run.yaml", "log.report_to=[ tensorboard ]"])
     assert result.exit_code == 0 and not result.stdout, result.output
     ((program, words),) = calls
-    assert words[0] == program and shlex.split(result.stderr)[1:] == words
+    variables, shown = split(result.stderr)
+    assert words[0] == program and variables == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     assert launching.os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    (file,) = (word for word, other in zip(words, shown, strict=True) if word != other)
+    assert re.fullmatch(r"/.+/dpo_dist-\w{8}", file) and not Path(file).exists()
+
+
+def test_a_printed_line_can_be_run_again(folder: Path) -> None:
+    """Two runs that met in one file would not both begin: the shell makes up a new name each time."""
+    line = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"]).stdout
+    words = line[line.index("--nnodes") :]
+    files = {subprocess.check_output(["bash", "-c", f"echo {words}"]).split()[11] for _ in range(3)}
+    assert len(files) == 3 and all(re.fullmatch(rb"/.+/dpo_dist-\w{6}", file) for file in files)
 
 
 def test_help_has_an_example_for_each_place() -> None:

@@ -185,6 +185,13 @@ def test_fields_exist(name: str, kinds: list[str]) -> None:
     assert spec["terminationGracePeriodSeconds"] > 600  # the time that a save has
 
 
+def test_kubeflow_finds_the_trainer() -> None:
+    (runtime, job, _) = documents("trainjob.yaml")
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+
+
 def test_the_job_set_says_its_size_once_more_where_it_must() -> None:
     (job, _) = documents("jobset.yaml")
     replicated = job["spec"]["replicatedJobs"][0]["template"]["spec"]

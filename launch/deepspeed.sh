@@ -25,17 +25,27 @@ all) gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c "^GPU " || true) ;;
 esac
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 nnodes=${NNODES:-1}
+fail() { echo "error: $*" >&2 && exit 2; }
+# By --num_gpus DeepSpeed's launcher takes the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says.
+shown=
+if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  [ "$nproc" -le "$gpus" ] || fail "NPROC=$nproc is more than the $gpus GPUs that this machine shows"
+  shown=$(cut -d , -f "1-$nproc" <<< "$CUDA_VISIBLE_DEVICES")
+fi
 if [ "$nnodes" -gt 1 ]; then
   head=${HEAD:?with NNODES=$nnodes, HEAD names the machine where all of them meet}
   case $head in *:*) ;; *) head=$head:29500 ;; esac
   rank=${NODE_RANK:?with NNODES=$nnodes, NODE_RANK says which of them this is, from 0}
   hosts=${HOSTFILE:?with NNODES=$nnodes, HOSTFILE is a file with a line for each: name slots=GPUS}
+  [ -z "$shown" ] || [ "$shown" = "$(seq -s , 0 $((nproc - 1)))" ] ||
+    fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES is not read by DeepSpeed's launcher on several machines; unset it"
   where=(--hostfile "$hosts" --num_nodes "$nnodes" --num_gpus "$nproc"
     --no_ssh --node_rank "$rank" --master_addr "${head%:*}" --master_port "${head##*:}")
 else
   # The default port is that of every other run on this machine.
   free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-  where=(--num_gpus "$nproc" --master_port "${MASTER_PORT:-$(python -c "$free")}")
+  if [ -n "$shown" ]; then where=(--include "localhost:$shown"); else where=(--num_gpus "$nproc"); fi
+  where+=(--master_port "${MASTER_PORT:-$(python -c "$free")}")
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Without it the launcher looks for GPUs, and ends where there is none.

@@ -49,8 +49,9 @@ def plan_launch(config: RunConfig, path: str, overrides: Sequence[str], where: W
     """
     _refuse_idle_options(where)
     where = replace(where, nodes=where.nodes or 1)
+    variables = _this_environment()
     if where.launcher is Launcher.slurm:
-        return _slurm(config, path, overrides, where)
+        return _slurm(variables, config, path, overrides, where)
     present = visible_gpus()
     if where.gpus is not None and where.gpus > present > 0:
         raise ConfigError(
@@ -58,14 +59,15 @@ def plan_launch(config: RunConfig, path: str, overrides: Sequence[str], where: W
             "one process needs a GPU of its own"
         )
     where = replace(where, gpus=where.gpus or max(present, 1))
-    variables = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        variables["OMP_NUM_THREADS"] = "1"
     arguments = ["dpo_dist", "train", path, *overrides]
     if where.launcher is Launcher.torchrun:
         return _torchrun(variables, arguments, where)
     if not present and "DS_ACCELERATOR" not in os.environ:
         # Without it the launcher looks for GPUs, and ends where there is none.
         variables["DS_ACCELERATOR"] = "cpu"
-    return _deepspeed(variables, arguments, where)
+    return _deepspeed(variables, arguments, where, _shown_devices(where) if present else None)
 
 
 def start(command: Command) -> None:
@@ -106,7 +108,7 @@ def _torchrun(variables: dict[str, str], arguments: list[str], where: Where) -> 
     return Command(variables, (*words, "-m", *arguments))
 
 
-def _deepspeed(variables: dict[str, str], arguments: list[str], where: Where) -> Command:
+def _deepspeed(variables: dict[str, str], arguments: list[str], where: Where, shown: str | None) -> Command:
     words = [_program("deepspeed")]
     if _several(where):
         hostfile, rank = _hostfile(where), _node_rank(where)
@@ -115,12 +117,13 @@ def _deepspeed(variables: dict[str, str], arguments: list[str], where: Where) ->
         # Every machine starts its own ranks: none needs to reach another one by ssh.
         words += ["--no_ssh", "--node_rank", rank, "--master_addr", head, "--master_port", port]
     else:
+        words += ["--num_gpus", str(where.gpus)] if shown is None else ["--include", f"localhost:{shown}"]
         # A port of its own, for the default is that of every other run on this machine.
-        words += ["--num_gpus", str(where.gpus), "--master_port", str(_free_port())]
+        words += ["--master_port", str(_free_port())]
     return Command(variables, (*words, "--module", *arguments))
 
 
-def _slurm(config: RunConfig, path: str, overrides: Sequence[str], where: Where) -> Command:
+def _slurm(variables: dict[str, str], config: RunConfig, path: str, overrides: Sequence[str], where: Where) -> Command:
     script = where.script or Path(SCRIPT)
     if not script.is_file():
         raise ConfigError(f"--script={script} does not exist; give the path of {SCRIPT}, which is in the repository")
@@ -130,7 +133,8 @@ def _slurm(config: RunConfig, path: str, overrides: Sequence[str], where: Where)
     out = Path(config.train.output_dir).absolute()
     others = [override for override in overrides if not override.startswith("train.output_dir=")]
     # Slurm runs a copy of the script, which does not lie beside torchrun.sh.
-    return Command({"LAUNCH_FOLDER": str(script.absolute().parent)}, (*words, str(script), path, str(out), *others))
+    folder = {"LAUNCH_FOLDER": str(script.absolute().parent)}
+    return Command(folder | variables, (*words, str(script), path, str(out), *others))
 
 
 # ---- what the options say
@@ -207,6 +211,34 @@ def _hostfile(where: Where) -> str:
             "add a line `name slots=GPUS` for each"
         )
     return str(where.hostfile)
+
+
+def _shown_devices(where: Where) -> str | None:
+    """The GPUs of CUDA_VISIBLE_DEVICES that are used; None where it is not set.
+
+    By --num_gpus DeepSpeed's launcher takes the first ones of the machine, whatever the variable says.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return None
+    devices = chosen.split(",")[: where.gpus]
+    if not all(device.isdecimal() for device in devices):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={chosen} is not a list of numbers, which --launcher=deepspeed needs; "
+            "use --launcher=torchrun"
+        )
+    if _several(where) and devices != [str(number) for number in range(len(devices))]:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={chosen} is not read by --launcher=deepspeed on several machines; "
+            "unset it, or use --launcher=torchrun"
+        )
+    return ",".join(devices)
+
+
+def _this_environment() -> dict[str, str]:
+    """PATH with this environment's programs, unless it has them."""
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    return {} if folder in path.split(os.pathsep) else {"PATH": f"{folder}{os.pathsep}{path}"}
 
 
 def _program(name: str) -> str:

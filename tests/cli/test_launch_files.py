@@ -97,14 +97,13 @@ def test_many_machines(machine: Path) -> None:
         ("", "echo GPU 0: x; echo GPU 1: x", 1),
     ],
 )
-@pytest.mark.parametrize(("script", "option"), [("torchrun.sh", "nproc-per-node"), ("deepspeed.sh", "num_gpus")])
-def test_processes_are_the_visible_gpus(
-    machine: Path, script: str, option: str, shown: str | None, listed: str, processes: int
-) -> None:
+def test_processes_are_the_visible_gpus(machine: Path, shown: str | None, listed: str, processes: int) -> None:
     (machine / "bin" / "nvidia-smi").write_text(f"#!/bin/bash\n{listed}\n")
     variables = {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
-    _, _, calls = run(machine, script, "run.yaml", **variables)
-    assert f"--{option} {processes} " in calls[-1]
+    assert f"--nproc-per-node {processes} " in run(machine, "torchrun.sh", "run.yaml", **variables)[2][-1]
+    # By --num_gpus the deepspeed launcher would take the first ones of the machine.
+    option = f"--include localhost:{shown}" if shown else f"--num_gpus {processes}"
+    assert f" {option} --master_port " in run(machine, "deepspeed.sh", "run.yaml", **variables)[2][-1]
 
 
 @pytest.mark.parametrize(("script", "by"), [("torchrun.sh", "torchrun"), ("deepspeed.sh", "DeepSpeed's launcher")])
@@ -138,6 +137,14 @@ def test_deepspeed_on_many_machines(machine: Path) -> None:
         "--master_addr n0 --master_port 77 "
         in run(machine, "deepspeed.sh", "run.yaml", **{**several, "HEAD": "n0:77"})[2][-1]
     )
+    for shown, right in (("0,1,2,3,4,5,6,7", True), ("1,2,3,4,5,6,7,8", False)):
+        code, said, calls = run(machine, "deepspeed.sh", "run.yaml", **several, CUDA_VISIBLE_DEVICES=shown)
+        assert (code == 0) == right == any("deepspeed" in call for call in calls)
+        assert right or f"CUDA_VISIBLE_DEVICES={shown} is not read" in said
+    code, said, calls = run(machine, "deepspeed.sh", "run.yaml", NPROC="2", CUDA_VISIBLE_DEVICES="3,4,5")
+    assert " --include localhost:3,4 " in calls[-1]
+    code, said, calls = run(machine, "deepspeed.sh", "run.yaml", NPROC="4", CUDA_VISIBLE_DEVICES="3,4,5")
+    assert code == 2 and not calls and "NPROC=4 is more than the 3 GPUs" in said
     for name in ("HOSTFILE", "HEAD", "NODE_RANK"):
         code, said, calls = run(machine, "deepspeed.sh", "run.yaml", **{k: v for k, v in several.items() if k != name})
         assert code and f"with NNODES=2, {name}" in said and not any(call.startswith("deepspeed") for call in calls)

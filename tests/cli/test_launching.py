@@ -118,6 +118,17 @@ def test_threads_are_left_alone_where_they_are_set(folder: Path, monkeypatch: py
     assert "OMP_NUM_THREADS" not in printed()[0]
 
 
+def test_the_environment_need_not_be_active(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started finds this environment's programs: ninja, with which operators are compiled, and torchrun."""
+    here = str(Path(launching.sys.executable).parent)
+    monkeypatch.setenv("PATH", f"/usr/bin:{here}")
+    assert "PATH" not in printed()[0]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    for launcher in ("torchrun", "deepspeed"):
+        variables, words = printed("--launcher", launcher)
+        assert variables["PATH"] == f"{here}:/usr/bin:/bin" and words[0] == f"{here}/{launcher}"
+
+
 def test_processes_are_the_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--nproc-per-node 1 " in options(printed()[1])
     assert "--nproc-per-node 2 " in options(printed("--gpus", "2")[1])  # on the CPU
@@ -174,6 +185,24 @@ def test_deepspeed_on_several_machines(folder: Path) -> None:
     assert "--hostfile=hosts names 1 of 2 machines" in refused(*several, "--head", "n0", "--node-rank", "0")
 
 
+def test_deepspeed_takes_the_gpus_that_are_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --num_gpus it would drop CUDA_VISIBLE_DEVICES and take the first ones of the machine."""
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    by = ["--launcher", "deepspeed"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    assert "--include localhost:2,3,5 --master_port" in options(printed(*by)[1])
+    assert "--include localhost:2,3 --master_port" in options(printed(*by, "--gpus", "2")[1])
+    several = [*by, "--nodes", "2", "--head", "n0", "--hostfile", "hosts", "--node-rank", "0"]
+    assert "CUDA_VISIBLE_DEVICES=2,3,5 is not read" in refused(*several)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert "--num_gpus 2 " in options(printed(*several, "--gpus", "2")[1])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b")
+    assert "CUDA_VISIBLE_DEVICES=GPU-1a2b is not a list of numbers" in refused(*by)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "--num_gpus 2 " in options(printed(*by, "--gpus", "2")[1])  # on the CPU
+
+
 @pytest.mark.parametrize(
     ("variables", "arguments"),
     [
@@ -201,14 +230,15 @@ def test_slurm(programs: Path) -> None:
     out = programs / "runs" / "one"
     assert words[0] == str(programs / "bin" / "sbatch")
     assert options(words) == f"--nodes 4 --gpus-per-node 8 launch/slurm.sbatch run.yaml {out} loss.beta=0.2"
-    assert variables == {"LAUNCH_FOLDER": str(programs / "launch")}
+    here = Path(launching.sys.executable).parent
+    assert variables == {"LAUNCH_FOLDER": str(programs / "launch"), "PATH": f"{here}:{programs / 'bin'}"}
     # The folder of the run is said once; Slurm alone knows the GPUs of its nodes.
     _, words = printed("--launcher", "slurm", "train.output_dir=x")
     assert options(words) == f"--nodes 1 launch/slurm.sbatch run.yaml {programs / 'x'}"
     (programs / "launch").rename(programs / "elsewhere")
     assert "--script=launch/slurm.sbatch does not exist" in refused("--launcher", "slurm")
     variables, words = printed("--launcher", "slurm", "--script", "elsewhere/slurm.sbatch")
-    assert variables == {"LAUNCH_FOLDER": str(programs / "elsewhere")} and "elsewhere/slurm.sbatch" in words
+    assert variables["LAUNCH_FOLDER"] == str(programs / "elsewhere") and "elsewhere/slurm.sbatch" in words
     (programs / "bin" / "sbatch").unlink()
     assert "--launcher=slurm needs sbatch" in refused("--launcher", "slurm", "--script", "elsewhere/slurm.sbatch")
 

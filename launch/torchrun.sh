@@ -15,7 +15,11 @@
 set -euo pipefail
 case "${1:-}" in -h | --help | "") sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 
-gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
+case ${CUDA_VISIBLE_DEVICES-all} in
+all) gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c "^GPU " || true) ;;
+"" | -1) gpus=0 ;;
+*) gpus=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l) ;;
+esac
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 nnodes=${NNODES:-1}
 if [ "$nnodes" -gt 1 ]; then

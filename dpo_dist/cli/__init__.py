@@ -12,6 +12,7 @@
     architectures.py what the models' architectures can do
     describe.py  a run in words
     precomputing.py  `precompute`
+    launching.py `launch` (launch_options.py: what it is told)
     exporting.py `export`
     ending.py    how a rank ends
     checking.py  `check`
@@ -37,7 +38,8 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__
-from dpo_dist.cli.ending import end_rank, tell_launcher
+from dpo_dist.cli import launch_options, launching
+from dpo_dist.cli.ending import end_rank, is_out_of_memory, out_of_memory, tell_launcher
 from dpo_dist.cli.redaction import redact_tracebacks, redacted
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 from dpo_dist.errors import ConfigError, DpoDistError
@@ -118,34 +120,18 @@ def _user_errors() -> Iterator[None]:
         yield
     except Exception as raised:
         error = peer_lost(raised) if is_peer_lost(raised) else raised
-        if not isinstance(error, DpoDistError) and not _is_out_of_memory(error):
+        if not isinstance(error, DpoDistError) and not is_out_of_memory(error):
             raise
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             # The first rank has most likely met the same mistake and says it; its launcher then ends this process.
             # Only a rank that fails alone lives to speak.
             time.sleep(15)
-        said = str(error) if isinstance(error, DpoDistError) else f"out of memory; {_MORE_ROOM} ({_first_line(error)})"
+        said = str(error) if isinstance(error, DpoDistError) else out_of_memory(error)
         text = redacted((f"error on rank {rank}: " if rank else "error: ") + said)
         print(text, file=sys.stderr, flush=True)
         tell_launcher(text)
         raise typer.Exit(getattr(error, "exit_code", 1)) from None
-
-
-_MORE_ROOM = (
-    "lower packing.max_tokens or packing.reference_max_tokens, set model.gradient_checkpointing=true, or take a "
-    "DeepSpeed file that shards or offloads more (zero3, zero3_offload)"
-)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of a device or of the host; by name, for torch may not have been imported yet."""
-    told = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return told or isinstance(error, MemoryError)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _prepare(config: RunConfig, look_only: bool = False) -> Any:
@@ -205,6 +191,33 @@ def check(
             from dpo_dist.cli.checking import print_check
 
         print_check(prepared, cache_dir(), ranks)
+
+
+@app.command(help=launch_options.EXAMPLES)
+def launch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: launch_options.Nodes = None,
+    gpus: launch_options.Gpus = None,
+    launcher: launch_options.By = launch_options.Launcher.torchrun,
+    head: launch_options.Head = None,
+    run_id: launch_options.RunId = None,
+    node_rank: launch_options.NodeRank = None,
+    hostfile: launch_options.Hostfile = None,
+    script: launch_options.Script = None,
+    stop_seconds: launch_options.StopSeconds = None,
+    dry_run: launch_options.DryRun = False,
+) -> None:
+    """Start all ranks of a run; what `--help` says stands in `launch_options.py`."""
+    with _user_errors():
+        run_config = load_config(config, overrides or ())
+        where = launch_options.Where(nodes, launcher, gpus, head, run_id, node_rank, hostfile, script, stop_seconds)
+        command = launching.plan_launch(run_config, config, overrides or (), where)
+        if dry_run:
+            typer.echo(str(command))
+            return
+        print(redacted(str(command)), file=sys.stderr, flush=True)
+        launching.start(command)
 
 
 @app.command()

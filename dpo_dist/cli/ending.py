@@ -1,4 +1,4 @@
-"""How a rank ends: its exit code, and its last words for the launcher."""
+"""How a rank ends: its exit code, and its last words for the user and the launcher."""
 
 import atexit
 import json
@@ -42,3 +42,21 @@ def tell_launcher(text: str) -> None:
     """Leave the message where torchrun looks for it: its report, the last thing it prints, repeats it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+
+
+_MORE_ROOM = (
+    "lower packing.max_tokens or packing.reference_max_tokens, set model.gradient_checkpointing=true, or take a "
+    "DeepSpeed file that shards or offloads more (zero3, zero3_offload)"
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a device or of the host; by name, for torch may not have been imported yet."""
+    told = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return told or isinstance(error, MemoryError)
+
+
+def out_of_memory(error: Exception) -> str:
+    """What to do about such an error."""
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"out of memory; {_MORE_ROOM} ({first_line})"

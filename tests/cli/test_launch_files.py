@@ -1,4 +1,4 @@
-"""The scripts of `launch/` for one machine, many, and Slurm, with stand-ins for torchrun and Slurm's commands."""
+"""The scripts of `launch/` for one machine, many, and Slurm, with stand-ins for what they call."""
 
 import os
 import signal
@@ -22,6 +22,7 @@ def machine(tmp_path: Path) -> Path:
     """A folder of stand-ins, each of which writes down how it was called."""
     programs = {
         "torchrun": "",
+        "deepspeed": "",
         "nvidia-smi": "exit 9",
         "scancel": 'kill -USR1 "$(cat "$CALLS/srun.pid")"',
         "scontrol": '[ "$1" != show ] || printf "n0\\nn1\\n"',
@@ -42,7 +43,9 @@ def run(
 ) -> tuple[int, str, list[str]]:
     """Exit code, output, and the calls of other programs."""
     (machine / "calls").unlink(missing_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "DS_", "CUDA_"))
+    }
     env = inherited | {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "CALLS": str(machine), **variables}
     process = subprocess.Popen(
         ["bash", str(LAUNCH / script), *arguments],
@@ -85,10 +88,66 @@ def test_many_machines(machine: Path) -> None:
     assert code and "HEAD names the machine where all of them meet" in said and not calls[1:]
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh"])
-def test_it_says_how_it_is_used(machine: Path, script: str) -> None:
+@pytest.mark.parametrize(
+    ("shown", "listed", "processes"),
+    [
+        (None, "echo GPU 0: x; echo '  MIG y'; echo GPU 1: x", 2),
+        (None, "echo it has failed; exit 9", 1),
+        ("0,3,5", "", 3),
+        ("", "echo GPU 0: x; echo GPU 1: x", 1),
+    ],
+)
+def test_processes_are_the_visible_gpus(machine: Path, shown: str | None, listed: str, processes: int) -> None:
+    (machine / "bin" / "nvidia-smi").write_text(f"#!/bin/bash\n{listed}\n")
+    variables = {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
+    assert f"--nproc-per-node {processes} " in run(machine, "torchrun.sh", "run.yaml", **variables)[2][-1]
+    # By --num_gpus the deepspeed launcher would take the first ones of the machine.
+    option = f"--include localhost:{shown}" if shown else f"--num_gpus {processes}"
+    assert f" {option} --master_port " in run(machine, "deepspeed.sh", "run.yaml", **variables)[2][-1]
+
+
+@pytest.mark.parametrize(("script", "by"), [("torchrun.sh", "torchrun"), ("deepspeed.sh", "DeepSpeed's launcher")])
+def test_it_says_how_it_is_used(machine: Path, script: str, by: str) -> None:
     code, said, calls = run(machine, script)
-    assert code == 0 and said.startswith("Train on one machine or many") and not calls
+    assert code == 0 and said.startswith(f"Train on one machine or many with {by}: launch/{script} CONFIG ")
+    assert not calls
+
+
+# ---- the deepspeed launcher
+
+
+def test_deepspeed_on_one_machine(machine: Path) -> None:
+    code, _, calls = run(machine, "deepspeed.sh", "run.yaml", "loss.beta=0.2", NPROC="2", MASTER_PORT="77")
+    assert code == 0 and calls[-1] == (
+        "deepspeed --num_gpus 2 --master_port 77 --module dpo_dist train run.yaml loss.beta=0.2"
+    )
+    (machine / "bin" / "deepspeed").write_text('#!/bin/bash\necho "$DS_ACCELERATOR $OMP_NUM_THREADS"\n')
+    assert run(machine, "deepspeed.sh", "run.yaml")[1] == "cpu 1\n"
+    assert run(machine, "deepspeed.sh", "run.yaml", CUDA_VISIBLE_DEVICES="0", OMP_NUM_THREADS="3")[1] == " 3\n"
+
+
+def test_deepspeed_on_many_machines(machine: Path) -> None:
+    several = {"NNODES": "2", "NPROC": "8", "HOSTFILE": "hosts", "HEAD": "n0", "NODE_RANK": "1"}
+    code, said, calls = run(machine, "deepspeed.sh", "run.yaml", **several)
+    assert code == 0 and calls[-1] == (
+        "deepspeed --hostfile hosts --num_nodes 2 --num_gpus 8 --no_ssh --node_rank 1 --master_addr n0 "
+        "--master_port 29500 --module dpo_dist train run.yaml"
+    ), said
+    assert (
+        "--master_addr n0 --master_port 77 "
+        in run(machine, "deepspeed.sh", "run.yaml", **{**several, "HEAD": "n0:77"})[2][-1]
+    )
+    for shown, right in (("0,1,2,3,4,5,6,7", True), ("1,2,3,4,5,6,7,8", False)):
+        code, said, calls = run(machine, "deepspeed.sh", "run.yaml", **several, CUDA_VISIBLE_DEVICES=shown)
+        assert (code == 0) == right == any("deepspeed" in call for call in calls)
+        assert right or f"CUDA_VISIBLE_DEVICES={shown} is not read" in said
+    code, said, calls = run(machine, "deepspeed.sh", "run.yaml", NPROC="2", CUDA_VISIBLE_DEVICES="3,4,5")
+    assert " --include localhost:3,4 " in calls[-1]
+    code, said, calls = run(machine, "deepspeed.sh", "run.yaml", NPROC="4", CUDA_VISIBLE_DEVICES="3,4,5")
+    assert code == 2 and not calls and "NPROC=4 is more than the 3 GPUs" in said
+    for name in ("HOSTFILE", "HEAD", "NODE_RANK"):
+        code, said, calls = run(machine, "deepspeed.sh", "run.yaml", **{k: v for k, v in several.items() if k != name})
+        assert code and f"with NNODES=2, {name}" in said and not any(call.startswith("deepspeed") for call in calls)
 
 
 # ---- Slurm

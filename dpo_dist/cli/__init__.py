@@ -39,7 +39,7 @@ import typer
 
 from dpo_dist import __version__
 from dpo_dist.cli import launch_options, launching
-from dpo_dist.cli.ending import end_rank, is_out_of_memory, out_of_memory, tell_launcher
+from dpo_dist.cli.ending import end_rank, is_out_of_memory, leaving_when_asked, out_of_memory, tell_launcher
 from dpo_dist.cli.redaction import redact_tracebacks, redacted
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 from dpo_dist.errors import ConfigError, DpoDistError
@@ -165,10 +165,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train the policy. Alone, or once per rank under torchrun or the deepspeed launcher."""
     with _user_errors():
         run_config = load_config(config, overrides or ())
-        _quiet_imports()
-        prepared = _prepare(run_config)
-        with importing():
-            from dpo_dist.cli.training import run_prepared
+        with leaving_when_asked():
+            _quiet_imports()
+            prepared = _prepare(run_config)
+            with importing():
+                from dpo_dist.cli.training import run_prepared
 
         run_prepared(prepared, cache_dir())
 

@@ -3,10 +3,14 @@
 import atexit
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from dpo_dist.cli.redaction import redacted
@@ -36,6 +40,30 @@ def give_up(text: str) -> NoReturn:
         tell_launcher(text)
     finally:
         os._exit(1)
+
+
+@contextmanager
+def leaving_when_asked() -> Iterator[None]:
+    """Inside, SIGTERM, SIGINT and SIGUSR1 end this process with exit code 0: there is nothing to save yet.
+
+    Ranks cannot agree before they have met. Launchers and Slurm tell all of them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{signal.Signals(number).name}: stopped before the first step", file=sys.stderr, flush=True)
+        raise SystemExit(0)
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    former = {number: signal.signal(number, leave) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def tell_launcher(text: str) -> None:

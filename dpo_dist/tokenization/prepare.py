@@ -24,6 +24,7 @@ from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
 from dpo_dist.data.example import OVER_LONG
 from dpo_dist.errors import DataError
+from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import Encoder, TokenizedExample
@@ -226,6 +227,7 @@ def _write_source(
     write = writer.write if groups is None else groups.add
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
     for group in _grouped(rows, _EXAMPLES_PER_CALL):
+        inject("tokenise")
         for result in _encoded(group, encoder):
             num_read += 1
             if isinstance(result, RowFault):

@@ -65,3 +65,22 @@ def test_during_an_evaluation(monkeypatch: pytest.MonkeyPatch, folder: Path, ste
     train(monkeypatch, "")
     train(monkeypatch, "", "train.output_dir=whole")
     assert outcome(folder / "out") == outcome(folder / "whole")
+
+
+def test_while_data_is_tokenised(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("DPO_DIST_CACHE", str(folder / "cache"))
+    said = train(monkeypatch, "term@0:0:tokenise")
+    assert "SIGTERM: stopped before the first step" in said
+    assert not (folder / "out").exists()
+    tokenised = [path for path in (folder / "cache").rglob("*") if path.is_dir() and list(path.glob("*.arrow"))]
+    assert tokenised == [], "nothing that is not whole"
+    train(monkeypatch, "")
+    assert (folder / "out/model").is_dir()
+
+
+@pytest.mark.parametrize("phase", ["save", "save.written", "save.publish"])
+def test_during_a_save(monkeypatch: pytest.MonkeyPatch, folder: Path, phase: str) -> None:
+    assert "stopped after step 3 of 4" in train(monkeypatch, f"term@0:2:{phase}")
+    train(monkeypatch, "")
+    train(monkeypatch, "", "train.output_dir=whole")
+    assert outcome(folder / "out") == outcome(folder / "whole")

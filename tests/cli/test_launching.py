@@ -322,6 +322,15 @@ def test_it_runs_what_it_prints(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert re.fullmatch(r"/.+/dpo_dist-\w{8}", file) and not Path(file).exists()
 
 
+def test_what_is_printed_before_a_run_hides_secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(launching.os, "execvp", lambda program, words: given.append(words))
+    monkeypatch.setenv("HF_TOKEN", "very-secret-value")
+    setting = "train.output_dir=runs/very-secret-value"
+    result = CliRunner().invoke(app, ["launch", "run.yaml", setting])
+    assert result.exit_code == 0 and "very-secret-value" not in result.stderr and given[0][-1] == setting
+
+
 def test_a_printed_line_can_be_run_again(folder: Path) -> None:
     """Two runs that met in one file would not both begin: the shell makes up a new name each time."""
     line = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"]).stdout

@@ -14,7 +14,12 @@ from transformers import PretrainedConfig
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.architectures import Architecture, require_positions
 from dpo_dist.cli.data_rules import require_data_for
-from dpo_dist.cli.requirements import require_possible_output, require_trackers, require_usable_output
+from dpo_dist.cli.requirements import (
+    require_no_gpu_meant,
+    require_possible_output,
+    require_trackers,
+    require_usable_output,
+)
 from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
@@ -245,8 +250,15 @@ def _require_model(prepared: Prepared) -> None:
 
 
 def this_device() -> torch.device:
-    """Where a run on this machine computes."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where a run on this machine computes.
+
+    Raises:
+        ConfigError: on the CPU, though GPUs are there or were asked for: nobody waits for that by choice.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    require_no_gpu_meant(str(torch.__version__))
+    return torch.device("cpu")
 
 
 def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:

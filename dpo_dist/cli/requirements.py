@@ -13,6 +13,28 @@ LOCK_FILE = ".lock"
 LEFTOVERS = frozenset({LOCK_FILE, "tensorboard"})
 
 
+def require_no_gpu_meant(build: str, devices: Path = Path("/dev")) -> None:
+    """Where torch finds no GPU, none may have been asked for, and none be there.
+
+    Args:
+        build: of torch, with its +cpu or +cu130.
+        devices: where the system shows them.
+    Raises:
+        ConfigError: naming the variable, or the device.
+    """
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "LOCAL_SIZE" in os.environ or asked in ("", "-1"):
+        return  # DeepSpeed's launcher sets it without looking for GPUs
+    present = sorted(devices.glob("nvidia[0-9]*"))
+    if asked is None and not present:
+        return
+    meant = f"this machine has {present[0]}" if asked is None else f"CUDA_VISIBLE_DEVICES={asked} asks for GPUs"
+    raise ConfigError(
+        f"{meant}, and torch {build} finds none: install a build for CUDA, and look whether the driver answers "
+        "(nvidia-smi); or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
+    )
+
+
 def require_usable_output(config: RunConfig) -> None:
     """A folder that holds something is not written into, unless the run is to be resumed in it.
 

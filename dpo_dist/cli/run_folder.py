@@ -18,10 +18,11 @@ from dpo_dist.checkpoint import explain_write_error, free_bytes, human_bytes, re
 from dpo_dist.cli.redaction import redacted_values
 from dpo_dist.cli.requirements import LOCK_FILE
 from dpo_dist.config import RunConfig, dump_resolved
-from dpo_dist.distributed import Ranks, raising_together
+from dpo_dist.distributed import Ranks, broadcast_json, raising_together
 from dpo_dist.errors import ConfigError, FolderInUseError, StorageError
 from dpo_dist.metrics import TRACKERS, MetricsFile
 
+_PATIENCE = 70.0  # seconds; NFS remembers for up to a minute that a file was not there
 CONFIG_FILE, MODEL_RECORD = "config.yaml", "dpo_dist.json"
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,14 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another run does, and which.
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be made, or is another one on another machine.
     """
     descriptor = None
     with raising_together():
         if ranks.is_first:
             descriptor = _take(folder)
     try:
+        _require_shared(folder, ranks)
         yield
     finally:
         if descriptor is not None:
@@ -49,6 +51,27 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
                 (folder / LOCK_FILE).unlink()
                 folder.rmdir()  # only if nothing else was written
             os.close(descriptor)
+
+
+def _require_shared(folder: Path, ranks: Ranks) -> None:
+    """All ranks must see the same folder, and not find that out at the first checkpoint."""
+    first = broadcast_json([socket.gethostname(), _seen(folder)] if ranks.is_first else None)
+    with raising_together():
+        patience = time.monotonic() + _PATIENCE
+        while (found := _seen(folder)) != first[1] and time.monotonic() < patience:
+            time.sleep(0.5)  # a network file system may show an older state for a while
+        if found != first[1]:
+            raise ConfigError(
+                f"train.output_dir={folder} on rank {ranks.rank} ({socket.gethostname()}) is not the folder that the "
+                f"first rank has there ({first[0]}); choose one on a file system that all machines share"
+            )
+
+
+def _seen(folder: Path) -> str:
+    try:
+        return (folder / LOCK_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"no lock ({type(error).__name__})"
 
 
 def _take(folder: Path) -> int | None:

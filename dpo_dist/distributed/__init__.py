@@ -2,7 +2,8 @@
 
 collectives.py  sums, JSON, errors that are raised on all ranks
 stopping.py     a request to stop
-groups.py       who the ranks are, and how they find each other
+meeting.py      how they find each other, and why they did not
+groups.py       who the ranks are, and their process group
 """
 
 from dpo_dist.distributed.collectives import (

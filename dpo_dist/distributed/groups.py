@@ -1,27 +1,24 @@
-"""Who the ranks are, and how they find each other.
+"""Who the ranks are, and their process group.
 
-Together with `cli` the only place that reads environment variables.
+Together with `meeting` and `cli` the only place that reads environment variables.
 """
 
 import ctypes
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dpo_dist.distributed.collectives import barrier
-from dpo_dist.errors import ConfigError
+from dpo_dist.distributed.meeting import is_announced, loopback_store, meeting, require_announced
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LOOPBACK = "127.0.0.1"
 _LATER = timedelta(seconds=60)
 
 
@@ -69,25 +66,32 @@ def process_group(
 
 
 def _initialise(timeout: timedelta) -> None:
-    use_cuda = torch.cuda.is_available()
+    use_cuda, waits = torch.cuda.is_available(), timeout
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if is_announced():
+        require_announced()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # The watch speaks first: NCCL ends a process without a word.
         timeout += _LATER
     _keep_to_loopback()
-    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        if _on_one_machine() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            rank, world_size = launched_rank(), int(os.environ["WORLD_SIZE"])
-            store = _loopback_store(timeout, rank, world_size)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+    if is_announced():
+        with meeting(waits):
+            _meet(backend, timeout)
         return
     # DeepSpeed asks the environment who it is; a single process started by hand has to say so itself.
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    if _on_one_machine() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        rank, world_size = launched_rank(), int(os.environ["WORLD_SIZE"])
+        store = loopback_store(timeout, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def _keep_to_loopback() -> None:
@@ -106,24 +110,6 @@ def _ranks_per_node() -> int:
 
 def _on_one_machine() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == _ranks_per_node()
-
-
-def _loopback_store(timeout: timedelta, rank: int, world_size: int) -> Any:
-    """What ranks of one machine find each other by, at the port that the launcher picked.
-
-    Left to itself torch listens on all interfaces, whatever address it is given (pytorch#173909).
-    """
-    port, store = int(os.environ["MASTER_PORT"]), dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
-    if rank:
-        return store(_LOOPBACK, port, world_size, is_master=False, timeout=timeout)
-    try:
-        listening = socket.create_server((_LOOPBACK, port), backlog=1024)
-    except OSError as error:
-        raise ConfigError(
-            f"MASTER_PORT={port} cannot be listened at ({error}): another run on this machine may use it; give the "
-            "launcher another port (deepspeed --master_port)"
-        ) from None
-    return store(_LOOPBACK, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening.detach())
 
 
 def _ranks() -> Ranks:

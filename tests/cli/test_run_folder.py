@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dpo_dist.cli import app, precomputing, run_folder, training
-from dpo_dist.errors import NumericsError
+from dpo_dist.errors import ConfigError, NumericsError
 from tests.golden.trajectories import FOLDER
 from tests.launching import REPOSITORY
+from tests.tiny_engine import only_rank
 
 CONFIG = (
     f"model: {{model_name_or_path: {FOLDER / 'tiny_policy'}, dtype: float32}}\n"
@@ -362,3 +363,29 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, out: Path) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "expanduser", nowhere)
     assert "this user has no home folder; set DPO_DIST_CACHE" in CliRunner().invoke(app, ["demo-model"]).output
+
+
+# ---- a folder that is another one on another machine
+
+
+@pytest.mark.parametrize("theirs", ["process 7 on node0, since 2026-11-28 10:00:00", "no lock (FileNotFoundError)"])
+def test_a_folder_that_machines_do_not_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str) -> None:
+    ranks = only_rank()
+    out = tmp_path / "out"
+    with run_folder.locked(out, ranks):
+        monkeypatch.setattr(run_folder, "_PATIENCE", 0.0)
+        run_folder._require_shared(out, ranks)
+        monkeypatch.setattr(run_folder, "broadcast_json", lambda value: ["node0", theirs])
+        says = rf"train\.output_dir={out} on rank 0 \(\S+\) is not the folder that the first rank has there \(node0\)"
+        with pytest.raises(ConfigError, match=says):
+            run_folder._require_shared(out, ranks)
+    assert not out.exists()
+
+
+def test_a_file_system_that_shows_the_lock_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does."""
+    ranks = only_rank()
+    seen = iter(["lock", "no lock", "lock"])
+    monkeypatch.setattr(run_folder, "_seen", lambda folder: next(seen))
+    run_folder._require_shared(tmp_path, ranks)
+    assert not list(seen)

@@ -15,6 +15,7 @@
     exporting.py `export`
     ending.py    how a rank ends
     checking.py  `check`
+    doctor/      `doctor`
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
     redaction.py secrets, which it does not write
@@ -205,6 +206,21 @@ def check(
             from dpo_dist.cli.checking import print_check
 
         print_check(prepared, cache_dir(), ranks)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A run that is to start here.")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether training can start here: packages, GPUs, network, limits, disks; with CONFIG also what it needs."""
+    with _user_errors():
+        run_config = load_config(config, overrides or ()) if config is not None else None
+        _quiet_imports()
+        from dpo_dist.cli.doctor import run_doctor
+
+        raise typer.Exit(run_doctor(run_config, cache_dir(), as_json))
 
 
 @app.command()

@@ -15,7 +15,7 @@
     exporting.py `export`
     ending.py    how a rank ends
     checking.py  `check`
-    doctor/      `doctor`
+    doctoring.py `doctor`; doctor/ has what it looks at
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
     redaction.py secrets, which it does not write
@@ -212,15 +212,15 @@ def check(
 def doctor(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A run that is to start here.")] = None,
     overrides: Overrides = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help="Examine all ranks together.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    timeout: Annotated[int | None, typer.Option(min=1, help="With --distributed: seconds to wait for a rank.")] = None,
 ) -> None:
     """Say whether training can start here: packages, GPUs, network, limits, disks; with CONFIG also what it needs."""
     with _user_errors():
-        run_config = load_config(config, overrides or ()) if config is not None else None
-        _quiet_imports()
-        from dpo_dist.cli.doctor import run_doctor
+        from dpo_dist.cli.doctoring import examine
 
-        raise typer.Exit(run_doctor(run_config, cache_dir(), as_json))
+        raise typer.Exit(examine(config, overrides or (), cache_dir(), distributed, as_json, timeout, _quiet_imports))
 
 
 @app.command()

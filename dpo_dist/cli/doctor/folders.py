@@ -11,13 +11,12 @@ import psutil
 from dpo_dist.checkpoint import explain_write_error, free_bytes, human_bytes
 from dpo_dist.cli.doctor.findings import Finding
 from dpo_dist.cli.doctor.machine import count_of
-from dpo_dist.cli.requirements import LOCK_FILE, output_in_use, require_possible_output
+from dpo_dist.cli.requirements import LOCK_FILE, PROBE, output_in_use, require_possible_output
 from dpo_dist.cli.run_folder import checkpoint_bytes
 from dpo_dist.config import RunConfig
 from dpo_dist.errors import ConfigError
 
 SECTION = "folders"
-PROBE = ".doctor-"
 # Of /proc/filesystems and of FUSE: several machines may have these. What is in neither list can be either.
 _SHARED = frozenset(
     "nfs nfs4 lustre gpfs beegfs cifs smb3 ceph 9p afs wekafs panfs pvfs2 orangefs ocfs2 gfs2 virtiofs "

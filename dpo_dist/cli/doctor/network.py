@@ -34,6 +34,12 @@ def network_findings(environment: Mapping[str, str]) -> list[Finding]:
     ]
 
 
+def traffic_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that say how NCCL and gloo send, which mostly must be the same on all ranks."""
+    beginnings = ("NCCL_", "TORCH_NCCL_", "GLOO_")
+    return {name: value for name, value in environment.items() if name.startswith(beginnings) and not is_secret(name)}
+
+
 def _interfaces() -> dict[str, Finding]:
     stats, found = psutil.net_if_stats(), {}
     for name, addresses in psutil.net_if_addrs().items():

@@ -285,6 +285,23 @@ def test_folders_of_several_nodes_must_be_shared(config: str, monkeypatch: pytes
     monkeypatch.setattr(folders, "file_system", lambda folder: ("nfs4", "/mnt"))
     assert doctor(config)["findings"]["file system"]["values"]["kind"] == "shared"
 
+    # DeepSpeed's launcher: all of them are here.
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_SIZE", "16")
+    monkeypatch.setattr(folders, "file_system", lambda folder: ("ext4", "/"))
+    assert doctor(config)["findings"]["file system"]["status"] == "ok"
+
+
+def test_variables_of_a_launcher(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    found = doctor()["findings"]["launcher"]
+    assert found["status"] == "warning" and "LOCAL_RANK" in found["text"]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert doctor()["findings"]["launcher"]["text"] == "rank 0 of 4"
+    monkeypatch.setenv("MASTER_PORT", "x")
+    assert "MASTER_PORT is no number" in problem(doctor(exit_code=2), "launcher")
+
 
 def test_memory_is_no_disk(config: str) -> None:
     if not os.access("/dev/shm", os.W_OK):

@@ -26,7 +26,7 @@ import typer
 from dpo_dist.cli.doctor.findings import Finding, as_json, as_text, exit_code
 from dpo_dist.cli.doctor.folders import cache_findings, run_folder_findings
 from dpo_dist.cli.doctor.inputs import input_findings
-from dpo_dist.cli.doctor.machine import machine_findings
+from dpo_dist.cli.doctor.machine import count_of, machine_findings
 from dpo_dist.cli.doctor.meeting import Own, meet
 from dpo_dist.cli.doctor.network import network_findings
 from dpo_dist.cli.doctor.software import software_findings
@@ -78,7 +78,7 @@ def run_distributed(config: RunConfig | None, mistake: str, cache_dir: Path, jso
         timeout: seconds that a rank waits for the others at each stage.
     """
     set_up_logging()
-    num_ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    num_ranks = count_of(os.environ, "WORLD_SIZE")
     own = Own(config, mistake, examine_here(config, cache_dir))
     with _kept_output() as print_report:
 

@@ -10,7 +10,7 @@ import psutil
 
 from dpo_dist.checkpoint import explain_write_error, free_bytes, human_bytes
 from dpo_dist.cli.doctor.findings import Finding
-from dpo_dist.cli.doctor.machine import count_of
+from dpo_dist.cli.doctor.machine import count_of, ranks_here
 from dpo_dist.cli.requirements import LOCK_FILE, PROBE, output_in_use, require_possible_output
 from dpo_dist.cli.run_folder import checkpoint_bytes
 from dpo_dist.config import RunConfig
@@ -68,9 +68,7 @@ def run_folder_findings(config: RunConfig, environment: Mapping[str, str], num_t
     if problem := _not_usable(config, folder):
         return [problem]
     findings = [_room("run folder", folder), _lock(folder)]
-    findings.append(
-        _file_system(folder, count_of(environment, "WORLD_SIZE") > count_of(environment, "LOCAL_WORLD_SIZE"))
-    )
+    findings.append(_file_system(folder, count_of(environment, "WORLD_SIZE") > ranks_here(environment)))
     if num_trained is not None:
         findings.append(_checkpoints(config, folder, num_trained))
     return findings

@@ -27,7 +27,7 @@ def machine_findings(environment: Mapping[str, str]) -> list[Finding]:
     Args:
         environment: of this process.
     """
-    num_ranks, local_ranks = count_of(environment, "WORLD_SIZE"), count_of(environment, "LOCAL_WORLD_SIZE")
+    num_ranks, local_ranks = count_of(environment, "WORLD_SIZE"), ranks_here(environment)
     return [
         _cores(environment, local_ranks),
         _memory(),
@@ -42,6 +42,11 @@ def count_of(environment: Mapping[str, str], name: str) -> int:
     """The number that a launcher has set; 1 where there is none."""
     value = environment.get(name, "")
     return int(value) if value.isdecimal() else 1
+
+
+def ranks_here(environment: Mapping[str, str]) -> int:
+    """Ranks that the launcher has started on this machine; the second name is that of DeepSpeed's launcher."""
+    return count_of(environment, "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE")
 
 
 def _cores(environment: Mapping[str, str], local_ranks: int) -> Finding:

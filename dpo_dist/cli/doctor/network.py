@@ -29,6 +29,7 @@ def network_findings(environment: Mapping[str, str]) -> list[Finding]:
     return [
         *interfaces.values(),
         *_named_interfaces(environment, list(interfaces)),
+        *_launcher(environment),
         *_first_rank(environment),
         _variables(environment),
     ]
@@ -78,6 +79,23 @@ def _matches(variable: str, wanted: str, interfaces: list[str]) -> bool:
     if wanted.startswith("^"):
         return wanted.startswith("^=") or not all(begun)
     return any(begun)
+
+
+def _launcher(environment: Mapping[str, str]) -> list[Finding]:
+    """What every launcher sets, if one was used, or somebody in its place."""
+    if "WORLD_SIZE" not in environment or "MASTER_ADDR" not in environment:
+        return []
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if not environment.get(name, "").isdecimal()]
+    if missing:
+        text = f"WORLD_SIZE and MASTER_ADDR are set, and {', '.join(missing)} is no number"
+        way_out = "start ranks with torchrun, deepspeed or launch/slurm.sbatch, or unset WORLD_SIZE for one process"
+        return [Finding(SECTION, "launcher", text, "problem", way_out)]
+    text = f"rank {environment['RANK']} of {environment['WORLD_SIZE']}"
+    if environment["WORLD_SIZE"] != "1" and "LOCAL_RANK" not in environment:
+        way_out = "set LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun and deepspeed do, if a machine has several ranks"
+        text += "; LOCAL_RANK is not set: all ranks of a machine would take its first GPU"
+        return [Finding(SECTION, "launcher", text, "warning", way_out)]
+    return [Finding(SECTION, "launcher", text)]
 
 
 def _first_rank(environment: Mapping[str, str]) -> list[Finding]:

@@ -14,7 +14,7 @@ from dpo_dist.attention import choose_backend, find_obstacles
 from dpo_dist.attention.packages import PACKAGES
 from dpo_dist.checkpoint import human_bytes
 from dpo_dist.cli.doctor.findings import Finding
-from dpo_dist.cli.doctor.machine import count_of
+from dpo_dist.cli.doctor.machine import ranks_here
 
 SECTION = "software"
 REQUIRED = (
@@ -76,13 +76,13 @@ def _accelerators(environment: Mapping[str, str]) -> list[Finding]:
         return [_without_accelerator(environment, [str(one.message).splitlines()[0] for one in said])]
     count = torch.cuda.device_count()
     findings = [_device(index) for index in range(count)]
-    ranks_here = count_of(environment, "LOCAL_WORLD_SIZE")
-    if ranks_here > count:
+    wanted = ranks_here(environment)
+    if wanted > count:
         findings.append(
             Finding(
                 SECTION,
                 "accelerators",
-                f"{ranks_here} ranks on this machine, and {count} to compute on",
+                f"{wanted} ranks on this machine, and {count} to compute on",
                 "problem",
                 f"start at most {count} ranks here (--nproc-per-node), or correct CUDA_VISIBLE_DEVICES",
             )

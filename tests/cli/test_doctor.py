@@ -8,16 +8,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from dpo_dist.attention.packages import FLASH_3
 from dpo_dist.cli import app
-from dpo_dist.cli.doctor import folders, machine, software
+from dpo_dist.cli.doctor import folders, software
+from dpo_dist.cli.doctor import machine as limits
+from dpo_dist.cli.doctor.waiting import obstacle
 from tests.golden.trajectories import base_config
 from tests.launching import REPOSITORY
+from tests.machine import Machine
 
 
 def doctor(*arguments: str, exit_code: int = 0) -> dict[str, Any]:
@@ -175,6 +181,11 @@ def test_room_for_checkpoints(config: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert half * 12 == checkpoint * 14
 
 
+def test_checkpoints_of_adapters_are_not_estimated(config: str) -> None:
+    found = doctor(config, "adapter.peft_type=lora")["findings"]
+    assert "checkpoints" not in found and found["run folder"]["status"] == "ok"
+
+
 def test_limits_of_the_process(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with _limited(resource.RLIMIT_NOFILE, min(512, hard)):
@@ -183,14 +194,14 @@ def test_limits_of_the_process(config: str, monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)
     with _limited(resource.RLIMIT_MEMLOCK, 65536):
         assert doctor()["findings"]["locked memory"]["status"] == "ok"  # nothing here locks memory
-        monkeypatch.setattr(machine, "INFINIBAND", tmp_path / "infiniband")
+        monkeypatch.setattr(limits, "INFINIBAND", tmp_path / "infiniband")
         locked = doctor()["findings"]["locked memory"]
     assert locked["status"] == "warning" and locked["values"]["soft_bytes"] == 65536
 
 
 def test_more_ranks_than_cores_and_a_small_shared_memory(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5000")
-    monkeypatch.setattr(machine, "_SMALL_SHARED_MEMORY", shutil.disk_usage("/dev/shm").free + (1 << 40))
+    monkeypatch.setattr(limits, "_SMALL_SHARED_MEMORY", shutil.disk_usage("/dev/shm").free + (1 << 40))
     found = doctor()["findings"]
     assert found["CPU cores"]["status"] == found["shared memory"]["status"] == "warning"
     assert "--shm-size" in found["shared memory"]["way_out"]
@@ -224,9 +235,9 @@ def test_limits_of_a_container(
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "groups")
-    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
-    assert (machine.memory_of_container(), machine.cores_of_container()) == (memory, cores)
+    monkeypatch.setattr(limits, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(limits, "OWN_CGROUPS", tmp_path / "own")
+    assert (limits.memory_of_container(), limits.cores_of_container()) == (memory, cores)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +281,24 @@ def test_a_gpu_that_is_asked_for_and_not_there(config: str, monkeypatch: pytest.
     assert doctor()["findings"]["accelerators"]["status"] == "warning"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert "CUDA_VISIBLE_DEVICES=0,1" in problem(doctor(exit_code=2), "accelerators")
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # DeepSpeed's launcher sets the other variable on any machine
+    assert doctor()["findings"]["accelerators"]["status"] == "warning"
+
+
+def test_gpus_that_are_not_here(config: str, monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """Two devices that are made up: what is said of them, and of three ranks that share them."""
+    properties = SimpleNamespace(name="GPU of a test", total_memory=80 << 30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    machine.has("9.0", FLASH_3)
+    found = {finding.name: finding for finding in software.software_findings({"LOCAL_WORLD_SIZE": "2"})}
+    assert found["accelerator 1"].text == "GPU of a test, 80.0 GiB, compute capability 9.0"
+    assert found["attention kernels"].values["usable"] == ["flash_attn", "torch", "sdpa"]
+    assert "GPUs for ranks" not in found
+    found = {finding.name: finding for finding in software.software_findings({"LOCAL_WORLD_SIZE": "3"})}
+    assert found["GPUs for ranks"].status == "problem"
+    assert obstacle(list(found.values())) is not None
 
 
 def test_a_package_that_is_missing(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +319,21 @@ def test_folders_of_several_nodes_must_be_shared(config: str, monkeypatch: pytes
     monkeypatch.setenv("LOCAL_SIZE", "16")
     monkeypatch.setattr(folders, "file_system", lambda folder: ("ext4", "/"))
     assert doctor(config)["findings"]["file system"]["status"] == "ok"
+
+
+def test_the_file_system_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest place that holds it, of two at one place the later; also of a folder that is not there yet."""
+    inner = tmp_path / "a"
+    inner.mkdir()
+    mounts = [(str(inner), "nfs4"), (str(tmp_path), "xfs"), (str(tmp_path), "lustre"), ("/", "ext4"), ("/none", "zfs")]
+    found = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts]
+    monkeypatch.setattr(folders.psutil, "disk_partitions", lambda all: found)
+    assert folders.file_system(inner / "new" / "out") == ("nfs4", str(inner))
+    assert folders.file_system(tmp_path / "b") == ("lustre", str(tmp_path))
+    assert folders.file_system(Path("/ab")) == ("ext4", "/")
+    assert [folders.kind_of(one) for one in ("nfs4", "xfs", "ramfs", "fuse.new")] == [
+        "shared", "local", "memory", "unknown",
+    ]  # fmt: skip
 
 
 def test_variables_of_a_launcher(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,13 @@ def test_folders_that_are_not_the_same(config: str, tmp_path: Path) -> None:
     assert "are not seen" in report["findings"]["shared folder"]["text"]
 
 
+def test_ranks_that_share_a_disk_need_no_shared_file_system(config: str, tmp_path: Path) -> None:
+    """As two containers of one machine: what the launcher says of nodes counts less than what was tried."""
+    ranks = [{"arguments": [config], "environment": {"LOCAL_WORLD_SIZE": "1"}}] * 2
+    found = examine(tmp_path, *ranks)["findings"]
+    assert found["file system"]["status"] != "problem" and found["shared folder"]["status"] == "ok"
+
+
 def test_a_folder_that_one_rank_cannot_write(config: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     own = {"arguments": [config, f"train.output_dir={tmp_path}/file/out"]}

@@ -39,19 +39,20 @@ from dpo_dist.distributed import launched_rank, process_group
 DEFAULT_TIMEOUT = 120  # seconds; a run waits longer, for it has longer things to wait for
 
 
-def examine_here(config: RunConfig | None, cache_dir: Path) -> list[Finding]:
+def examine_here(config: RunConfig | None, cache_dir: Path, ranks_meet: bool = False) -> list[Finding]:
     """All that this process can see by itself.
 
     Args:
         config: of the run, if there is one to look at.
         cache_dir: of dpo_dist.
+        ranks_meet: what they will find out together is left to that.
     """
     findings = [*software_findings(os.environ), *machine_findings(os.environ), *network_findings(os.environ)]
     findings += cache_findings(cache_dir)
     if config is None:
         return findings
     inputs, num_trained = input_findings(config, os.environ)
-    return [*findings, *run_folder_findings(config, os.environ, num_trained), *inputs]
+    return [*findings, *run_folder_findings(config, os.environ, num_trained, ranks_meet), *inputs]
 
 
 def run_doctor(config: RunConfig | None, cache_dir: Path, json_wanted: bool) -> int:
@@ -79,7 +80,7 @@ def run_distributed(config: RunConfig | None, mistake: str, cache_dir: Path, jso
     """
     set_up_logging()
     num_ranks = count_of(os.environ, "WORLD_SIZE")
-    own = Own(config, mistake, examine_here(config, cache_dir))
+    own = Own(config, mistake, examine_here(config, cache_dir, ranks_meet=True))
     with _kept_output() as print_report:
 
         def tell(findings: Sequence[Finding]) -> None:

@@ -56,13 +56,16 @@ def cache_findings(cache: Path) -> list[Finding]:
     return [_room("cache", cache)]
 
 
-def run_folder_findings(config: RunConfig, environment: Mapping[str, str], num_trained: int | None) -> list[Finding]:
+def run_folder_findings(
+    config: RunConfig, environment: Mapping[str, str], num_trained: int | None, ranks_meet: bool = False
+) -> list[Finding]:
     """What a run's own folder needs; makes no folder that stays.
 
     Args:
         config: names the folder.
         environment: of this process.
         num_trained: parameters; None where that is not known.
+        ranks_meet: they will try whether they share the folder, which its type can only suggest.
     """
     folder = Path(config.train.output_dir).expanduser().absolute()
     if problem := _not_usable(config, folder):

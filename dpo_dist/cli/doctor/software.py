@@ -81,7 +81,7 @@ def _accelerators(environment: Mapping[str, str]) -> list[Finding]:
         findings.append(
             Finding(
                 SECTION,
-                "accelerators",
+                "GPUs for ranks",
                 f"{wanted} ranks on this machine, and {count} to compute on",
                 "problem",
                 f"start at most {count} ranks here (--nproc-per-node), or correct CUDA_VISIBLE_DEVICES",
@@ -101,7 +101,8 @@ def _device(index: int) -> Finding:
 def _without_accelerator(environment: Mapping[str, str], said: list[str]) -> Finding:
     """Nothing to compute on but the CPU: as it should be, or in spite of a GPU."""
     text, detail = "none: runs on CPU", f" ({said[0]})" if said else ""
-    if environment.get("CUDA_VISIBLE_DEVICES"):
+    # DeepSpeed's launcher sets it on a machine without any.
+    if environment.get("CUDA_VISIBLE_DEVICES") and "LOCAL_SIZE" not in environment:
         return Finding(
             SECTION,
             "accelerators",

@@ -14,7 +14,7 @@ from dpo_dist.peers import is_peer_lost
 SECTION = "ranks"
 GRACE = 15.0  # seconds that gloo has to say by itself that nobody answers
 # Of these findings a problem keeps a rank from meeting the others at all.
-_ENTRANCE = frozenset({"accelerators", "launcher", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
+_ENTRANCE = frozenset({"GPUs for ranks", "launcher", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 
 
 def obstacle(findings: list[Finding]) -> Finding | None:

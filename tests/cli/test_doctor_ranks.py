@@ -11,9 +11,11 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_dist.cli import app
+from dpo_dist.cli.doctor import meeting
 from dpo_dist.cli.doctor.agreement import clock_finding, place_finding, variable_finding
 from dpo_dist.cli.doctor.findings import Finding, describe_ranks, merged
 from dpo_dist.cli.doctor.traffic import SIZES, bandwidths, clock_offset
+from dpo_dist.config import load_config
 from tests.forking import fork_ranks
 from tests.golden.trajectories import base_config
 from tests.launching import REPOSITORY, launch
@@ -211,3 +213,20 @@ def test_the_page_names_every_finding_of_ranks(config: str, tmp_path: Path) -> N
     names = {one["name"].split(" ")[0] if one["name"].startswith("all-") else one["name"]
              for one in report["findings"].values() if one["section"] == "ranks"}  # fmt: skip
     assert len(names) >= 8 and not [name for name in names if f"`{name}`" not in page]
+
+
+def test_files_that_come_late_are_waited_for(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system: at first a name is missing, then what is in the file."""
+    run_config = load_config(config)
+    with meeting._Probe(run_config, 0, "t") as probe, meeting._Probe(run_config, 1, "t"):
+        folder = tmp_path / ".doctor-t"
+        late = iter([lambda: (folder / "rank-2").touch(), lambda: (folder / "rank-1").write_text("1")])
+        (folder / "rank-1").write_text("")
+        monkeypatch.setattr(meeting.time, "sleep", lambda _: next(late)())
+        assert probe.look([0, 1, 2])["seen"] == [0, 1, 2]
+        assert next(late, None) is None  # it has waited for both
+        monkeypatch.undo()
+        (folder / "rank-2").unlink()
+        monkeypatch.setattr(meeting, "LONGEST_WAIT", 0.1)
+        assert probe.look([0, 1, 2])["seen"] == [0, 1]
+    assert not folder.exists()

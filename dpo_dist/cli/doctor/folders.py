@@ -70,8 +70,8 @@ def run_folder_findings(
     folder = Path(config.train.output_dir).expanduser().absolute()
     if problem := _not_usable(config, folder):
         return [problem]
-    findings = [_room("run folder", folder), _lock(folder)]
-    findings.append(_file_system(folder, count_of(environment, "WORLD_SIZE") > ranks_here(environment)))
+    has_several_nodes = count_of(environment, "WORLD_SIZE") > ranks_here(environment) and not ranks_meet
+    findings = [_room("run folder", folder), _lock(folder), _file_system(folder, has_several_nodes)]
     if num_trained is not None:
         findings.append(_checkpoints(config, folder, num_trained))
     return findings

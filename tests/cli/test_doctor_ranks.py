@@ -153,6 +153,8 @@ def test_a_rank_that_does_not_answer(tmp_path: Path, fault: str, more: dict[str,
     assert finding["name"] == "meeting" and finding["status"] == "problem"
     assert "within 3 seconds (--timeout)" in finding["text"] and "parallel.ddp_timeout" in finding["way_out"]
     assert any(stage in finding["text"] for stage in while_.split("|"))
+    # What the backend said stands in brackets.
+    assert ("(" in finding["text"].split(" while ")[1]) == ("grace" not in more)
 
 
 def test_ranks_that_cannot_meet(tmp_path: Path) -> None:

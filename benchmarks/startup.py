@@ -26,7 +26,7 @@ from dpo_dist.demo import demo_model_folder
 LIMIT = 3.3
 _DATA = """
 import dpo_dist.cli as cli
-cli._quiet_imports()
+cli.quiet_imports()
 with cli.importing():
     from dpo_dist.cli import logs, prepare
 from dpo_dist.pretrained import load_config

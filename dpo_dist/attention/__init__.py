@@ -19,7 +19,7 @@ Here is what can be asked without a model class; `interface.py`, which needs one
     q, k of one segment
 """
 
-from dpo_dist.attention.choice import choose_backend
+from dpo_dist.attention.choice import choose_backend, find_obstacles
 from dpo_dist.attention.limits import AttentionNeeds
 
-__all__ = ["AttentionNeeds", "choose_backend"]
+__all__ = ["AttentionNeeds", "choose_backend", "find_obstacles"]

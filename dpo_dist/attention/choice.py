@@ -34,7 +34,7 @@ def choose_backend(
     """
     if requested == "auto" and device.type != "cuda":
         return "sdpa", f"the only one on {device.type}"
-    obstacles = {name: _obstacle(name, device, dtype, needs) for name in BACKENDS}
+    obstacles = find_obstacles(device, dtype, needs)
     if requested != "auto":
         if obstacle := obstacles[requested]:
             raise ConfigError(
@@ -44,6 +44,17 @@ def choose_backend(
     chosen = next(name for name, obstacle in obstacles.items() if obstacle is None)
     passed_over = [f"{name} {obstacles[name]}" for name in BACKENDS[: BACKENDS.index(chosen)]]
     return chosen, "; ".join(passed_over) or f"the fastest one, from {find_package(_capability(device))[1]}"
+
+
+def find_obstacles(
+    device: torch.device, dtype: torch.dtype, needs: Sequence[AttentionNeeds] = ()
+) -> dict[str, str | None]:
+    """Why a kernel cannot be taken, by its name, the fastest first; None of one that can be.
+
+    Args:
+        device, dtype, needs: as of `choose_backend`; without needs what holds for every model.
+    """
+    return {name: _obstacle(name, device, dtype, needs) for name in BACKENDS}
 
 
 def _as_configured(requested: str, device: torch.device, needs: Sequence[AttentionNeeds]) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """`dpo-dist <command>`: builds the objects and calls the layer below.
 
+    starting.py  imports, the cache folder, and how a mistake is shown
     prepare.py   all that can be known before a process group exists
     data_rules.py  settings and data that do not go together
     remarks.py   what is allowed and seldom meant
@@ -16,6 +17,7 @@
     exporting.py `export`
     ending.py    how a rank ends
     checking.py  `check`
+    doctoring.py `doctor`; doctor/ has what it looks at
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
     redaction.py secrets, which it does not write
@@ -24,14 +26,9 @@ Imports of torch and transformers stand inside the commands, so that a mistake i
 seconds. Together with `distributed/groups.py` the only place that reads environment variables.
 """
 
-import gc
 import json
-import logging
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,12 +36,10 @@ import typer
 
 from dpo_dist import __version__
 from dpo_dist.cli import launch_options, launching
-from dpo_dist.cli.ending import end_rank, is_out_of_memory, leaving_when_asked, out_of_memory, tell_launcher
+from dpo_dist.cli.ending import end_rank, leaving_when_asked
 from dpo_dist.cli.redaction import redact_tracebacks, redacted
+from dpo_dist.cli.starting import cache_dir, importing, quiet_imports, user_errors
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
-from dpo_dist.errors import ConfigError, DpoDistError
-from dpo_dist.peers import is_peer_lost, peer_lost
-from dpo_dist.phases import arm
 
 app = typer.Typer(
     help="Direct Preference Optimization for language models that need more than one GPU.",
@@ -71,67 +66,6 @@ def main() -> None:
         if "RANK" in os.environ and isinstance(exit_code, int):
             end_rank(exit_code)
         raise
-
-
-def cache_dir() -> Path:
-    """Where converted models and tokenised data are kept: $DPO_DIST_CACHE, else the user's cache folder."""
-    if own := os.environ.get("DPO_DIST_CACHE"):
-        return Path(own).expanduser()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_dist"
-    except RuntimeError:  # as in a container whose user is a number
-        raise ConfigError("this user has no home folder; set DPO_DIST_CACHE to a folder for the cache") from None
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Inside, packages are imported, in a fifth less time.
-
-    They make very many objects that stay, and the garbage collector looks through them again and again. It is off
-    meanwhile, and leaves them alone afterwards.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _quiet_imports() -> None:
-    """Settle what other packages would otherwise print while they are imported and used."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar in a log is a line for every change
-    # It says at its import which kernels it lacks, whether or not anything is quantised.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with importing():
-        import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Show a user's mistake once, without a traceback, and leave with its exit code."""
-    try:
-        testing = os.environ.get("DPO_DIST_TESTING") == "1"
-        arm(os.environ.get("DPO_DIST_FAULT", "") if testing else "", int(os.environ.get("RANK", "0")))
-        yield
-    except Exception as raised:
-        error = peer_lost(raised) if is_peer_lost(raised) else raised
-        if not isinstance(error, DpoDistError) and not is_out_of_memory(error):
-            raise
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            # The first rank has most likely met the same mistake and says it; its launcher then ends this process.
-            # Only a rank that fails alone lives to speak.
-            time.sleep(15)
-        said = str(error) if isinstance(error, DpoDistError) else out_of_memory(error)
-        text = redacted((f"error on rank {rank}: " if rank else "error: ") + said)
-        print(text, file=sys.stderr, flush=True)
-        tell_launcher(text)
-        raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
 
 def _prepare(config: RunConfig, look_only: bool = False) -> Any:
@@ -163,10 +97,10 @@ def _options(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train the policy. Alone, or once per rank under torchrun or the deepspeed launcher."""
-    with _user_errors():
+    with user_errors():
         run_config = load_config(config, overrides or ())
         with leaving_when_asked():
-            _quiet_imports()
+            quiet_imports()
             prepared = _prepare(run_config)
             with importing():
                 from dpo_dist.cli.training import run_prepared
@@ -184,9 +118,9 @@ def check(
 
     Makes no run folder; what it tokenises stays in the cache for the run.
     """
-    with _user_errors():
+    with user_errors():
         run_config = load_config(config, overrides or ())
-        _quiet_imports()
+        quiet_imports()
         prepared = _prepare(run_config, look_only=True)
         with importing():
             from dpo_dist.cli.checking import print_check
@@ -210,7 +144,7 @@ def launch(
     dry_run: launch_options.DryRun = False,
 ) -> None:
     """Start all ranks of a run; what `--help` says stands in `launch_options.py`."""
-    with _user_errors():
+    with user_errors():
         run_config = load_config(config, overrides or ())
         where = launch_options.Where(nodes, launcher, gpus, head, run_id, node_rank, hostfile, script, stop_seconds)
         command = launching.plan_launch(run_config, config, overrides or (), where)
@@ -222,14 +156,29 @@ def launch(
 
 
 @app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A run that is to start here.")] = None,
+    overrides: Overrides = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help="Examine all ranks together.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    timeout: Annotated[int | None, typer.Option(min=1, help="With --distributed: seconds to wait for a rank.")] = None,
+) -> None:
+    """Say whether training can start here: packages, GPUs, network, limits, disks; with CONFIG also what it needs."""
+    with user_errors():
+        from dpo_dist.cli.doctoring import examine
+
+        raise typer.Exit(examine(config, overrides or (), cache_dir(), distributed, as_json, timeout, quiet_imports))
+
+
+@app.command()
 def precompute(config: ConfigPath, overrides: Overrides = None) -> None:
     """Store the reference's log-probabilities of all data for later runs. Alone, or once per rank, as `train`.
 
     Runs with reference.source=cache or auto find them, whatever their loss, learning rate, folder and number of ranks.
     """
-    with _user_errors():
+    with user_errors():
         run_config = load_config(config, overrides or ())
-        _quiet_imports()
+        quiet_imports()
         with importing():
             from dpo_dist.cli.logs import set_up_logging
             from dpo_dist.cli.precomputing import run_precompute
@@ -253,8 +202,8 @@ def export(
     ] = None,
 ) -> None:
     """Turn a checkpoint into a model folder for transformers, or an adapter's into one for PEFT. One process."""
-    with _user_errors():
-        _quiet_imports()
+    with user_errors():
+        quiet_imports()
         from dpo_dist.cli.exporting import run_export
 
         typer.echo(run_export(checkpoint, out, trust_remote_code, merged, base, cache_dir()))
@@ -279,8 +228,8 @@ def schema(
 @app.command(name="demo-model")
 def demo_model() -> None:
     """Convert the demo model (SmolLM2-135M-Instruct) if that is still to be done, and print its folder."""
-    with _user_errors():
-        _quiet_imports()
+    with user_errors():
+        quiet_imports()
         from dpo_dist.demo import demo_model_folder
 
         typer.echo(demo_model_folder(cache_dir()))

@@ -3,30 +3,34 @@
 import json
 
 from dpo_dist.cli.prepare import Prepared
-from dpo_dist.config import is_local
+from dpo_dist.config import RunConfig, is_local
 from dpo_dist.packing import StepPlan
 from dpo_dist.pretrained import adapter_kind
 
 
-def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
-    """What every rank must have alike. Where a node keeps data and models is its own affair: what they hold counts."""
-    values = prepared.config.model_dump(mode="json")
+def settings_of(config: RunConfig) -> dict[str, str]:
+    """What every rank must have set alike, by key and as JSON: not where a node keeps models and data."""
+    values = config.model_dump(mode="json")
     for source in (*values["data"]["train"], *values["data"]["evaluation"]):
         del source["path"]
     del values["model"]["model_name_or_path"], values["model"]["reference_name_or_path"]
     del values["model"]["tokenizer_name_or_path"], values["adapter"]["adapter_name_or_path"]
     del values["reference"]["cache_dir"]  # the first rank's alone is used
-    held_out = {
-        f"the data of data.evaluation.{index}": dataset.fingerprint
-        for index, dataset in enumerate(prepared.evaluation_sets.values())
-    }
-    settings = {
+    return {
         f"{section}.{key}": json.dumps(value, sort_keys=True)
         for section, keys in values.items()
         for key, value in keys.items()
     }
+
+
+def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
+    """What every rank must have alike. Where a node keeps data and models is its own affair: what they hold counts."""
+    held_out = {
+        f"the data of data.evaluation.{index}": dataset.fingerprint
+        for index, dataset in enumerate(prepared.evaluation_sets.values())
+    }
     return {
-        **settings,
+        **settings_of(prepared.config),
         "the training data": prepared.dataset.fingerprint,
         **held_out,
         "the policy's weights": prepared.weights_of(prepared.model_folder),

@@ -30,10 +30,15 @@ _NAMES = re.compile(r"(?:TOKEN|API_KEY|PASSWORD|PASSWD|PASSPHRASE|SECRET|SECRET_
 _SHORTEST = 8  # characters; a shorter value of the environment may be an ordinary word
 
 
+def is_secret(name: str) -> bool:
+    """Whether an environment variable holds a secret, by its name."""
+    return _NAMES.search(name) is not None
+
+
 def redacted(text: str) -> str:
     """The same text without what looks like a secret, and without the values of this environment's secrets."""
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _NAMES.search(name):
+        if len(value) >= _SHORTEST and is_secret(name):
             text = text.replace(value, HIDDEN)
     for pattern, shown in _PATTERNS:
         text = pattern.sub(shown, text)

@@ -11,6 +11,7 @@ from dpo_dist.metrics import TRACKER_PACKAGES
 LOCK_FILE = ".lock"
 # What a start leaves that was killed before it wrote its configuration: nothing that a new run could spoil.
 LEFTOVERS = frozenset({LOCK_FILE, "tensorboard"})
+PROBE = ".doctor-"  # how the names begin of what `dpo-dist doctor` writes and removes
 
 
 def require_no_gpu_meant(build: str, devices: Path = Path("/dev")) -> None:
@@ -65,7 +66,9 @@ def require_possible_output(config: RunConfig) -> None:
 def output_in_use(config: RunConfig) -> str | None:
     """Why this run may not write into its folder, and the ways out; None where it may."""
     folder, resume = Path(config.train.output_dir), config.checkpoint.resume
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} - LEFTOVERS:
+    if not folder.is_dir():
+        return None
+    if all(path.name in LEFTOVERS or path.name.startswith(PROBE) for path in folder.iterdir()):
         return None
     if resume == "never":
         return (

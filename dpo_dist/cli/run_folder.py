@@ -128,6 +128,17 @@ def write_config(config: RunConfig) -> None:
     replace_text(Path(config.train.output_dir) / CONFIG_FILE, dump_resolved(config))
 
 
+def checkpoint_bytes(num_trained: int, is_float32: bool) -> int:
+    """About how much a checkpoint takes, with its optimizer.
+
+    Args:
+        num_trained: parameters.
+        is_float32: whether the model computes in float32, and its weights are written once only.
+    """
+    # AdamW's two states and the weights in float32, and the weights themselves where they are half as wide.
+    return num_trained * (12 if is_float32 else 14)
+
+
 def require_space(config: RunConfig, estimate: int) -> None:
     """Look for room for two checkpoints before there is a first one.
 

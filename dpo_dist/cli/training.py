@@ -20,6 +20,7 @@ from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.resuming import Start, find_start
 from dpo_dist.cli.run_folder import (
     CONFIG_FILE,
+    checkpoint_bytes,
     locked,
     record_model,
     require_space,
@@ -221,9 +222,8 @@ def _open_folder(run: Run, start: Start) -> None:
         if run.ranks.is_first:
             if start.checkpoint is None or not (Path(run.config.train.output_dir) / CONFIG_FILE).exists():
                 write_config(run.config)
-                # AdamW's two states and the weights in float32, and the weights themselves where they are half as wide.
-                half = 2 if run.policy.dtype != torch.float32 else 0
-                require_space(run.config, run.policy.num_trained * (12 + half))
+                is_float32 = run.policy.dtype == torch.float32
+                require_space(run.config, checkpoint_bytes(run.policy.num_trained, is_float32))
             start_trackers(run.config, run.metrics_file, start.first_step)
 
 

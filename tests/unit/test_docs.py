@@ -139,7 +139,7 @@ def _argument_problems(page: str, arguments: list[str], folder: Path) -> list[st
         given = COMMANDS[name].make_context(name, arguments[1:]).params
     except Exception as error:  # typer brings its own click, whose errors have no public name
         return [f"{page}: dpo-dist {' '.join(arguments)}: {error}"]
-    if "config" not in given:
+    if given.get("config") is None:
         return []
     example_file = folder / given["config"]
     return _load_problems(page, example_file if example_file.is_file() else given["config"], given["overrides"] or [])

@@ -115,7 +115,7 @@ def test_in_the_models_own_forward(error: Exception, expected: type | None) -> N
 
 def test_it_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     for error in (LOST, PeerLostError("another rank is gone")):
-        with pytest.raises(typer.Exit) as end, cli._user_errors():
+        with pytest.raises(typer.Exit) as end, cli.user_errors():
             raise error
         assert end.value.exit_code == 1
         (line,) = capsys.readouterr().err.splitlines()

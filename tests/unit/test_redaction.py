@@ -63,7 +63,7 @@ def test_in_an_error_and_in_what_torchrun_repeats(
 ) -> None:
     report = tmp_path / "report"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
-    with pytest.raises(typer.Exit), cli._user_errors():
+    with pytest.raises(typer.Exit), cli.user_errors():
         raise ModelError(f"model.model_name_or_path={HUB} does not exist")
     assert capsys.readouterr().err == "error: model.model_name_or_path=hf_*** does not exist\n"
     assert HUB not in report.read_text() and "hf_***" in json.loads(report.read_text())["message"]

@@ -8,6 +8,7 @@
 #   NNODES        machines: 1
 #   HEAD          where they meet, with more than one: the name of one of them, or name:port; the port is 29500
 #   RUN_ID        with more than one: a name that only the machines of this run use: dpo_dist
+#   COMMAND       what they run: train, or precompute
 #   STOP_SECONDS  how long a step and a save may take after a stop request, before ranks are killed: 600
 #
 # SIGTERM, SIGINT and SIGUSR1 stop the run after its step, with a checkpoint.
@@ -35,4 +36,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # torchrun dies of SIGUSR1 unless it is told to pass it on, and kills its ranks 30 s after a signal.
 exec torchrun --nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts 0 "${meet[@]}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${STOP_SECONDS:-600}" \
-  -m dpo_dist train "$@"
+  -m dpo_dist "${COMMAND:-train}" "$@"

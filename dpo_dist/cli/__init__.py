@@ -15,6 +15,7 @@
     precomputing.py  `precompute`
     launching.py `launch` (launch_options.py: what it is told)
     exporting.py `export`
+    comparing.py `compare`
     ending.py    how a rank ends
     checking.py  `check`
     doctoring.py `doctor`; doctor/ has what it looks at
@@ -207,6 +208,25 @@ def export(
         from dpo_dist.cli.exporting import run_export
 
         typer.echo(run_export(checkpoint, out, trust_remote_code, merged, base, cache_dir()))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or a folder of them.")],
+    metric: Annotated[list[str] | None, typer.Option(help="What to show; may be given several times.")] = None,
+    by: Annotated[str | None, typer.Option(help="The metric to sort by, the best first; that shown first.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The held-out set whose values are shown; the first.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all values.")] = False,
+) -> None:
+    """Show what runs differ in and what came of it, in one table: the held-out values of the step that was exported."""
+    with user_errors():
+        from dpo_dist.cli import comparing
+
+        if as_csv and as_json:
+            raise typer.BadParameter("--csv and --json are two forms; give one of them")
+        form = "csv" if as_csv else "json" if as_json else "table"
+        typer.echo(comparing.compare(folders, metric or [], by, dataset, form))
 
 
 @app.command()

@@ -1,13 +1,16 @@
 """Jobs of `launch/slurm.sbatch` on a real Slurm: whatever interrupts one, it ends with the numbers of one run."""
 
+import csv
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.machines import NAMES, two_machines, until
-from tests.cluster.runs import compare, compare_nearly, environment, reference_run, write_config
+from tests.cluster.runs import STEPS, compare, compare_nearly, environment, reference_run, write_config
 from tests.cluster.slurm import Slurm, slurm_on
 from tests.launching import REPOSITORY
 
@@ -87,10 +90,32 @@ def test_a_machine_fails_and_fewer_come_back(slurm: Slurm, undisturbed: Path, tm
     slurm("scontrol", "update", f"nodename={NAMES[1]}", "state=down", "reason=test")
     try:
         until(lambda: slurm.job(job)["Restarts"] == "1" and slurm.job(job)["JobState"] == "PENDING", 60, "queued again")
-        slurm("scontrol", "update", f"jobid={job}", "numnodes=1")  # one machine is better than none
+        slurm("scontrol", "update", f"jobid={job}", "numnodes=1", "numtasks=1", "numcpus=1")  # better than none
         ends_well(slurm, job, tmp_path, restarts=1)
     finally:
         slurm("scontrol", "update", f"nodename={NAMES[1]}", "state=resume")
     said = log_of(tmp_path, job)
     assert "was saved by 2 processes at ZeRO stage 3 and goes on with 1 process at ZeRO stage 3" in said
-    compare_nearly(undisturbed, tmp_path)
+    (saved,) = re.findall(r"resuming after step (\d+)", said)
+    compare_nearly(undisturbed, tmp_path, int(saved))
+
+
+def test_a_sweep(slurm: Slurm, tmp_path: Path) -> None:
+    """Two runs that share the scores of one reference."""
+    write_config(tmp_path)
+    (tmp_path / "lines").write_text("loss.beta=0.1\nloss.beta=0.3 train.max_steps=5\n")
+    variables = environment() | {"NPROC": "1", "SBATCH_OPTIONS": "--nodes=1", "DPO_DIST_CACHE": str(tmp_path / "cache")}
+    said = slurm("bash", str(SCRIPT.parent / "sweep.sh"), "run.yaml", "sweep", "lines", cwd=tmp_path, **variables)
+    job = said.split()[1].rstrip(":")
+    until(
+        lambda: slurm("squeue", "-h", "-t", "all", "-r", "-o", "%T", "-j", job).split() == 2 * ["COMPLETED"], 240, said
+    )
+    logs = [path.read_text() for path in sorted(tmp_path.glob("dpo_dist-*_*.log"))]
+    assert len(logs) == 2 and all(re.search(r"reference: cache: .*all \d+ values are in", log) for log in logs)
+    done = subprocess.run(["dpo-dist", "compare", "sweep", "--csv"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert {(row["loss.beta"], row["state"], row["step"]) for row in rows} == {
+        ("0.1", "finished", str(STEPS)),
+        ("0.3", "finished", "5"),
+    }

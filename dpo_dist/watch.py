@@ -18,10 +18,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dpo_dist.distributed import Ranks, barrier
+from dpo_dist.flight_recorder import last_collectives, write_trace
 from dpo_dist.peers import is_peer_lost
 from dpo_dist.phases import Place, place, reach
 
-FOLDER = "hang"
+FOLDER, TRACES = "hang", "nccl-"
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py")
 _GRACE = 30.0  # seconds that the ranks have to write their reports after the first one, at most
 
@@ -104,16 +105,23 @@ class _Watch(threading.Thread):
         """Write down where this rank stands, once."""
         path = self._folder / f"rank-{self._ranks.rank:05d}.txt"
         here, began = place(), path.with_suffix(".tmp")
-        values = {"step": here.step, "phase": here.phase, "count": here.count, "waits": self._waits_for_others()}
+        on_gpu = self._ranks.device.type == "cuda"
+        begun, last = last_collectives(on_gpu)
+        # Of a GPU's waiting nothing is to be seen here.
+        waits = on_gpu or _is_in_collective()
+        values = {"step": here.step, "phase": here.phase, "count": here.count, "begun": begun, "waits": waits}
         with suppress(OSError):  # nor must a full disk
             self._folder.mkdir(exist_ok=True)
             if path.exists():
                 return
             with began.open("w") as file:
                 file.write(json.dumps(values) + "\n\n")
-                file.flush()
+                file.flush()  # the traceback goes past Python's buffer
                 faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\nThe last collectives of this rank, the newest last:\n" + "".join(last))
             began.replace(path)
+        if on_gpu:
+            write_trace(self._folder / f"{TRACES}{self._ranks.rank}")
 
     def _gather(self, found: dict[int, dict[str, Any]]) -> None:
         """What every rank has written down, of those that do so in time."""
@@ -125,16 +133,16 @@ class _Watch(threading.Thread):
                     found[int(path.stem.removeprefix("rank-"))] = values
             time.sleep(0.2)
 
-    def _waits_for_others(self) -> bool:
-        """Whether any thread of this process is in a collective; of a GPU's nothing is to be seen."""
-        return self._ranks.device.type == "cuda" or _is_in_collective()
-
     def _verdict(self, here: Place, found: dict[int, dict[str, Any]]) -> str:
         silent = sorted(set(range(self._ranks.world_size)) - found.keys() - {self._ranks.rank})
         furthest = max((there["count"] for there in found.values()), default=0)
-        # Of those that have got equally far, who waits in a collective waits for one who does not.
-        behind = sorted(rank for rank, there in found.items() if there["count"] < furthest) or sorted(
-            rank for rank, there in found.items() if not there["waits"]
+        most = max((there["begun"] for there in found.values()), default=0)
+        # Of those that have got equally far, who has begun a collective waits for one who has not; and so does who is
+        # in one.
+        behind = (
+            sorted(rank for rank, there in found.items() if there["count"] < furthest)
+            or sorted(rank for rank, there in found.items() if there["begun"] < most)
+            or sorted(rank for rank, there in found.items() if not there["waits"])
         )
         stacks = f"see {self._folder}/rank-*.txt for where each rank stands"
         if silent:

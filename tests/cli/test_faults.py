@@ -130,7 +130,7 @@ def test_a_ruined_model_is_neither_saved_nor_exported(out: Path, monkeypatch: py
 # ---- ranks that hang
 
 
-def launch_with(out: Path, faults: str) -> tuple[int, str, float]:
+def launch_with(out: Path, faults: str, deepspeed: str) -> tuple[int, str, float]:
     started = time.monotonic()
     done = fork_ranks(
         2,
@@ -138,6 +138,7 @@ def launch_with(out: Path, faults: str) -> tuple[int, str, float]:
         "train",
         "run.yaml",
         "parallel.ddp_timeout=6",
+        f"parallel.deepspeed={deepspeed}",
         cwd=out.parent,
         env={"DPO_DIST_TESTING": "1", "DPO_DIST_FAULT": faults},
     )
@@ -151,6 +152,8 @@ def launch_with(out: Path, faults: str) -> tuple[int, str, float]:
             "stop@1:2:forward", "rank 1 does not answer: stopped, or its machine is gone", marks=pytest.mark.thorough
         ),
         ("hang@1:2:forward", "rank 1 does not get any further than step 2, forward"),
+        # Where the other rank waits in ZeRO-3's own calls, only the collectives that each has begun tell who is behind.
+        ("hang@1:2:backward", "rank 1 does not get any further than step 2, backward"),
         pytest.param("stop@0:3:save", "rank 0 does not answer", marks=pytest.mark.thorough),
         pytest.param(
             "hang@0:2:agree", "rank 0 does not get any further than step 2, agree", marks=pytest.mark.thorough
@@ -158,7 +161,8 @@ def launch_with(out: Path, faults: str) -> tuple[int, str, float]:
     ],
 )
 def test_a_rank_that_hangs_is_named_and_all_end(out: Path, fault: str, who: str) -> None:
-    code, said, seconds = launch_with(out, fault)
+    file = "zero3_cpu" if "backward" in fault else "zero0_cpu"
+    code, said, seconds = launch_with(out, fault, file)
     assert code in (1, -signal.SIGKILL) and seconds < 60  # the server of the tests kills one that is stopped
     assert who in said and "nothing has moved for parallel.ddp_timeout=6 seconds" in said, said
     hanging = 1 if "@1" in fault else 0

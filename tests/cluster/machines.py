@@ -84,7 +84,13 @@ def two_machines(folder: Path) -> Iterator[Machines]:
 
 def _remove() -> None:
     for name in NAMES:
+        # What a killed test has left in a namespace would keep it, and the link into it.
+        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+        for process in left.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", f"v{name}"], capture_output=True, check=False)
     subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 

@@ -33,9 +33,14 @@ def ranks(world_size: int) -> Ranks:
     return Ranks(0, world_size, 0, torch.device("cpu"))
 
 
-def others_report(folder: Path, rank: int, step: int, phase: str, count: int, waits: bool = True) -> None:
+OWN = 7  # collectives that this rank has begun, in its report
+
+
+def others_report(
+    folder: Path, rank: int, step: int, phase: str, count: int, waits: bool = True, begun: int = OWN
+) -> None:
     (folder / "hang").mkdir(exist_ok=True)
-    values = {"step": step, "phase": phase, "count": count, "waits": waits}
+    values = {"step": step, "phase": phase, "count": count, "waits": waits, "begun": begun}
     (folder / "hang" / f"rank-{rank:05d}.txt").write_text(json.dumps(values))
 
 
@@ -49,10 +54,15 @@ def others_report(folder: Path, rank: int, step: int, phase: str, count: int, wa
         (3, [(1, 5, "forward", 3), (2, 5, "forward", 3, False)], "ranks 0, 2 do not get any further than step 5, for"),
         (2, [(1, 5, "forward", 3, False)], "all ranks stand at the same place: look at the network between them"),
         (2, [(1, 5, "update", 9)], "rank 0 does not get any further than step 5, forward"),
+        (3, [(1, 5, "forward", 3, True, 7), (2, 5, "forward", 3, True, 6)], "rank 2 does not get any further than st"),
+        (2, [(1, 5, "forward", 3, False, 8)], "rank 0 does not get any further than step 5, forward"),
     ],
 )
-def test_who_does_not_answer(tmp_path: Path, world_size: int, reports: list[tuple], expected: str) -> None:
+def test_who_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, reports: list[tuple], expected: str
+) -> None:
     arm("", 0)
+    monkeypatch.setattr("dpo_dist.watch.last_collectives", lambda on_gpu: (OWN, ["  7: gloo:all_reduce of [3]\n"]))
     leaving = Leaving()
     others_report(tmp_path, 7, 1, "of an earlier start", 1)
     with watching(tmp_path, ranks(world_size), 1, leaving):
@@ -72,8 +82,10 @@ def test_who_does_not_answer(tmp_path: Path, world_size: int, reports: list[tupl
         "step": 5,
         "phase": "forward",
         "count": place().count,
+        "begun": OWN,
         "waits": False,
     }
+    assert report.endswith("newest last:\n  7: gloo:all_reduce of [3]\n")
     assert "test_watch.py" in report and "test_who_does_not_answer" in report
 
 

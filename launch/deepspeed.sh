@@ -13,10 +13,13 @@
 #   HEAD         where they meet, with more than one: the name of the first machine, or name:port; the port is 29500
 #   NODE_RANK    with more than one: which of them this is, from 0
 #   HOSTFILE     with more than one: a file with a line `name slots=GPUS` for each
+#   FABRIC       the network between machines: infiniband, efa, tcpx, ethernet; none. See launch/fabric.sh
 #   MASTER_PORT  with one machine: the port of the loopback interface at which its ranks meet; a free one
 
 set -euo pipefail
 case "${1:-}" in -h | --help | "") sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+# shellcheck source=launch/fabric.sh
+source "$(dirname "${BASH_SOURCE[0]}")/fabric.sh"
 
 case ${CUDA_VISIBLE_DEVICES-all} in
 all) gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c "^GPU " || true) ;;

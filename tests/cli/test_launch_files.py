@@ -67,6 +67,46 @@ def run(
     return process.returncode, said, calls.read_text().splitlines() if calls.exists() else []
 
 
+# ---- srun
+
+
+def test_one_rank_of_srun(machine: Path) -> None:
+    path = machine / "bin/python"
+    path.write_text(
+        '#!/bin/bash\nenv | grep -E "^(RANK|LOCAL|WORLD|MASTER|OMP)" | sort >> "$CALLS/calls"\necho "$*" >> "$CALLS/calls"\n'
+    )
+    path.chmod(0o755)
+    slurm = {"SLURM_PROCID": "11", "SLURM_NTASKS": "32", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}
+    code, _, calls = run(machine, "srun.sh", "run.yaml", "a.b=c", HEAD="n0:29501", **slurm)
+    assert code == 0 and calls == [
+        "LOCAL_RANK=3",
+        "LOCAL_WORLD_SIZE=8",
+        "MASTER_ADDR=n0",
+        "MASTER_PORT=29501",
+        "OMP_NUM_THREADS=1",
+        "RANK=11",
+        "WORLD_SIZE=32",
+        "-m dpo_dist train run.yaml a.b=c",
+    ]
+    assert run(machine, "srun.sh", "run.yaml", HEAD="n0:29501")[0] != 0
+    assert run(machine, "srun.sh", "run.yaml", **slurm)[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("launcher", "tasks", "script"),
+    [("", "--ntasks=2 --ntasks-per-node=1", "torchrun"), ("srun", "--ntasks=16", "srun")],
+)
+def test_who_starts_the_ranks_on_slurm(machine: Path, launcher: str, tasks: str, script: str) -> None:
+    variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[0-1]", "NPROC": "8"}
+    variables |= {"LAUNCH_FOLDER": str(LAUNCH), "ATTEMPT": SAVES, "OUT": "out"}
+    variables |= {"LAUNCHER": launcher} if launcher else {}
+    code, _, calls = run(machine, "slurm.sbatch", "run.yaml", "out", **variables)
+    started = "\n".join(calls)
+    assert code == 0 and tasks in started and f"{LAUNCH}/{script}.sh run.yaml train.output_dir=out" in started
+    code, said, _ = run(machine, "slurm.sbatch", "run.yaml", "out", **variables | {"LAUNCHER": "mpirun"})
+    assert code == 2 and "LAUNCHER=mpirun is neither torchrun nor srun" in said
+
+
 # ---- torchrun
 
 

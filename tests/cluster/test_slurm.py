@@ -30,11 +30,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference_run(tmp_path_factory.mktemp("undisturbed"))
 
 
-def submit(slurm: Slurm, folder: Path, *options: str, seconds_per_step: float = 0.3) -> str:
+def submit(slurm: Slurm, folder: Path, *options: str, seconds_per_step: float = 0.3, **more: str) -> str:
     """The number of a job that trains in `folder/out`."""
     write_config(folder)
     until(lambda: slurm("sinfo", "-h", "-o", "%t", "-p", "low") == "idle", 60, "both machines are idle")
-    variables = environment(seconds_per_step) | {"LAUNCH_FOLDER": str(SCRIPT.parent), "NPROC": "1"}
+    variables = environment(seconds_per_step) | {"LAUNCH_FOLDER": str(SCRIPT.parent), "NPROC": "1"} | more
     command = ("sbatch", "--parsable", "--nodes=2", *options, str(SCRIPT), "run.yaml", str(folder / "out"))
     return slurm(*command, cwd=folder, **variables)
 
@@ -72,6 +72,20 @@ def test_a_signal_by_hand(slurm: Slurm, undisturbed: Path, tmp_path: Path) -> No
     until(lambda: step_of(tmp_path) >= 12, 120, log_of(tmp_path, job))
     slurm("scancel", "--batch", "--signal=USR1", job)
     ends_well(slurm, job, tmp_path, restarts=1)
+    compare(undisturbed, tmp_path)
+
+
+def test_srun_starts_the_ranks(slurm: Slurm, undisturbed: Path, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, LAUNCHER="srun")
+    until(lambda: step_of(tmp_path) >= 12, 120, log_of(tmp_path, job))
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    ends_well(slurm, job, tmp_path, restarts=1)
+    compare(undisturbed, tmp_path)
+
+
+def test_two_ranks_on_one_node_by_srun(slurm: Slurm, undisturbed: Path, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "--nodes=1", "--ntasks-per-node=2", seconds_per_step=0.0, LAUNCHER="srun", NPROC="2")
+    ends_well(slurm, job, tmp_path, restarts=0)
     compare(undisturbed, tmp_path)
 
 

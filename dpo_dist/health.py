@@ -130,16 +130,22 @@ def judge_not_finite(health: Health, text: str, config: RunConfig) -> str:
     """
     if config.health.non_finite == "stop":
         raise NumericsError(
-            f"{text}; checkpoints written before are intact. Lower train.learning_rate, use model.dtype=bfloat16 or "
-            "float32, or leave such steps out with health.non_finite=skip"
+            f"{text}; what was saved before is intact, and a resumed run comes to the same step. {_steadier(config)}, "
+            "or leave such steps out with health.non_finite=skip"
         )
     health.num_skipped += 1
     if health.num_skipped > (limit := config.health.max_skipped_steps):
         raise NumericsError(
             f"{text}; more than health.max_skipped_steps={limit} steps in a row would be left out: it is not the data. "
-            "Lower train.learning_rate, or use model.dtype=bfloat16 or float32; checkpoints written before are intact"
+            f"{_steadier(config)}; what was saved before is intact"
         )
     return f"{text}; the weights stay as they are, and the run goes on (health.non_finite=skip)"
+
+
+def _steadier(config: RunConfig) -> str:
+    """What makes numbers smaller, or their range larger."""
+    narrow = config.model.dtype == "float16"
+    return "Lower train.learning_rate" + (", use model.dtype=bfloat16 or float32" if narrow else "")
 
 
 def accuracy_gap(health: Health, values: Mapping[str, float]) -> float | None:

@@ -165,8 +165,8 @@ def require_sound(run: Run, step: int) -> None:
     """
     broken = run.policy.broken_parameter()
     text = (
-        f"after step {step} {broken} is not finite: the model is ruined, and neither saved nor exported; checkpoints "
-        "written before are intact. Lower train.learning_rate, or use model.dtype=bfloat16 or float32"
+        f"after step {step} {broken} is not finite: the model is ruined, and neither saved nor exported; what was "
+        "saved before is intact. Lower train.learning_rate"
     )
     raise_together(NumericsError(text) if broken else None)
 

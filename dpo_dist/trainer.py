@@ -163,7 +163,7 @@ def _evaluated(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
             values["accuracy_gap"] = gap
         found[name] = values
         if text := not_finite(progress.step, {f"{key} of {name}": value for key, value in values.items()}):
-            raise NumericsError(f"{text}; checkpoints written before are intact. Lower train.learning_rate")
+            raise NumericsError(f"{text}; what was saved before is intact. Lower train.learning_rate")
         line = {"step": progress.step, "split": "evaluation", "dataset": name, **values}
         if run.ranks.is_first:
             run.metrics_file.write(line)

@@ -154,7 +154,7 @@ class _Watch(threading.Thread):
             who = "all ranks stand at the same place: look at the network between them"
         return (
             f"nothing has moved for parallel.ddp_timeout={self._seconds} seconds at step {here.step}, {here.phase}: "
-            f"{who}; {stacks}; checkpoints written before are intact"
+            f"{who}; {stacks}; what was saved before is intact"
         )
 
 

@@ -48,8 +48,8 @@ class RunState:
     config: dict[str, dict[str, Any]]
     """The resolved configuration."""
 
-    def write(self, path: Path) -> None:
-        """Write the state as JSON; floats survive exactly.
+    def to_text(self) -> str:
+        """The state as JSON; floats survive exactly.
 
         Raises:
             NumericsError: a number is not finite; `read` would refuse it.
@@ -58,11 +58,11 @@ class RunState:
             text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)
         except ValueError as error:
             raise NumericsError(f"the state after step {self.step} cannot be saved ({error})") from None
-        path.write_text(text + "\n", encoding="utf-8")
+        return text + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "RunState":
-        """Read what `write` wrote.
+        """Read what `to_text` gave.
 
         Raises:
             CheckpointError: if the file is missing, broken, or holds other fields than this version's.

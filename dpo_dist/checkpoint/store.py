@@ -45,9 +45,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that has no name yet."""
+    """A checkpoint that has no name yet. Nothing in it changes while training goes on."""
 
-    state: RunState
+    text: str  # of the state
+    best: Path  # where the best checkpoint is, if there is one
     final: Path
     needed: int
     writing: Writing
@@ -95,7 +96,8 @@ class CheckpointStore:
         """
         assert self._pending is None, "one at a time"
         reach("save")
-        final = self.path_of(state.step)
+        # At once: the run's own numbers change while a thread writes.
+        final, text = self.path_of(state.step), state.to_text()
         staging = self.folder / f"{STAGING_PREFIX}{final.name}"
         with self._removing(staging):
             needed = self._on_first_rank(lambda: before() or self._open_staging(staging))
@@ -105,7 +107,8 @@ class CheckpointStore:
             writing = Writing(staging, parts)
             if in_background:
                 self._on_every_rank(writing.begin)
-        self._pending = Pending(state, final, needed, writing)
+        best = self.path_of(state.health.get("best_step", 0))
+        self._pending = Pending(text, best, final, needed, writing)
         return None if in_background else self.finish()
 
     def finish(self) -> Path | None:
@@ -125,9 +128,8 @@ class CheckpointStore:
             reach("commit")
             records = {name: FileRecord(**values) for share in shares for name, values in share.items()}
             self._on_first_rank(lambda: self._commit(pending, records), needed)
-        best = self.path_of(pending.state.health.get("best_step", 0))
         reach("limit")
-        self._on_first_rank(lambda: apply_limit(self.folder, self.save_total_limit, best))
+        self._on_first_rank(lambda: apply_limit(self.folder, self.save_total_limit, pending.best))
         reach("saved")
         return pending.final
 
@@ -185,7 +187,7 @@ class CheckpointStore:
         # What no rank has claimed is small, as the states of random generators.
         left = [name for name in list_files(staging) if name not in records]
         records |= {name: FileRecord(**values) for name, values in settled(staging, left).items()}
-        pending.state.write(staging / STATE_FILE)
+        (staging / STATE_FILE).write_text(pending.text, encoding="utf-8")
         sync(staging / STATE_FILE)
         records[STATE_FILE] = hash_file(staging / STATE_FILE)
         newest = by_age(self.folder)[-1:]

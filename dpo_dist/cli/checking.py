@@ -10,7 +10,7 @@ from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli.describe import counted, describe_adapter
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.cli.remarks import remarks
-from dpo_dist.cli.requirements import output_in_use
+from dpo_dist.cli.requirements import output_in_use, who_trains
 from dpo_dist.cli.resuming import find_start
 from dpo_dist.cli.sources import Choice, find_source
 from dpo_dist.distributed import Ranks
@@ -41,6 +41,9 @@ def print_check(prepared: Prepared, cache_dir: Path, world_size: int) -> None:
     for change in start.changes:
         console.print(f"note: {change}")
     in_use = output_in_use(config)
+    trainer = None if in_use else who_trains(Path(config.train.output_dir))
+    if trainer is not None:
+        console.print(f"note: another run trains in {config.train.output_dir} ({trainer}); wait until it has ended")
     if in_use:
         console.print(f"note: {in_use}")
     console.print(f"the configuration can be trained{', in another folder' if in_use else ''}", style="bold")

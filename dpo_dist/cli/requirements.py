@@ -63,6 +63,19 @@ def require_possible_output(config: RunConfig) -> None:
         )
 
 
+def who_trains(folder: Path) -> str | None:
+    """Which process of this machine trains in a folder, in words; None if none is known to. Takes no lock itself."""
+    path = folder / LOCK_FILE
+    try:
+        status, locks = path.stat(), Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return None
+    inode = f":{status.st_ino} "  # after the device's two numbers
+    if not any(inode in line and " FLOCK " in line for line in locks.splitlines()):
+        return None
+    return path.read_text(encoding="utf-8", errors="replace") or "a process that has just started"
+
+
 def output_in_use(config: RunConfig) -> str | None:
     """Why this run may not write into its folder, and the ways out; None where it may."""
     folder, resume = Path(config.train.output_dir), config.checkpoint.resume
@@ -71,6 +84,9 @@ def output_in_use(config: RunConfig) -> str | None:
     if all(path.name in LEFTOVERS or path.name.startswith(PROBE) for path in folder.iterdir()):
         return None
     if resume == "never":
+        trainer = who_trains(folder)
+        if trainer is not None:
+            return f"train.output_dir={folder}: another run trains in this folder ({trainer}); choose another folder"
         return (
             f"train.output_dir={folder} is not empty; choose another folder, "
             "or continue the run in it with checkpoint.resume=auto"

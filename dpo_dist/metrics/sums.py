@@ -164,7 +164,7 @@ class Window:
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps of an interval that is not over; JSON keeps every bit of a float."""
-        return {"num_steps": self.num_steps, "num_skipped": self.num_skipped, "sums": self.sums}
+        return {"num_steps": self.num_steps, "num_skipped": self.num_skipped, "sums": dict(self.sums)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Window":

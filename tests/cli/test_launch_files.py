@@ -72,9 +72,8 @@ def run(
 
 def test_one_rank_of_srun(machine: Path) -> None:
     path = machine / "bin/python"
-    path.write_text(
-        '#!/bin/bash\nenv | grep -E "^(RANK|LOCAL|WORLD|MASTER|OMP)" | sort >> "$CALLS/calls"\necho "$*" >> "$CALLS/calls"\n'
-    )
+    shown = 'env | grep -E "^(RANK|LOCAL|WORLD|MASTER|OMP)" | LC_ALL=C sort >> "$CALLS/calls"'
+    path.write_text(f'#!/bin/bash\n{shown}\necho "$*" >> "$CALLS/calls"\n')
     path.chmod(0o755)
     slurm = {"SLURM_PROCID": "11", "SLURM_NTASKS": "32", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}
     code, _, calls = run(machine, "srun.sh", "run.yaml", "a.b=c", HEAD="n0:29501", **slurm)

@@ -160,6 +160,11 @@ def test_a_second_run_is_told_who_trains(out: Path, tmp_path: Path) -> None:
         result = train("checkpoint.resume=auto", "train.max_steps=3", code=1)
         assert f"train.output_dir=out: another run trains in this folder (process {holder.pid} on " in result.output
         assert steps(out) == before
+        told = f"another run trains in this folder (process {holder.pid} on "
+        assert told in train("train.max_steps=3", code=2).output
+        for resume, said in (("never", told), ("auto", f"note: another run trains in out (process {holder.pid} on ")):
+            checked = CliRunner().invoke(app, ["check", "run.yaml", f"checkpoint.resume={resume}"])
+            assert checked.exit_code == 0 and said in checked.output
     finally:
         holder.kill()
         holder.wait()

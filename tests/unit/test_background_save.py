@@ -11,6 +11,7 @@ from dpo_dist.checkpoint import CheckpointStore, verify
 from dpo_dist.checkpoint.parts import Part, Writing, on_host
 from dpo_dist.distributed import Ranks
 from dpo_dist.errors import StorageError
+from dpo_dist.metrics import Window
 from dpo_dist.phases import arm
 from tests.run_states import run_state
 
@@ -131,3 +132,27 @@ def test_a_part_that_is_written_already_is_only_hashed(tmp_path: Path) -> None:
     parts = [Part(tmp_path / "a"), Part(tmp_path / "c.txt"), Part(tmp_path / "nothing")]
     records = Writing(tmp_path, parts).finish()
     assert {name: record["size"] for name, record in records.items()} == {"a/b.txt": 1, "c.txt": 3}
+
+
+def test_numbers_that_change_meanwhile_are_those_of_the_step(store: CheckpointStore) -> None:
+    """A line that has begun would count a step twice after the resume."""
+    window = Window({"loss": 0.5, "num_pairs": 2.0}, num_steps=1)
+    state = run_state(1, metrics_window=window.to_json())
+    slow = Slow()
+    assert store.save(state, slow, in_background=True) is None
+    slow.may_go_on.set()
+    window.add({"loss": 0.25, "num_pairs": 2.0})
+    state.metrics_window["num_steps"] = 7
+    state.config["train"]["shuffle"] = False
+    folder = store.finish()
+    assert folder is not None
+    kept = store.load_state(folder)
+    assert kept.metrics_window == {"num_steps": 1, "num_skipped": 0, "sums": {"loss": 0.5, "num_pairs": 2.0}}
+    assert kept.config["train"]["shuffle"] is True
+
+
+def test_a_window_gives_away_a_copy() -> None:
+    window = Window({"loss": 0.5}, num_steps=1)
+    given = window.to_json()
+    window.add({"loss": 0.25})
+    assert given["sums"] == {"loss": 0.5}

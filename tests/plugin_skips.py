@@ -12,6 +12,7 @@ ALLOWED_REASONS = {
     "needs ../shared": "real data and recorded numbers that are not ours to pass on; they lie beside the project in CI",
     "needs a GPU": "run by hand on a machine with one",
     "needs flash-attn": "has no CPU build",
+    "needs a network namespace": "run as root, as in CI, or by a user whom the system lets make one",
     "needs nvcc": "run by hand, with `-m slow`, on a machine with CUDA's compiler",
 }
 

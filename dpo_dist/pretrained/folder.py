@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dpo_dist.demo import demo_model_folder
@@ -114,10 +114,17 @@ def _download(name: str, key: str, revision: str | None) -> Path:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
+        nothing = f"{key}={name} is neither a folder here nor a model that can be downloaded"
+        if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+            # What the library says is to go online, which such a machine cannot.
+            fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+            raise ModelError(
+                f"{nothing} (HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} has no copy); check the path or the "
+                f"hub id, or run `{fetch}` where there is network and copy that folder (docs/offline.md)"
+            ) from None
         raise ModelError(
-            f"{key}={name} is neither a folder here nor a model that can be downloaded ({reason}); "
-            "check the path or the hub id, and HF_TOKEN and HF_HUB_OFFLINE if it is on the hub"
+            f"{nothing} ({first_line(error)}); check the path or the hub id, and HF_TOKEN and HF_HUB_OFFLINE if it is "
+            "on the hub"
         ) from None
 
 

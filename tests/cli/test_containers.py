@@ -194,10 +194,11 @@ def test_what_lies_elsewhere_is_mounted(cluster: Path, tmp_path_factory: pytest.
     (other / "setup").write_text("export DPO_DIST_CACHE=/mine\n")
     more = {"CACHE": str(other / "cache"), "MOUNTS": "/data:/data:ro /models:/models", "SETUP": str(other / "setup")}
     more |= {"LAUNCH_FOLDER": str(REPOSITORY / "launch"), "CONTAINER_IMAGE": "hub#dpo:1"}
-    code, said, _ = attempt(cluster, RUNS, **more)
+    config = tmp_path_factory.mktemp("configs") / "run.yaml"
+    code, said, _ = attempt(cluster, RUNS, config=config, **more)
     assert code == 0 and lines(said, "srun:--container-mounts=") == [
         f"{other}/cache:/cache,{cluster}:{cluster},{REPOSITORY}/launch:{REPOSITORY}/launch,"
-        f"{other}/setup:{other}/setup,/data:/data:ro,/models:/models"
+        f"{config.parent}:{config.parent},{other}/setup:{other}/setup,/data:/data:ro,/models:/models"
     ], said
     assert (other / "cache").is_dir() and not (cluster / "dpo-cache").exists()
     assert ":/mine:" in lines(said, "in:")[0]  # SETUP has the last word

@@ -204,8 +204,9 @@ def attempt(machine: Path, does: str, number: int = 0, **more: object) -> tuple[
     }
     stop = more.pop("stop", None)
     assert stop is None or isinstance(stop, signal.Signals)
+    config = str(more.pop("config", "run.yaml"))
     variables |= {name: str(value) for name, value in more.items()}
-    return run(machine, "slurm.sbatch", "run.yaml", str(machine / "out"), "loss.beta=0.2", stop=stop, **variables)
+    return run(machine, "slurm.sbatch", config, str(machine / "out"), "loss.beta=0.2", stop=stop, **variables)
 
 
 def requeued(calls: list[str]) -> bool:

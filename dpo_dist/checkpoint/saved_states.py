@@ -129,7 +129,8 @@ class SavedStates:
                 pieces.append(flat[one.offset + low - one.begin : one.offset + high - one.begin])
         if (found := sum(len(piece) for piece in pieces)) != length:
             raise CheckpointError(f"{self._folder} holds {found} of {length} elements of {key} of {name}")
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        # Of a parameter with fewer elements than there are ranks, some ranks hold none.
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty(0)])
 
     def models(self) -> list[dict[str, Any]]:
         """What each rank of stage 3 has beside the optimizer.
@@ -157,11 +158,22 @@ class SavedStates:
         return steps.pop()
 
     def scaler(self) -> Mapping[str, float]:
-        """Float16's loss scale and what it has seen; empty where there is none."""
+        """Float16's loss scale and what it has seen; empty where another dtype was trained, whose scale is 1."""
         held = self._optimizers(0)
         scaler = held.get("loss_scaler")
         values = held if scaler is None else vars(scaler)
-        return {key: values[key] for key in _SCALER_VALUES if key in values}
+        found = {key: values[key] for key in _SCALER_VALUES if key in values}
+        return found if "last_overflow_iter" in found else {}
+
+    @property
+    def is_halved(self) -> bool:
+        """Stage 0: whether float32 values stand beside parameters of half precision."""
+        return "fp32_groups" in self._optimizers(0)
+
+    def alignment(self) -> list[list[int]] | None:
+        """Stages 1 and 2: elements of filling after each parameter of each row; None: there are none."""
+        found: list[list[int]] | None = self._optimizers(0).get("param_alignment_paddings")
+        return found
 
     def _read_optimizer(self, rank: int) -> dict[str, Any]:
         if self.layout.kind == "whole":
@@ -169,10 +181,9 @@ class SavedStates:
             return held
         path = self._folder / f"{self.layout.prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         content: dict[str, Any] = load_restricted(path, mmap=True)["optimizer_state_dict"]
-        if self.layout.kind == "parts" and content.get("partition_count") != self.layout.processes:
-            raise CheckpointError(
-                f"{path} is one of {content.get('partition_count')} parts, and {self.layout.processes} are there"
-            )
+        counts = content.get("partition_count")  # of stages 1 and 2: one for each group
+        if any(count != self.layout.processes for count in (counts if isinstance(counts, list) else [counts])):
+            raise CheckpointError(f"{path} is one of {counts} parts, and {self.layout.processes} are there")
         return content
 
     def _adam(self, rank: int) -> dict[int, dict[str, Any]]:
@@ -197,7 +208,8 @@ class SavedStates:
                 return [master for group in masters for master in group]
             return [self.model["module"][name] for name in self._slices]
         flats = held.get("fp32_flat_groups" if self.layout.kind == "parts" else "single_partition_of_fp32_groups")
-        if not flats or not all(len(flat) for flat in flats):
+        # A rank of stage 1 or 2 may have nothing of a short row; what a rank of stage 3 has may be on NVMe.
+        if not flats or (self.layout.kind == "parts" and not all(len(flat) for flat in flats)):
             raise CheckpointError(
                 f"{self._folder} does not hold rank {rank}'s part of the float32 parameters; "
                 "export the model from a run without NVMe offload"
@@ -220,13 +232,21 @@ class SavedStates:
 
     def _place_slices(self, order: Sequence[str]) -> None:
         self._take_shapes()
-        found: dict[str, list[_Slice]] = {name: [] for name in self.shapes}
-        for rank in range(self.layout.processes):
-            for group, addresses in enumerate(self._optimizers(rank)["param_slice_mappings"]):
-                for name, address in addresses.items():
-                    begin = sum(one.length for one in found[name])  # ranks hold consecutive parts of one row
-                    found[name].append(_Slice(begin, address.numel, rank, group, address.start))
-        self._slices = found
+        # The order of the row: `param_slice_mappings` are wrong in files of round_robin_gradients (0.19.8).
+        paddings = self.alignment()
+        for group, shapes in enumerate(self.model["param_shapes"]):
+            size, begin = len(self._flat_values(0)[group]), 0  # every rank's part; the first may hold the whole row
+            for number, (name, shape) in enumerate(shapes.items()):
+                self._slices[name] = list(self._cut(begin, shape.numel(), size, group))
+                begin += shape.numel() + (paddings[group][number] if paddings else 0)
+
+    def _cut(self, begin: int, length: int, size: int, group: int) -> Iterator[_Slice]:
+        """Who holds `length` elements from `begin` on of a row that is cut into parts of `size`."""
+        for rank in range(begin // size, self.layout.processes):
+            low, high = max(begin, rank * size), min(begin + length, (rank + 1) * size)
+            if low >= high:
+                break
+            yield _Slice(low - begin, high - low, rank, group, low - rank * size)
 
     def _place_parts(self, order: Sequence[str]) -> None:
         self._take_shapes()

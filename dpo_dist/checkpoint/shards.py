@@ -19,7 +19,7 @@ from dpo_dist.checkpoint.parts import Part, on_host
 from dpo_dist.checkpoint.pickles import load_restricted
 from dpo_dist.checkpoint.saved_states import SHARDS_FOLDER, Layout, SavedStates, layout_at, layout_of
 from dpo_dist.distributed import launched_rank
-from dpo_dist.engine import optimizer_order, set_states
+from dpo_dist.engine import masters_of, optimizer_order, set_states
 from dpo_dist.errors import CheckpointError, StorageError
 from dpo_dist.peers import raise_if_peer_lost
 
@@ -162,7 +162,7 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
     """
     saved = layout_of(folder)
     try:
-        if saved is None or saved == _own_layout(deepspeed_engine):
+        if saved is None or (saved == _own_layout(deepspeed_engine) and _is_alike(deepspeed_engine, folder)):
             _load_as_saved(deepspeed_engine, folder)
         else:
             _share_out(deepspeed_engine, folder)
@@ -175,6 +175,19 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
 
 def _own_layout(deepspeed_engine: Any) -> Layout:
     return layout_at(int(deepspeed_engine.zero_optimization_stage()), torch.distributed.get_world_size())
+
+
+def _is_alike(deepspeed_engine: Any, folder: Path) -> bool:
+    """Whether this run's dtype and the other options of its DeepSpeed file lay parameters out as they were saved."""
+    states, wrapper = SavedStates(folder), deepspeed_engine.optimizer
+    if states.layout.kind == "whole":
+        return states.is_halved == bool(masters_of(wrapper))
+    own = [list(group) for group in deepspeed_engine._get_zero_param_shapes()]
+    return (
+        states.layout.prefix == ("bf16_" if deepspeed_engine.bfloat16_enabled() else "")
+        and [list(group) for group in states.model["param_shapes"]] == own
+        and states.alignment() == getattr(wrapper, "round_robin_bit16_padding", None)
+    )
 
 
 def _load_as_saved(deepspeed_engine: Any, folder: Path) -> None:

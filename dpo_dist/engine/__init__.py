@@ -19,6 +19,7 @@ from dpo_dist.engine.inference import InferenceEngine
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import adopt_process_group, engine_config, inference_config, release_process_group
 from dpo_dist.engine.training import TrainingEngine
+from dpo_dist.engine.whole import masters_of
 
 __all__ = [
     "InferenceEngine",
@@ -27,6 +28,7 @@ __all__ = [
     "adopt_process_group",
     "engine_config",
     "inference_config",
+    "masters_of",
     "optimizer_order",
     "release_process_group",
     "set_states",

@@ -128,6 +128,8 @@ def _set_replicas(deepspeed_engine: Any, states: States) -> None:
 
 def _set_scaler(wrapper: Any, saved: Mapping[str, float]) -> None:
     own = getattr(wrapper, "loss_scale_config", getattr(wrapper, "loss_scaler", None))
+    if getattr(own, "last_overflow_iter", None) is None:
+        return  # another dtype, whose scale is 1 always
     for key, value in saved.items():
         if hasattr(own, key):
             setattr(own, key, value)

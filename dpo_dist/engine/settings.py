@@ -10,6 +10,7 @@ import torch
 
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine.operators import load_operator
+from dpo_dist.engine.whole import find_masters
 from dpo_dist.errors import ConfigError
 
 _LOGGER = logging.getLogger("DeepSpeed")
@@ -122,4 +123,6 @@ def initialize(**arguments: Any) -> Any:
     """DeepSpeed's engine."""
     # It prints what memory it finds, on every rank.
     with redirect_stdout(io.StringIO()):
-        return deepspeed.initialize(**arguments)[0]
+        engine = deepspeed.initialize(**arguments)[0]
+    find_masters(engine.optimizer)
+    return engine

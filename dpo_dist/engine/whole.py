@@ -1,11 +1,13 @@
 """Parameters whole, wherever their parts lie."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import (
+    link_hp_params,
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_set_full_fp32_param,
@@ -52,6 +54,39 @@ def masters_of(optimizer: Any) -> dict[int, Tensor]:
         return {}
     pairs = [pair for groups in zip(halved, masters, strict=True) for pair in zip(*groups, strict=True)]
     return {id(parameter): master for parameter, master in pairs if parameter.shape == master.shape}
+
+
+def find_masters(optimizer: Any) -> None:
+    """Make DeepSpeed find the float32 values of a parameter where `round_robin_gradients` has put them.
+
+    0.19.8 looks where they would be without it, and reads and sets those of other parameters.
+    """
+    if getattr(optimizer, "round_robin_gradients", False):
+        optimizer._link_all_hp_params = functools.partial(_link, optimizer)
+        optimizer._link_all_hp_params()
+        optimizer._param_slice_mappings = optimizer._create_param_mapping()
+
+
+def _link(optimizer: Any) -> None:
+    """DeepSpeed's own, with the offsets that it leaves out."""
+    if optimizer.cpu_offload:
+        optimizer._get_offload_gradient_dict()
+    for group, parameters in enumerate(optimizer.bit16_groups):
+        in_row = zip(optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group], strict=True)
+        offsets = {id(parameter): offset for parameter, offset in in_row}
+        own, ranks = optimizer.single_partition_of_fp32_groups[group], optimizer.real_dp_process_group[group]
+        link_hp_params(
+            lp_param_list=parameters,
+            flat_hp_partition=own,
+            gradient_dict=optimizer.averaged_gradients,
+            offload_gradient_dict=optimizer.offload_gradient_dict,
+            use_offload=optimizer.cpu_offload,
+            param_group_index=group,
+            partition_start=torch.distributed.get_rank(ranks) * own.numel(),
+            partition_size=own.numel(),
+            dp_group=ranks,
+            param_offsets=[offsets[id(parameter)] for parameter in parameters],
+        )
 
 
 class FullParameter:

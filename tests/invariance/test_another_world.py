@@ -19,12 +19,23 @@ from tests.launching import succeeded
 pytestmark = pytest.mark.timeout(900)
 SAVED_AT, STEPS = 5, 16
 # Named by who saves and who goes on: ranks and ZeRO stage of each.
-FIRST = {"2 ranks, ZeRO-3": (2, 3), "1 rank, ZeRO-1": (1, 1)}
+FIRST = {"2 ranks, ZeRO-3": (2, "3"), "1 rank, ZeRO-1": (1, "1"), "2 ranks, round robin": (2, "round_robin")}
 THEN = {
     "2 ranks, ZeRO-3": [(1, 3), (1, 1), (4, 3), (2, 1), (2, 0)],
     "1 rank, ZeRO-1": [(2, 3), (1, 3), (2, 2)],
 }
 CASES = [(first, *then) for first, others in THEN.items() for then in others]
+# Options that put parameters in another order: DeepSpeed itself would load every value into another parameter.
+OPTIONS = {
+    "round_robin": {"stage": 2, "overlap_comm": False, "round_robin_gradients": True},
+    "sub_groups": {"stage": 3, "overlap_comm": False, "sub_group_size": 500, "stage3_param_persistence_threshold": 0},
+}
+OTHER_OPTIONS = [
+    ("2 ranks, round robin", 1, "1"),
+    ("2 ranks, round robin", 2, "2"),
+    ("1 rank, ZeRO-1", 2, "round_robin"),
+    ("2 ranks, ZeRO-3", 2, "sub_groups"),
+]
 
 
 def write_config(folder: Path) -> None:
@@ -50,9 +61,13 @@ def write_config(folder: Path) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
 
 
-def train(folder: Path, ranks: int, stage: int, *overrides: str) -> str:
-    """Run to the end; what was said."""
-    arguments = ("dpo_dist", "train", "run.yaml", f"parallel.deepspeed=zero{stage}_cpu", *overrides)
+def train(folder: Path, ranks: int, stage: int | str, *overrides: str) -> str:
+    """Run to the end, at a ZeRO stage or with one of OPTIONS; what was said."""
+    file = f"zero{stage}_cpu"
+    if stage in OPTIONS:
+        file = f"{stage}.json"
+        (folder / file).write_text(json.dumps({"zero_optimization": OPTIONS[str(stage)]}))
+    arguments = ("dpo_dist", "train", "run.yaml", f"parallel.deepspeed={file}", *overrides)
     done = fork_ranks(ranks, *arguments, cwd=folder, timeout=300)
     succeeded(done)
     return done.stderr
@@ -77,7 +92,16 @@ def first_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(("first", "ranks", "stage"), CASES)
 def test_others_go_on(first_runs: dict[str, Path], tmp_path: Path, first: str, ranks: int, stage: int) -> None:
-    whole = first_runs[first]
+    assert "weights and optimizer are shared out anew" in goes_on(first_runs[first], tmp_path, ranks, stage)
+
+
+@pytest.mark.parametrize(("first", "ranks", "options"), OTHER_OPTIONS)
+def test_other_options_go_on(first_runs: dict[str, Path], tmp_path: Path, first: str, ranks: int, options: str) -> None:
+    goes_on(first_runs[first], tmp_path, ranks, options)
+
+
+def goes_on(whole: Path, tmp_path: Path, ranks: int, stage: int | str) -> str:
+    """Go on from a copy, and compare every number with those of the whole run; what was said."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     for later in (folder / "out/checkpoints").iterdir():
@@ -87,7 +111,6 @@ def test_others_go_on(first_runs: dict[str, Path], tmp_path: Path, first: str, r
 
     said = train(folder, ranks, stage)
     assert f"resuming after step {SAVED_AT}" in said
-    assert "weights and optimizer are shared out anew" in said
     expected, found = lines(whole), lines(folder)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     compared = 0
@@ -99,3 +122,20 @@ def test_others_go_on(first_runs: dict[str, Path], tmp_path: Path, first: str, r
             assert mine[key] == pytest.approx(theirs[key], rel=1e-6), (mine["step"], key)
             compared += 1
     assert compared == 6 * (STEPS - SAVED_AT)
+    return said
+
+
+def test_round_robin_gradients_change_no_number_of_adalora(tmp_path: Path) -> None:
+    """Its penalty and its allocation read and set parameters that lie in parts."""
+    seen = []
+    for options in (2, "round_robin"):
+        folder = tmp_path / str(options)
+        write_config(folder)
+        config = yaml.safe_load((folder / "run.yaml").read_text())
+        del config["model"]["reference_name_or_path"]
+        config["adapter"] = {"peft_type": "adalora", "init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1}
+        config["reference"] = {"source": "adapter_off"}
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        train(folder, 2, options, "train.max_steps=5", "checkpoint.save_steps=0")
+        seen.append(lines(folder))
+    assert seen[0] == seen[1]

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from dpo_dist.checkpoint import CheckpointStore, load_shards
+from dpo_dist.checkpoint.saved_states import SavedStates
 from dpo_dist.distributed import process_group
+from dpo_dist.engine import optimizer_order
 from tests.run_states import run_state
 from tests.tiny_engine import QUIET, full_parameters_of, make_engine, only_rank, save_engine, train
 
@@ -36,6 +38,36 @@ def test_another_stage_goes_on_with_the_same_bits(tmp_path: Path, first: int, th
     for (name, mine), (_, theirs) in zip(full_parameters_of(engine), full_parameters_of(goes_on), strict=True):
         assert torch.equal(mine, theirs), name
     assert train(goes_on, 4, seed=2) == pytest.approx(train(engine, 4, seed=2), rel=1e-6 if dtype == "float32" else 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("first", DTYPES)
+def test_another_dtype_goes_on_with_the_same_values(tmp_path: Path, first: str, stage: int) -> None:
+    """The float32 values and AdamW's states are kept, though as many ranks at the same stage go on."""
+    engine = make_engine(stage, DTYPES[first])
+    train(engine, 3, seed=1)
+    folder = save_engine(CheckpointStore(tmp_path / "one", only_rank()), engine, run_state(), DTYPES[first])
+    other = next(dtype for name, dtype in DTYPES.items() if name != first)
+    goes_on = make_engine(stage, other)
+    load_shards(goes_on, folder)
+    assert all(p.dtype == other for _, p in full_parameters_of(goes_on))
+    again = save_engine(CheckpointStore(tmp_path / "two", only_rank()), goes_on, run_state(), other)
+    order = optimizer_order(engine)
+    saved, found = SavedStates(folder, order), SavedStates(again, order)
+    assert found.shapes == saved.shapes and found.step() == saved.step() == 3
+    for name, shape in saved.shapes.items():
+        for key in ("value", "exp_avg", "exp_avg_sq"):
+            values = (states.read(name, key, 0, torch.Size(shape).numel()) for states in (saved, found))
+            assert torch.equal(*values), (name, key)
+
+
+def test_a_rank_may_hold_nothing_of_a_small_parameter(tmp_path: Path) -> None:
+    """Four elements for three ranks: 2, 2 and 0."""
+    engine = make_engine(3, torch.float32)
+    folder = save_engine(CheckpointStore(tmp_path, only_rank()), engine, run_state(), torch.float32)
+    states = SavedStates(folder)
+    name, shape = next(iter(states.shapes.items()))
+    assert len(states.read(name, "value", torch.Size(shape).numel(), 0)) == 0
 
 
 # ---- another number of ranks: worlds are launched one after another, and go on from what those before have saved

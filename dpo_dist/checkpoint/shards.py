@@ -179,7 +179,10 @@ def _own_layout(deepspeed_engine: Any) -> Layout:
 
 def _is_alike(deepspeed_engine: Any, folder: Path) -> bool:
     """Whether this run's dtype and the other options of its DeepSpeed file lay parameters out as they were saved."""
-    states, wrapper = SavedStates(folder), deepspeed_engine.optimizer
+    wrapper = deepspeed_engine.optimizer
+    if getattr(wrapper, "swap_optimizer", False):
+        return True  # the values are on NVMe, and not in the shards that could be compared
+    states = SavedStates(folder)
     if states.layout.kind == "whole":
         return states.is_halved == bool(masters_of(wrapper))
     own = [list(group) for group in deepspeed_engine._get_zero_param_shapes()]

@@ -54,7 +54,9 @@ def test_another_dtype_goes_on_with_the_same_values(tmp_path: Path, first: str, 
     again = save_engine(CheckpointStore(tmp_path / "two", only_rank()), goes_on, run_state(), other)
     order = optimizer_order(engine)
     saved, found = SavedStates(folder, order), SavedStates(again, order)
-    assert found.shapes == saved.shapes and found.step() == saved.step() == 3
+    # DeepSpeed's own engine makes one more at stage 0 in bfloat16, to begin with (TrainingEngine takes it back).
+    steps = 4 if stage == 0 and first == "bfloat16" else 3
+    assert found.shapes == saved.shapes and found.step() == saved.step() == steps
     for name, shape in saved.shapes.items():
         for key in ("value", "exp_avg", "exp_avg_sq"):
             values = (states.read(name, key, 0, torch.Size(shape).numel()) for states in (saved, found))

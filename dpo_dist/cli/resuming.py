@@ -6,7 +6,6 @@ from typing import Any
 
 from dpo_dist.checkpoint import (
     CheckpointStore,
-    Layout,
     RunState,
     changed_settings,
     layout_at,
@@ -78,24 +77,26 @@ def _shared_out(prepared: Prepared, folder: Path, state: RunState, world_size: i
         CheckpointError: it cannot be done with what is on NVMe.
     """
     zero = prepared.deepspeed.get("zero_optimization", {})
-    saved, current = layout_of(folder), layout_at(zero.get("stage", 0), world_size)
+    stage = zero.get("stage", 0)
+    saved, current = layout_of(folder), layout_at(stage, world_size)
     if saved is None or (saved == current and state.world_size == world_size):
         return []
+    before, now = _who(state.world_size, saved.stages), _who(world_size, str(stage))
     devices = {zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")}
     if saved != current and "nvme" in devices:
         raise CheckpointError(
-            f"checkpoint.resume: {folder} was saved by {_who(state.world_size, saved)}, and what parallel.deepspeed of "
-            f"this run keeps on NVMe cannot be shared out anew; go on with a file that keeps it in memory, or with "
-            f"{state.world_size} processes at ZeRO stage {saved.stages}"
+            f"checkpoint.resume: {folder} was saved by {before}, and what parallel.deepspeed of this run keeps on NVMe "
+            f"cannot be shared out anew; go on with a file that keeps it in memory, or with {before}"
         )
+    anew = "weights and optimizer are shared out anew; " if saved != current else ""
     return [
-        f"{folder.name} was saved by {_who(state.world_size, saved)} and goes on with {_who(world_size, current)}: "
-        "weights and optimizer are shared out anew; steps keep their examples, and losses are equal but for rounding"
+        f"{folder.name} was saved by {before} and goes on with {now}: {anew}steps keep their examples, and losses are "
+        "equal but for rounding"
     ]
 
 
-def _who(world_size: int, layout: Layout) -> str:
-    return f"{world_size} process{'es' if world_size > 1 else ''} at ZeRO stage {layout.stages}"
+def _who(world_size: int, stage: str) -> str:
+    return f"{world_size} process{'es' if world_size > 1 else ''} at ZeRO stage {stage}"
 
 
 def _require_same_run(prepared: Prepared, folder: Path, state: RunState) -> None:

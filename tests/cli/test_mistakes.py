@@ -330,10 +330,20 @@ def test_checkpoint_is_judged_before_anything_is_built(config: Path) -> None:
         for command in ("check", "train"):
             message = refuse(config, resume, override, command=command)
             assert "belongs to another run" in message and fragment in message
-    for ranks, says in (("2", True), ("1", False)):
-        result = CliRunner().invoke(app, ["check", "run.yaml", resume, "--ranks", ranks])
-        told = "was saved by 1 process at ZeRO stage 0 and goes on with 2 processes at ZeRO stage 0: weights and"
-        assert result.exit_code == 0 and (told in result.output) == says
+    for ranks, stage, anew in (("2", 0, ""), ("1", 3, "weights and optimizer are shared out anew; ")):
+        file = f"parallel.deepspeed=zero{stage}_cpu"
+        result = CliRunner().invoke(app, ["check", "run.yaml", resume, "--ranks", ranks, file])
+        number = "2 processes" if ranks == "2" else "1 process"
+        told = (
+            f"was saved by 1 process at ZeRO stage 0 and goes on with {number} at ZeRO stage {stage}: {anew}steps keep"
+        )
+        assert result.exit_code == 0 and told in result.output
+    result = CliRunner().invoke(app, ["check", "run.yaml", resume])
+    assert result.exit_code == 0 and "goes on with" not in result.output
+    nvme = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    Path("nvme.json").write_text(json.dumps(nvme))
+    says = "what parallel.deepspeed of this run keeps on NVMe cannot be shared out anew; go on with a file that keeps"
+    assert says in refuse(config, resume, "parallel.deepspeed=nvme.json")
 
 
 @pytest.mark.parametrize("named", ["out", "out/checkpoints", "out/checkpoints/latest"])

@@ -161,8 +161,10 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
         PeerLostError: if another rank is gone.
     """
     saved = layout_of(folder)
+    if saved is None:
+        raise CheckpointError(f"{folder} holds no shards, or not all of them; resume from another checkpoint")
     try:
-        if saved is None or (saved == _own_layout(deepspeed_engine) and _is_alike(deepspeed_engine, folder)):
+        if saved == _own_layout(deepspeed_engine) and _is_alike(deepspeed_engine, folder):
             _load_as_saved(deepspeed_engine, folder)
         else:
             _share_out(deepspeed_engine, folder)

@@ -211,8 +211,8 @@ class SavedStates:
         # A rank of stage 1 or 2 may have nothing of a short row; what a rank of stage 3 has may be on NVMe.
         if not flats or (self.layout.kind == "parts" and not all(len(flat) for flat in flats)):
             raise CheckpointError(
-                f"{self._folder} does not hold rank {rank}'s part of the float32 parameters; "
-                "export the model from a run without NVMe offload"
+                f"{self._folder} does not hold rank {rank}'s part of the float32 parameters; resume with the "
+                "parallel.deepspeed that it was saved with, or export the model from a run without NVMe offload"
             )
         return flats
 

@@ -31,6 +31,8 @@ WRAPPER_PREFIX = "model."
 # Virtual tokens stand beside the language model.
 VIRTUAL_PREFIX = "prompt_encoder."
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_AS_SAVED = "resume with the ZeRO stage and the number of processes that it was saved with"
+_WAY_OUT = "use another checkpoint"
 _WHOLE_MODEL = "mp_rank_00_model_states.pt"
 _SCALER_VALUES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -96,7 +98,7 @@ class SavedStates:
         first = "zero_pp_rank_0_" if layout is not None and layout.kind == "parts" else ""
         model = checkpoint / SHARDS_FOLDER / f"{first}{_WHOLE_MODEL}"
         if layout is None or not model.is_file():
-            raise CheckpointError(f"{checkpoint} holds no complete set of shards")
+            raise CheckpointError(f"{checkpoint} holds no complete set of shards; {_WAY_OUT}")
         self.layout = layout
         self._folder = checkpoint / SHARDS_FOLDER
         self._optimizers = functools.cache(self._read_optimizer)
@@ -128,7 +130,7 @@ class SavedStates:
                 flat = self._flat(one.rank, one.group, key)
                 pieces.append(flat[one.offset + low - one.begin : one.offset + high - one.begin])
         if (found := sum(len(piece) for piece in pieces)) != length:
-            raise CheckpointError(f"{self._folder} holds {found} of {length} elements of {key} of {name}")
+            raise CheckpointError(f"{self._folder} holds {found} of {length} elements of {key} of {name}; {_WAY_OUT}")
         # Of a parameter with fewer elements than there are ranks, some ranks hold none.
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty(0)])
 
@@ -140,7 +142,7 @@ class SavedStates:
         """
         paths = [self._folder / f"zero_pp_rank_{rank}_{_WHOLE_MODEL}" for rank in range(self.layout.processes)]
         if missing := [path for path in paths if not path.is_file()]:
-            raise CheckpointError(f"{missing[0]} is missing; the set of shards is not complete")
+            raise CheckpointError(f"{missing[0]} is missing: the set of shards is not complete; {_WAY_OUT}")
         return [load_restricted(path, mmap=True) for path in paths]
 
     def step(self) -> float:
@@ -151,10 +153,7 @@ class SavedStates:
         """
         steps = {float(state["step"]) for state in self._adam(0).values()}
         if len(steps) != 1:
-            raise CheckpointError(
-                f"{self._folder}: parameters have seen {sorted(steps) or 'no'} updates; resume with the ZeRO stage and "
-                "the number of processes that it was saved with"
-            )
+            raise CheckpointError(f"{self._folder}: parameters have seen {sorted(steps) or 'no'} updates; {_AS_SAVED}")
         return steps.pop()
 
     def scaler(self) -> Mapping[str, float]:
@@ -181,9 +180,10 @@ class SavedStates:
             return held
         path = self._folder / f"{self.layout.prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         content: dict[str, Any] = load_restricted(path, mmap=True)["optimizer_state_dict"]
-        counts = content.get("partition_count")  # of stages 1 and 2: one for each group
-        if any(count != self.layout.processes for count in (counts if isinstance(counts, list) else [counts])):
-            raise CheckpointError(f"{path} is one of {counts} parts, and {self.layout.processes} are there")
+        count = content.get("partition_count")
+        count = count[0] if isinstance(count, list) else count  # stages 1 and 2: the same for each group
+        if count != self.layout.processes:
+            raise CheckpointError(f"{path} is one of {count} parts, and {self.layout.processes} are there; {_WAY_OUT}")
         return content
 
     def _adam(self, rank: int) -> dict[int, dict[str, Any]]:
@@ -198,7 +198,7 @@ class SavedStates:
         try:
             return self._adam(rank)[group][key].flatten()
         except KeyError:
-            raise CheckpointError(f"{self._folder} holds no {key} of rank {rank}") from None
+            raise CheckpointError(f"{self._folder} holds no {key} of rank {rank}; {_AS_SAVED}") from None
 
     def _flat_values(self, rank: int) -> Sequence[Tensor]:
         held = self._optimizers(rank)
@@ -211,8 +211,8 @@ class SavedStates:
         # A rank of stage 1 or 2 may have nothing of a short row; what a rank of stage 3 has may be on NVMe.
         if not flats or (self.layout.kind == "parts" and not all(len(flat) for flat in flats)):
             raise CheckpointError(
-                f"{self._folder} does not hold rank {rank}'s part of the float32 parameters; "
-                "export the model from a run without NVMe offload"
+                f"{self._folder} does not hold rank {rank}'s part of the float32 parameters; resume with the "
+                "parallel.deepspeed that it was saved with, or export the model from a run without NVMe offload"
             )
         return flats
 

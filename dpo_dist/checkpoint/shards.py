@@ -161,8 +161,10 @@ def load_shards(deepspeed_engine: Any, folder: Path) -> None:
         PeerLostError: if another rank is gone.
     """
     saved = layout_of(folder)
+    if saved is None:
+        raise CheckpointError(f"{folder} holds no shards, or not all of them; resume from another checkpoint")
     try:
-        if saved is None or (saved == _own_layout(deepspeed_engine) and _is_alike(deepspeed_engine, folder)):
+        if saved == _own_layout(deepspeed_engine) and _is_alike(deepspeed_engine, folder):
             _load_as_saved(deepspeed_engine, folder)
         else:
             _share_out(deepspeed_engine, folder)
@@ -180,8 +182,8 @@ def _own_layout(deepspeed_engine: Any) -> Layout:
 def _is_alike(deepspeed_engine: Any, folder: Path) -> bool:
     """Whether this run's dtype and the other options of its DeepSpeed file lay parameters out as they were saved."""
     wrapper = deepspeed_engine.optimizer
-    if getattr(wrapper, "swap_optimizer", False):
-        return True  # the values are on NVMe, and not in the shards that could be compared
+    if _is_on_nvme(wrapper):
+        return True  # only DeepSpeed finds what lies there
     states = SavedStates(folder)
     if states.layout.kind == "whole":
         return states.is_halved == bool(masters_of(wrapper))
@@ -191,6 +193,10 @@ def _is_alike(deepspeed_engine: Any, folder: Path) -> bool:
         and [list(group) for group in states.model["param_shapes"]] == own
         and states.alignment() == getattr(wrapper, "round_robin_bit16_padding", None)
     )
+
+
+def _is_on_nvme(wrapper: Any) -> bool:
+    return bool(getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False))
 
 
 def _load_as_saved(deepspeed_engine: Any, folder: Path) -> None:
@@ -204,7 +210,7 @@ def _load_as_saved(deepspeed_engine: Any, folder: Path) -> None:
 
 def _share_out(deepspeed_engine: Any, folder: Path) -> None:
     wrapper = deepspeed_engine.optimizer
-    if getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False):
+    if _is_on_nvme(wrapper):
         raise CheckpointError(
             f"{folder} was saved by other processes, and what this run keeps on NVMe cannot be shared out anew"
         )

@@ -113,7 +113,7 @@ def test_deepspeed_loads_restricted(tmp_path: Path, stage: int, pattern: str) ->
 def test_shards_of_another_model_or_none_at_all(tmp_path: Path, stage: int) -> None:
     engine = make_engine(stage, torch.float32)
     folder = save_engine(CheckpointStore(tmp_path, only_rank()), engine, run_state(), torch.float32)
-    with pytest.raises(CheckpointError, match="does not fit the model"):
+    with pytest.raises(CheckpointError, match=r"does not fit the model|in the model that is trained"):
         load_shards(make_engine(stage, torch.float32, tiny_config(layers=3)), folder)
     with pytest.raises(CheckpointError, match=r"holds no shards|does not fit"):
         load_shards(make_engine(stage, torch.float32), tmp_path)

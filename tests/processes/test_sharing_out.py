@@ -6,15 +6,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from dpo_dist.checkpoint import CheckpointStore, load_shards
 from dpo_dist.checkpoint.saved_states import SavedStates
+from dpo_dist.checkpoint.shards import _is_alike, _share_out
 from dpo_dist.distributed import process_group
 from dpo_dist.engine import optimizer_order
+from dpo_dist.engine.held_states import _set_scaler
+from dpo_dist.errors import CheckpointError
 from tests.run_states import run_state
 from tests.tiny_engine import QUIET, full_parameters_of, make_engine, only_rank, save_engine, train
 
@@ -70,6 +75,29 @@ def test_a_rank_may_hold_nothing_of_a_small_parameter(tmp_path: Path) -> None:
     states = SavedStates(folder)
     name, shape = next(iter(states.shapes.items()))
     assert len(states.read(name, "value", torch.Size(shape).numel(), 0)) == 0
+
+
+def test_what_lies_on_nvme_is_left_to_deepspeed(tmp_path: Path) -> None:
+    """As many ranks at the same stage go on from it; no shard is read that could not be."""
+    wrapper = SimpleNamespace(swap_optimizer=True)
+    assert _is_alike(SimpleNamespace(optimizer=wrapper), tmp_path)
+    with pytest.raises(CheckpointError, match="NVMe cannot be shared out"):
+        _share_out(SimpleNamespace(optimizer=wrapper), tmp_path)
+
+
+def test_a_loss_scale_goes_from_float16_to_float16_only(tmp_path: Path) -> None:
+    """A run in float16 that began with the scale 1 of another dtype would lose small gradients for a thousand steps."""
+    engine = make_engine(2, torch.bfloat16)
+    folder = save_engine(CheckpointStore(tmp_path, only_rank()), engine, run_state(), torch.bfloat16)
+    assert SavedStates(folder).scaler() == {}
+
+    states, held = SavedStates(folder), {"loss_scaler": DynamicLossScaler(64.0, 1000, 1.0, 2, False)}
+    states._optimizers = lambda rank: held
+    assert states.scaler() == {"cur_scale": 64.0, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
+    scale = DynamicLossScaler(8.0, 1000, 1.0, 2, False)
+    for scaler, expected in ((scale, 64.0), (engine.optimizer.loss_scaler, 1.0)):
+        _set_scaler(SimpleNamespace(loss_scaler=scaler), states.scaler())
+        assert scaler.cur_scale == expected
 
 
 # ---- another number of ranks: worlds are launched one after another, and go on from what those before have saved

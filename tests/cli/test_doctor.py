@@ -339,6 +339,7 @@ def test_the_file_system_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_variables_of_a_launcher(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # a run in this process may have set it
     found = doctor()["findings"]["launcher"]
     assert found["status"] == "warning" and "LOCAL_RANK" in found["text"]
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -138,7 +138,8 @@ def bash(
 @pytest.mark.parametrize(
     ("model", "way"),
     [
-        (golden_folder, "namespace"),
+        # The first one also compiles DeepSpeed's operator, which takes a minute.
+        pytest.param(golden_folder, "namespace", marks=pytest.mark.thorough),
         (hub_cache, "noted"),
         pytest.param(golden_folder, "noted", marks=pytest.mark.thorough),
         pytest.param(hub_cache, "namespace", marks=pytest.mark.thorough),

@@ -24,7 +24,11 @@ THEN = {
     "2 ranks, ZeRO-3": [(1, 3), (1, 1), (4, 3), (2, 1), (2, 0)],
     "1 rank, ZeRO-1": [(2, 3), (1, 3), (2, 2)],
 }
-CASES = [(first, *then) for first, others in THEN.items() for then in others]
+DEFAULT = {("2 ranks, ZeRO-3", 1, 1), ("2 ranks, ZeRO-3", 4, 3), ("1 rank, ZeRO-1", 2, 3)}
+CASES = [
+    pytest.param(*case, marks=[] if case in DEFAULT else pytest.mark.thorough)
+    for case in ((first, *then) for first, others in THEN.items() for then in others)
+]
 # Options that put parameters in another order: DeepSpeed itself would load every value into another parameter.
 OPTIONS = {
     "round_robin": {"stage": 2, "overlap_comm": False, "round_robin_gradients": True},
@@ -32,9 +36,9 @@ OPTIONS = {
 }
 OTHER_OPTIONS = [
     ("2 ranks, round robin", 1, "1"),
-    ("2 ranks, round robin", 2, "2"),
-    ("1 rank, ZeRO-1", 2, "round_robin"),
-    ("2 ranks, ZeRO-3", 2, "sub_groups"),
+    pytest.param("2 ranks, round robin", 2, "2", marks=pytest.mark.thorough),
+    pytest.param("1 rank, ZeRO-1", 2, "round_robin", marks=pytest.mark.thorough),
+    pytest.param("2 ranks, ZeRO-3", 2, "sub_groups", marks=pytest.mark.thorough),
 ]
 
 
@@ -125,6 +129,7 @@ def goes_on(whole: Path, tmp_path: Path, ranks: int, stage: int | str) -> str:
     return said
 
 
+@pytest.mark.thorough
 def test_round_robin_gradients_change_no_number_of_adalora(tmp_path: Path) -> None:
     """Its penalty and its allocation read and set parameters that lie in parts."""
     seen = []

@@ -16,14 +16,16 @@
 set -euo pipefail
 case "${1:-}" in -h | --help | "") sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 
-config=$1 folder=${2:?the folder of all runs} lines=${3:?a file with a line of settings for each run}
+[ $# -ge 3 ] || { echo "usage: launch/sweep.sh CONFIG FOLDER LINES [section.key=value ...]; --help says more" >&2 && exit 2; }
+config=$1 folder=$2 lines=$3
 shift 3
 [ -r "$lines" ] || { echo "$lines cannot be read; write a line of settings for each run into it" >&2 && exit 2; }
 if grep -qnE '^[[:space:]]*(#|$)' "$lines"; then
   echo "$lines: line $(grep -nE '^[[:space:]]*(#|$)' "$lines" | head -1 | cut -d: -f1) holds no settings; take it out" >&2
   exit 2
 fi
-count=$(wc -l < "$lines")
+count=$(grep -c '' "$lines" || true) # also of a last line without an end
+[ "$count" -gt 0 ] || { echo "$lines is empty; write a line of settings for each run into it" >&2 && exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export LAUNCH_FOLDER=$here
 read -ra options <<< "${SBATCH_OPTIONS:-}"

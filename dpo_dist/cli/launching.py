@@ -179,8 +179,8 @@ def _meeting_place(where: Where) -> tuple[str, str]:
         )
     name, colon, port = where.head.rpartition(":")
     if not colon:
-        return where.head, PORT
-    if not name or not port.isdecimal():
+        name, port = where.head, PORT
+    if not name or name != "".join(name.split()) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"--head={where.head} is neither a name nor name:port; right would be node0:{PORT}")
     return name, port
 

@@ -40,7 +40,9 @@ def require_announced() -> None:
                 "launcher started this process; start with torchrun, deepspeed or srun as docs/launching.md shows, or "
                 "unset WORLD_SIZE and MASTER_ADDR for a single process"
             )
-    rank, world_size, local_rank = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world_size, local_rank, port = (int(values[name]) for name in _NUMBERS)
+    if not 0 < port < 65536:
+        raise ConfigError(f"MASTER_PORT={port} is no port; choose one between 1024 and 65535")
     if rank >= world_size:
         raise ConfigError(
             f"RANK={rank} with WORLD_SIZE={world_size}: ranks count from 0 to {world_size - 1}; set WORLD_SIZE to the "
@@ -61,12 +63,19 @@ def meeting(timeout: timedelta) -> Iterator[None]:
         timeout: how long it waits, `parallel.ddp_timeout`.
     Raises:
         PeerLostError: they have not come.
-        ConfigError: the port is another program's.
+        ConfigError: the port is another program's, or there is no such interface.
     """
     try:
         yield
     except dist.DistError as error:
         raise _unmet(str(error).strip(), timeout) from error
+    except RuntimeError as error:
+        if "Unable to find address for" not in str(error):  # gloo's words
+            raise
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME')} names no interface of this machine; dpo-dist "
+            "doctor lists them (FABRIC_INTERFACE sets it in launch/)"
+        ) from error
 
 
 def _unmet(text: str, timeout: timedelta) -> Exception:

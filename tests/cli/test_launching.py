@@ -265,7 +265,8 @@ def test_a_mistake_in_the_configuration(folder: Path) -> None:
 
 def test_where_they_meet(folder: Path) -> None:
     assert "--head=null" in refused("--nodes", "2")
-    assert "--head=n0:x" in refused("--nodes", "2", "--head", "n0:x")
+    for head in ("n0:x", "n0:99999", "n0:0", "n 0", "", ":29500"):
+        assert f"--head={head} is neither a name nor name:port" in refused("--nodes", "2", "--head", head)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_without_a_reference_and_dry(cluster: Path) -> None:
     ("content", "says"),
     [
         (None, "lines cannot be read; write a line of settings"),
+        ("", "lines is empty; write a line of settings"),
         ("a.b=1\n\na.b=2\n", "lines: line 2 holds no settings"),
         ("a.b=1\n# more\n", "lines: line 2 holds no settings"),
     ],
@@ -66,6 +67,14 @@ def test_mistakes_in_the_lines(cluster: Path, content: str | None, says: str) ->
         (cluster / "lines").write_text(content)
     code, said, calls = run(cluster, "sweep.sh", "run.yaml", "out", "lines")
     assert code == 2 and says in said and not submitted(calls)
+
+
+def test_a_last_line_without_an_end_and_a_missing_argument(cluster: Path) -> None:
+    (cluster / "lines").write_text("loss.beta=1\nloss.beta=2")
+    _, said, _ = run(cluster, "sweep.sh", "run.yaml", "out", "lines")
+    assert "2 runs" in said
+    code, said, calls = run(cluster, "sweep.sh", "run.yaml", "out")
+    assert code == 2 and said.startswith("usage: launch/sweep.sh CONFIG FOLDER LINES") and not calls
 
 
 def test_nothing_waits_for_a_job_that_was_refused(cluster: Path) -> None:

@@ -40,6 +40,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
         ({"RANK": ""}, r"RANK=\(not set\) is not a number, and WORLD_SIZE=2 says that a launcher started this"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http is not a number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port; choose one between"),
         ({"RANK": "2"}, r"RANK=2 with WORLD_SIZE=2: ranks count from 0 to 1; set WORLD_SIZE"),
     ],
 )
@@ -106,6 +107,19 @@ def test_several_machines(tmp_path: Path, rank: str, address: str, says: str) ->
         command = [sys.executable, "-c", SCRIPT]
         done = subprocess.run(command, env=os.environ | env, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert re.search(says, done.stdout), done.stdout + done.stderr[-2000:]
+
+
+def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | env | {"GLOO_SOCKET_IFNAME": "nope"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "ConfigError GLOO_SOCKET_IFNAME=nope names no interface of this machine" in done.stdout, done.stderr
 
 
 def test_it_is_nobodys_mistake_here() -> None:

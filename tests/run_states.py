@@ -1,6 +1,7 @@
 """States of a run and of its random generators, for tests of checkpoints."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,13 @@ def run_state(step: int = 2, world_size: int = 1, **changes) -> RunState:
         "config": {"train": {"learning_rate": 5e-7, "shuffle": True}, "model": {"revision": None}},
     }
     return RunState(**(values | changes))
+
+
+def empty_shards(folder: Path) -> None:
+    """What a checkpoint of stage 0 holds of a model without parameters."""
+    (folder / "shards").mkdir()
+    state = {"module": {}, "optimizer": {"state": {}, "param_groups": []}}
+    torch.save(state, folder / "shards/mp_rank_00_model_states.pt")
 
 
 def draw() -> list[float]:

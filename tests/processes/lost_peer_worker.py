@@ -18,12 +18,14 @@ import torch.distributed as dist
 from dpo_dist.checkpoint.shards import load_shards
 from dpo_dist.distributed import barrier, process_group, raise_together
 from dpo_dist.errors import DataError
+from tests.run_states import empty_shards
 
 
 class Engine:
     """Gathers while it loads, as DeepSpeed's does."""
 
     checkpoint_engine: Any = None
+    optimizer: Any = None
 
     def zero_optimization_stage(self) -> int:
         return 0
@@ -43,6 +45,8 @@ def outcome(function: Any, *arguments: object) -> list[str]:
 def main(folder: Path, how: str) -> None:
     timeout = timedelta(seconds=3 if how == "hangs" else 60)
     with process_group(timeout) as ranks:
+        if ranks.is_first:
+            empty_shards(folder)
         barrier()
         if not ranks.is_first:
             if how == "killed":

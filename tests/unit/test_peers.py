@@ -18,6 +18,8 @@ from dpo_dist.errors import CheckpointError, ConfigError, ModelError, PeerLostEr
 from dpo_dist.model import load_model, scoring
 from dpo_dist.peers import is_peer_lost, peer_lost, raise_if_peer_lost
 from dpo_dist.selfcheck.own_forward import _ask
+from tests.run_states import empty_shards
+from tests.tiny_engine import only_rank
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40120")
 MISTAKE = RuntimeError("Error(s) in loading state_dict: size mismatch")
@@ -92,7 +94,10 @@ def test_while_shards_load(error: Exception, expected: type | None, tmp_path: Pa
         checkpoint_engine = None
         load_checkpoint = staticmethod(_raising(error))
         zero_optimization_stage = staticmethod(lambda: 0)
+        optimizer = None
 
+    only_rank()
+    empty_shards(tmp_path)
     with pytest.raises(expected or CheckpointError):
         load_shards(Engine(), tmp_path)
 

@@ -5,13 +5,17 @@ recorder tells has not been seen on a GPU yet.
 """
 
 import json
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch._C._distributed_c10d as _c10d
 
-_SHOWN = 20
+_SHOWN, _PATIENCE = 20, 5.0
+
+T = TypeVar("T")
 
 
 def last_collectives(on_gpu: bool) -> tuple[int, list[str]]:
@@ -29,6 +33,19 @@ def last_collectives(on_gpu: bool) -> tuple[int, list[str]]:
         return max((entry["record_id"] + 1 for entry in entries), default=0), [_line(one) for one in entries[-_SHOWN:]]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return 0, []
+
+
+def without_waiting(call: Callable[[], T], otherwise: T) -> T:
+    """What a call returns within a few seconds: where a device hangs, its recorder may as well."""
+    found = [otherwise]
+
+    def ask() -> None:
+        found[0] = call()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return found[0]
 
 
 def write_trace(path: Path) -> None:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dpo_dist.distributed import Ranks, barrier
-from dpo_dist.flight_recorder import last_collectives, write_trace
+from dpo_dist.flight_recorder import last_collectives, without_waiting, write_trace
 from dpo_dist.peers import is_peer_lost
 from dpo_dist.phases import Place, place, reach
 
@@ -106,7 +106,7 @@ class _Watch(threading.Thread):
         path = self._folder / f"rank-{self._ranks.rank:05d}.txt"
         here, began = place(), path.with_suffix(".tmp")
         on_gpu = self._ranks.device.type == "cuda"
-        begun, last = last_collectives(on_gpu)
+        begun, last = without_waiting(lambda: last_collectives(on_gpu), (0, list[str]()))
         # Of a GPU's waiting nothing is to be seen here.
         waits = on_gpu or _is_in_collective()
         values = {"step": here.step, "phase": here.phase, "count": here.count, "begun": begun, "waits": waits}
@@ -121,7 +121,7 @@ class _Watch(threading.Thread):
                 file.write("\nThe last collectives of this rank, the newest last:\n" + "".join(last))
             began.replace(path)
         if on_gpu:
-            write_trace(self._folder / f"{TRACES}{self._ranks.rank}")
+            without_waiting(lambda: write_trace(self._folder / f"{TRACES}{self._ranks.rank}"), None)
 
     def _gather(self, found: dict[int, dict[str, Any]]) -> None:
         """What every rank has written down, of those that do so in time."""

@@ -91,9 +91,9 @@ def compare(folders: Sequence[Path], metrics: Sequence[str], by: str | None, dat
     """
     found, metrics = outcomes(folders, dataset), list(metrics or DEFAULT_METRICS)
     known = sorted({metric for one in found for metric in one.values})
-    for metric in (*metrics, *([by] if by else [])):
+    for option, metric in (*(("metric", one) for one in metrics), ("by", by or metrics[0])):
         if metric not in known and metric not in DEFAULT_METRICS:
-            raise ConfigError(f"--metric={metric} is in no run; there are {', '.join(known)}")
+            raise ConfigError(f"--{option}={metric} is in no run; there are {', '.join(known)}")
     found = ranked(found, by or metrics[0])
     if form == "json":
         keys = differing(found)

@@ -114,6 +114,7 @@ def test_runs_without_a_held_out_set_and_without_lines(tmp_path: Path) -> None:
     [
         (["nowhere"], "nowhere holds no run (no config.yaml), nor do the folders in it"),
         (["sweep", "--metric", "kl"], "--metric=kl is in no run; there are loss, rewards/accuracies"),
+        (["sweep", "--by", "kl"], "--by=kl is in no run; there are loss, rewards/accuracies"),
         (["sweep", "--dataset", "other"], "--dataset=other was not evaluated in sweep/b; there are pairs"),
         (["broken"], "broken/config.yaml is not the configuration of a run"),
     ],

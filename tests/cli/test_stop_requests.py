@@ -67,6 +67,15 @@ def test_during_an_evaluation(monkeypatch: pytest.MonkeyPatch, folder: Path, ste
     assert outcome(folder / "out") == outcome(folder / "whole")
 
 
+def test_during_the_evaluation_at_the_start(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """There is nothing to save, and the next start begins anew."""
+    start = "evaluation.eval_on_start=true"
+    assert "stopped after step 0 of 4" in train(monkeypatch, "term@0:0:evaluation", start)
+    train(monkeypatch, "", start)
+    train(monkeypatch, "", start, "train.output_dir=whole")
+    assert outcome(folder / "out") == outcome(folder / "whole")
+
+
 def test_while_data_is_tokenised(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("DPO_DIST_CACHE", str(folder / "cache"))
     said = train(monkeypatch, "term@0:0:tokenise")

@@ -1,6 +1,5 @@
 """Two machines of one process each train the same numbers as one machine of two, with each launcher."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from tests.cluster.runs import compare, environment, reference_run, write_config
 from tests.launching import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 @pytest.fixture(scope="module")

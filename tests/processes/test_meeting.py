@@ -109,7 +109,7 @@ def test_several_machines(tmp_path: Path, rank: str, address: str, says: str) ->
     assert re.search(says, done.stdout), done.stdout + done.stderr[-2000:]
 
 
-def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interface_that_is_not_there() -> None:
     env = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

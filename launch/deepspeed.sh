@@ -21,11 +21,8 @@ case "${1:-}" in -h | --help | "") sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0
 # shellcheck source=launch/fabric.sh
 source "$(dirname "${BASH_SOURCE[0]}")/fabric.sh"
 
-case ${CUDA_VISIBLE_DEVICES-all} in
-all) gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c "^GPU " || true) ;;
-"" | -1) gpus=0 ;;
-*) gpus=$(tr , '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l) ;;
-esac
+# shellcheck source=launch/gpus.sh
+source "$(dirname "${BASH_SOURCE[0]}")/gpus.sh"
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 nnodes=${NNODES:-1}
 fail() { echo "error: $*" >&2 && exit 2; }

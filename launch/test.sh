@@ -2,7 +2,8 @@
 # Run the tests from a fresh clone, set-up included:
 #
 #   ./launch/test.sh              the default set: what proves the product
-#   ./launch/test.sh --all        everything but `-m slow`, which is run by hand before a release
+#   ./launch/test.sh --all        everything but `-m slow` and `-m cluster`, which are run by hand before a release
+#   ./launch/test.sh -m cluster tests/cluster    two machines and a real Slurm, as root
 #   ./launch/test.sh -k losses    some of them; every pytest argument is passed on
 #
 # The first two run two tests at a time. A test that is skipped for a reason not listed in tests/plugin_skips.py fails

@@ -13,6 +13,7 @@ ALLOWED_REASONS = {
     "needs a GPU": "run by hand on a machine with one",
     "needs flash-attn": "has no CPU build",
     "needs a network namespace": "run as root, as in CI, or by a user whom the system lets make one",
+    "needs a package index": "SkyPilot cannot be installed beside what we need; CI, which installs, has an index",
     "needs nvcc": "run by hand, with `-m slow`, on a machine with CUDA's compiler",
 }
 

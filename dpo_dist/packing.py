@@ -149,10 +149,15 @@ def sizes_of(dataset: TokenizedDataset, rows: Sequence[int]) -> list[ExampleSize
 
 def longest_example(dataset: TokenizedDataset, share_prompt: bool) -> int:
     """The row with the most packed tokens."""
+    return int(np.argmax(input_tokens_of(dataset, share_prompt)))
+
+
+def input_tokens_of(dataset: TokenizedDataset, share_prompt: bool) -> np.ndarray:
+    """`ExampleSize.input_tokens` of every row."""
     flat, starts = dataset.completion_lengths.flat, dataset.completion_lengths.starts
     counts = np.diff(starts)
     copies = np.ones_like(counts) if share_prompt else counts
-    return int(np.argmax(copies * dataset.prompt_lengths + np.add.reduceat(flat, starts[:-1]) - counts))
+    return copies * dataset.prompt_lengths + np.add.reduceat(flat, starts[:-1]) - counts
 
 
 def _bins_of_ranks(shares: Sequence[Sequence[int]], tokens: Sequence[int], budget: int) -> tuple[Bins, ...]:

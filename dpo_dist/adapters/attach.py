@@ -33,6 +33,7 @@ from dpo_dist.adapters.settings import new_settings, require_prefix
 from dpo_dist.config import AdapterConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ModelError
 from dpo_dist.model.adapted import POLICY, REFERENCE, Adapter, base_name
+from dpo_dist.model.recomputation import Recomputation
 from dpo_dist.model.scoring import ScoringModel, sharded_loading
 from dpo_dist.peers import raise_if_peer_lost
 from dpo_dist.pretrained import PROMPT_LEARNING, adapter_kind, first_line, require_adapter_folder
@@ -99,7 +100,7 @@ def attach_adapter(
 def require_adapter(
     config: AdapterConfig,
     model_config: PretrainedConfig,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recomputation,
     trust_remote_code: bool,
     total_steps: int | None,
     tokenizer: Path | str | None = None,
@@ -118,7 +119,7 @@ def require_adapter(
         language_model: Any = AutoModelForCausalLM.from_config(
             copy.deepcopy(model_config), trust_remote_code=trust_remote_code
         )
-        if gradient_checkpointing:
+        if gradient_checkpointing is True:
             language_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         attach_adapter(ScoringModel(language_model), config, "", 0, total_steps, {}, tokenizer)
 

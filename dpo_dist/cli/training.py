@@ -11,12 +11,13 @@ import torch
 from dpo_dist import losses
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
-from dpo_dist.checkpoint import CheckpointStore, Weights, export_model, write_assets
+from dpo_dist.checkpoint import CheckpointStore, Weights
 from dpo_dist.cli.announcing import announce
 from dpo_dist.cli.describe import base_model_name, facts
 from dpo_dist.cli.ending import give_up
 from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
+from dpo_dist.cli.recomputing import settle_recomputation, wanted_at_loading
 from dpo_dist.cli.resuming import Start, find_start
 from dpo_dist.cli.run_folder import (
     CONFIG_FILE,
@@ -29,6 +30,7 @@ from dpo_dist.cli.run_folder import (
     writing,
 )
 from dpo_dist.cli.sources import Choice, fill_cache, find_source, reference_engine, reference_of
+from dpo_dist.cli.trained_model import asset_writer, write_model
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
@@ -40,7 +42,6 @@ from dpo_dist.pretrained import num_parameters
 from dpo_dist.reference import ReferenceSync
 from dpo_dist.run import Progress, Run, complete_save, require_sound, restore
 from dpo_dist.selfcheck import Proof, check_agreement, prove
-from dpo_dist.tokenization import load_tokenizer
 from dpo_dist.trainer import catch_up, evaluate_all, train
 from dpo_dist.watch import watching
 
@@ -127,6 +128,7 @@ def _build(
     engine = reference_engine(prepared, ranks) if choice.source == "live" else None
     reach("load")
     policy = _policy(prepared, ranks)
+    settle_recomputation(prepared, ranks, policy)
     sync = _synchronisation(config, policy, engine)
     metrics_file = MetricsFile(Path(config.train.output_dir) / "metrics.jsonl")
     run = Run(
@@ -144,7 +146,7 @@ def _build(
         metrics_file=metrics_file,
         store=store,
         weights=Weights(policy, engine if sync else None),
-        write_assets=_asset_writer(prepared, policy, metrics_file),
+        write_assets=asset_writer(prepared, policy, metrics_file),
         report=lambda line: None,
         after_update=sync or (lambda step: None),
         stop=stop,
@@ -161,7 +163,7 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
         register(prepared.attention[0]),
         prepared.dtype,
         prepared.deepspeed,
-        config.model.gradient_checkpointing,
+        wanted_at_loading(prepared),
         config.model.trust_remote_code,
         four_bits(config.adapter, prepared.dtype),
     )
@@ -234,19 +236,6 @@ def _keep_config(run: Run, start: Start) -> None:
             write_config(run.config)
 
 
-def _asset_writer(prepared: Prepared, policy: TrainingEngine, metrics: MetricsFile) -> Callable[[Path], None]:
-    def write(checkpoint: Path) -> None:
-        metrics.write_checksums(checkpoint)
-        assets = checkpoint / "model_assets"
-        write_assets(assets, policy.model.export_config(), _tokenizer(prepared), _generation(policy), prepared.dtype)
-        if policy.model.adapter is not None:
-            from dpo_dist.adapters import write_adapter_settings
-
-            write_adapter_settings(assets, policy.model.adapter)
-
-    return write
-
-
 def _load_best(run: Run, progress: Progress) -> None:
     """Put the weights of the best evaluation back, where they are asked for and there are such."""
     best = progress.health.best_step
@@ -263,38 +252,7 @@ def _export(prepared: Prepared, run: Run, progress: Progress) -> None:
     out = Path(run.config.train.output_dir) / "model"
     reach("export")
     require_sound(run, progress.step)
-    _write_model(prepared, run, out)
+    write_model(prepared, run, out)
     with writing(out, run.ranks):
         if run.ranks.is_first:
             record_model(out, progress.step, run.store.path_of(progress.step).name)
-
-
-def _write_model(prepared: Prepared, run: Run, out: Path) -> None:
-    model = run.policy.model
-    if model.adapter is not None:
-        from dpo_dist.adapters import export_adapter
-
-        parameters = run.policy.named_adapter_parameters()
-        export_adapter(out, parameters, run.ranks, model.adapter, _tokenizer(prepared))
-        return
-    export_model(
-        out,
-        run.policy.named_full_parameters(),
-        run.ranks,
-        model.export_config(),
-        _tokenizer(prepared),
-        _generation(run.policy),
-        prepared.dtype,
-        trust_remote_code=run.config.model.trust_remote_code,
-    )
-
-
-def _tokenizer(prepared: Prepared) -> object | None:
-    """The tokenizer to ship with the model; pre-tokenised data may come with a model that has none."""
-    folder = Path(prepared.tokenizer.path)
-    has_one = not folder.is_dir() or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return load_tokenizer(prepared.tokenizer) if has_one else None
-
-
-def _generation(policy: TrainingEngine) -> object | None:
-    return getattr(policy.model.model, "generation_config", None)

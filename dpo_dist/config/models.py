@@ -42,8 +42,9 @@ class ModelConfig(Section):
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
     """Compute every prompt once for all its completions. `auto`: where the architecture is known to allow it; `on`: an
     error where it is not; `off`: each completion carries its own copy of the prompt (same result, more tokens)."""
-    gradient_checkpointing: Flag = True
-    """Recompute activations in the backward pass: much less memory, about a third more compute."""
+    gradient_checkpointing: Literal["auto"] | Flag = "auto"
+    """Recompute activations in the backward pass: less memory, up to a third more compute, the same result. `true`: in
+    every layer; `false`: in none; `auto`: in as few layers as this device has memory for, measured at the start."""
 
 
 # Which of a row's completions are compared with each other.

@@ -114,12 +114,12 @@ def source_rules(config: RunConfig) -> Iterator[Broken]:
     adapter = config.adapter
     if adapter.peft_type == "adalora" and adapter.adapter_name_or_path is None:
         yield from _adalora_rules(config)
-    if adapter.peft_type == "prefix_tuning" and config.model.gradient_checkpointing:
+    if adapter.peft_type == "prefix_tuning" and config.model.gradient_checkpointing is True:
         yield (
             ("model", "gradient_checkpointing"),
             (("adapter", "peft_type"),),
             "cannot be combined with adapter.peft_type=prefix_tuning, whose prefix a recomputed layer would not see; "
-            "set it to false",
+            "set it to false, or leave it out",
         )
 
 

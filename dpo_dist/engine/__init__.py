@@ -7,6 +7,7 @@
     shares.py     what a rank keeps of them between two forwards
     inference.py  a model that is only asked
     training.py   the policy: forward, backward, update
+    activation_memory.py  what a forward pass leaves for backward, and how much there is room for
     rank_allocation.py  AdaLoRA: penalty and ranks, once per update
 
 DeepSpeed runs at every stage from 0 to 3, also for one process and on CPU: one code path. It averages gradients over
@@ -14,6 +15,7 @@ ranks; here that is undone, and nobody else knows. Contract: the backward calls 
 up to the gradient of the objective.
 """
 
+from dpo_dist.engine.activation_memory import ActivationMemory, measure_activations
 from dpo_dist.engine.held_states import optimizer_order, set_states
 from dpo_dist.engine.inference import InferenceEngine
 from dpo_dist.engine.rank_allocation import RankAllocation
@@ -22,6 +24,7 @@ from dpo_dist.engine.training import TrainingEngine
 from dpo_dist.engine.whole import masters_of
 
 __all__ = [
+    "ActivationMemory",
     "InferenceEngine",
     "RankAllocation",
     "TrainingEngine",
@@ -29,6 +32,7 @@ __all__ = [
     "engine_config",
     "inference_config",
     "masters_of",
+    "measure_activations",
     "optimizer_order",
     "release_process_group",
     "set_states",

@@ -40,6 +40,7 @@ class TrainingEngine:
             # Compiling DeepSpeed's CPU Adam takes a minute and gains nothing where everything is on the CPU.
             config = {**config, "zero_force_ds_cpu_optimizer": False}
         self.ranks = ranks
+        self._optimizer, self._states_elsewhere = optimizer, offloaded and ranks.device.type != "cpu"
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
         self.engine = initialize(model=model, optimizer=optimizer, config=config)
         self.device = torch.device(self.engine.device)
@@ -178,6 +179,14 @@ class TrainingEngine:
             return ""
         trained = ((name, shares.own_share(p)) for name, p in self.model.named_parameters() if p.requires_grad)
         return next((name for name, share in trained if not bool(torch.isfinite(share).all())), "")
+
+    @property
+    def has_all_states(self) -> bool:
+        """Whether AdamW's moments will take no more of the device: they are there, or are kept elsewhere.
+
+        DeepSpeed makes some when it begins, torch with the first update.
+        """
+        return self._states_elsewhere or bool(self._optimizer.state)
 
     @property
     def num_trained(self) -> int:

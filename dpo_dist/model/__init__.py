@@ -8,6 +8,7 @@ own_forward.py   what the architecture's own class says of one sequence
 probe.py         an architecture tried on a small random model
 adapted.py       an adapter inside a model, and the model without it
 quantization.py  frozen weights in four bits
+recomputation.py  which layers compute their activations again in backward
 """
 
 from dpo_dist.model.adapted import Adapter, base_name
@@ -15,6 +16,7 @@ from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.own_forward import own_kernel
 from dpo_dist.model.probe import Probe, try_architecture
 from dpo_dist.model.quantization import four_bits
+from dpo_dist.model.recomputation import Recomputation
 from dpo_dist.model.scoring import ScoringModel, load_model, sharded_loading
 from dpo_dist.model.slices import node_groups
 
@@ -22,6 +24,7 @@ __all__ = [
     "Adapter",
     "Fit",
     "Probe",
+    "Recomputation",
     "ScoringModel",
     "base_name",
     "find_fit",

@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from dpo_dist.batch import AttentionLayout, MicroBatch
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
+from dpo_dist.model import recomputation
 from dpo_dist.model.adapted import Adapter
 from dpo_dist.model.own_forward import own_logps
 from dpo_dist.model.packed import as_packed
@@ -88,6 +89,15 @@ class ScoringModel(nn.Module):
         with nullcontext() if self.adapter is None else self.adapter.as_reference():
             yield
 
+    def recompute_first(self, count: int) -> None:
+        """Compute activations of the first `count` layers again in backward, and keep those of the others."""
+        recomputation.recompute_first(self.model, count)
+
+    @property
+    def switchable_layers(self) -> list[Any]:
+        """The layers that can be told so each for itself."""
+        return recomputation.switchable(self.model)
+
     def export_config(self) -> PretrainedConfig:
         """The configuration as others should read it: dropout as it was, and nothing of ours in it."""
         config = deepcopy(self.model.config)
@@ -102,7 +112,7 @@ def load_model(
     attention: str,
     dtype: torch.dtype,
     deepspeed_config: dict[str, Any],
-    gradient_checkpointing: bool,
+    gradient_checkpointing: recomputation.Recomputation,
     trust_remote_code: bool,
     quantization: BitsAndBytesConfig | None = None,
 ) -> ScoringModel:
@@ -114,7 +124,7 @@ def load_model(
         attention: the name `attention.interface.register` gave.
         dtype: of the parameters and the computation.
         deepspeed_config: decides whether parameters are partitioned while they are read.
-        gradient_checkpointing: recompute activations in backward.
+        gradient_checkpointing: recompute activations in backward; `auto`: in all layers until `recompute_first`.
         trust_remote_code: run code that lies in the folder.
         quantization: what `quantization.four_bits` gave, for weights that stay frozen.
 
@@ -142,8 +152,7 @@ def load_model(
             )
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
     _keep_as_stored(model)
-    if gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    recomputation.enable(model, gradient_checkpointing)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -16,6 +16,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from dpo_dist import machine as control_groups
 from dpo_dist.attention.packages import FLASH_3
 from dpo_dist.cli import app
 from dpo_dist.cli.doctor import folders, software
@@ -235,9 +236,9 @@ def test_limits_of_a_container(
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    monkeypatch.setattr(limits, "CGROUPS", tmp_path / "groups")
-    monkeypatch.setattr(limits, "OWN_CGROUPS", tmp_path / "own")
-    assert (limits.memory_of_container(), limits.cores_of_container()) == (memory, cores)
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(control_groups, "OWN_CGROUPS", tmp_path / "own")
+    assert (control_groups.memory_of_container(), control_groups.cores_of_container()) == (memory, cores)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,6 @@ def test_wrong_values(minimal, override, wrong, right):
 
 # What else has to be set where a word is used.
 WORDS_NEED = {
-    "prefix_tuning": ["model.gradient_checkpointing=false"],
     "adapter_off": ["adapter.peft_type=lora"],
     "constant_with_warmup": ["train.warmup_steps=0.1"],
 }
@@ -800,7 +799,7 @@ RUNS = st.fixed_dictionaries(
                 "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
                 "prefix_sharing": st.sampled_from(["on", "off", "auto"]),
                 "revision": st.none() | WORDS,
-                "gradient_checkpointing": st.booleans(),
+                "gradient_checkpointing": st.booleans() | st.just("auto"),
             }
         ),
         "data": st.fixed_dictionaries(
@@ -967,7 +966,12 @@ ADALORA = "adapter.peft_type=adalora"
             "not below adapter.init_r=12",
             "lora",
         ),
-        (["adapter.peft_type=prefix_tuning"], "model.gradient_checkpointing=true", "prefix_tuning", "set it to false"),
+        (
+            ["adapter.peft_type=prefix_tuning", "model.gradient_checkpointing=true"],
+            "model.gradient_checkpointing=true",
+            "prefix_tuning",
+            "set it to false",
+        ),
         (
             ["reference.source=adapter_off"],
             "reference.source=adapter_off",
@@ -1036,6 +1040,7 @@ def test_rules_of_adapter_and_reference(minimal, overrides, path, reason, way_ou
         [ADALORA, "adapter.total_step=20", "adapter.tinit=2", "adapter.tfinal=3"],
         [ADALORA, "train.max_steps=20"],
         ["adapter.peft_type=prefix_tuning", "model.gradient_checkpointing=false"],
+        ["adapter.peft_type=prefix_tuning"],
         [LORA, "reference.source=adapter_off"],
         [LORA, "reference.source=live", "reference.dtype=float32", "reference.per_microbatch=true"],
         ["reference.sync_ref_model=true", "reference.ref_model_sync_steps=2", "reference.ref_model_mixup_alpha=1"],

@@ -113,8 +113,8 @@ def _task(options: argparse.Namespace, model: str, folder: Path, examples: list[
     """The files of both orders, and what all variants do alike."""
     write_rows(folder, "file", examples)
     write_rows(folder, "sorted", sort_by_length(examples, options.warm_up * per_step))
-    # Without shared prompts an example is longer, and is never split.
-    longest = max(len(one.prompt) * len(one.completions) + one.lengths.scored for one in examples)
+    longest = max(one.lengths.inputs for one in examples)
+    unshared = max(one.lengths.inputs + len(one.prompt) * (len(one.completions) - 1) for one in examples)
     return Task(
         model=model,
         folder=folder,
@@ -122,7 +122,8 @@ def _task(options: argparse.Namespace, model: str, folder: Path, examples: list[
         examples_per_step=per_step,
         pairs_per_step=per_step * len(examples[0].pairs),
         threads=options.threads,
-        max_tokens=max(options.max_tokens, longest),
+        max_tokens=options.max_tokens,
+        longest=(longest, unshared),
         deepspeed=options.deepspeed,
     )
 
@@ -182,7 +183,7 @@ def _report(
         "machine": _machine(parts),
         "settings": {
             **{key: getattr(options, key) for key in ("repeats", "steps", "warm_up", "threads", "deepspeed")},
-            "max_tokens": task.max_tokens,
+            "max_tokens": task.max_tokens_of(Variant.named("ours")),
             "pairs_per_step": task.pairs_per_step,
             "model": Path(task.model).name,
         },

@@ -79,8 +79,13 @@ class Task:
     examples_per_step: int
     pairs_per_step: int
     threads: int
-    max_tokens: int  # ours: of a micro-batch
+    max_tokens: int  # ours: of a micro-batch, where the longest example fits
+    longest: tuple[int, int]  # tokens of the longest example: with its prompt once, and once for each completion
     deepspeed: str  # ours
+
+    def max_tokens_of(self, variant: Variant) -> int:
+        """Ours: tokens of a micro-batch; an example is never split."""
+        return max(self.max_tokens, self.longest["sharing" in variant.switches])
 
 
 def our_config(task: Task, variant: Variant, recompute: bool, out: Path) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def our_config(task: Task, variant: Variant, recompute: bool, out: Path) -> dict
             "max_grad_norm": MAX_GRAD_NORM,
             "shuffle": False,
         },
-        "packing": {"max_tokens": task.max_tokens},
+        "packing": {"max_tokens": task.max_tokens_of(variant)},
         "parallel": {"deepspeed": task.deepspeed},
         "log": {"report_to": []},
     }

@@ -156,7 +156,7 @@ def test_the_witness_of_every_order_is_run() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    return Task("model", tmp_path, 3, 2, 12, 2, 1024, "zero3_cpu")
+    return Task("model", tmp_path, 3, 2, 12, 2, 1024, (900, 2000), "zero3_cpu")
 
 
 def test_our_configurations_are_valid_and_differ_in_their_switch(task: Task, tmp_path: Path) -> None:
@@ -164,6 +164,7 @@ def test_our_configurations_are_valid_and_differ_in_their_switch(task: Task, tmp
         return RunConfig(**our_config(task, Variant.named(name), recompute, tmp_path / "run"))
 
     assert config("ours").model.prefix_sharing == "on" and config("ours-sharing").model.prefix_sharing == "off"
+    assert config("ours").packing.max_tokens == 1024 and config("ours-sharing").packing.max_tokens == 2000
     assert config("ours-reference").reference.per_microbatch and not config("ours").reference.per_microbatch
     assert config("ours+sorted").data.train[0].path.endswith("ours-sorted.jsonl")
     assert config("ours").model.gradient_checkpointing and not config("ours", False).model.gradient_checkpointing

@@ -178,7 +178,7 @@ def test_the_chart_is_svg_to_scale() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    return Task("model", tmp_path, 3, 2, 2, 2, 1024, "zero3_cpu")
+    return Task("model", tmp_path, 3, 2, 2, 2, 1024, (900, 2000), "zero3_cpu")
 
 
 def interpreter(folder: Path, body: str) -> str:

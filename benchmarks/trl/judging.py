@@ -29,11 +29,17 @@ def ended(runs: list[Run]) -> list[Run]:
 
 
 def distances(runs: Runs) -> dict[str, dict[str, float]]:
-    """Of each variant the largest distance from its witness, over steps and repeats; absolute for the loss."""
+    """Of each variant the largest distance from its witness, over steps and repeats; absolute for the loss.
+
+    NaN where a run logged other steps.
+    """
     found = {}
     for name, repeats in runs.items():
         witness = ended(runs.get(witness_of(Variant.named(name)), []))
         if not ended(repeats) or not witness:
+            continue
+        if any(len(run["logs"]) != len(witness[0]["logs"]) for run in ended(repeats)):
+            found[name] = dict.fromkeys(("loss", *RELATIVE_BOUNDS), float("nan"))
             continue
         steps = [both for run in ended(repeats) for both in zip(witness[0]["logs"], run["logs"], strict=True)]
         found[name] = {"loss": _largest(abs(theirs["loss"] - ours["loss"]) for ours, theirs in steps)} | {

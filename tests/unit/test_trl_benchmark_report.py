@@ -71,6 +71,11 @@ def test_our_own_repeats_are_compared_too(runs: judging.Runs) -> None:
     assert judging.faults(runs)[0].startswith("ours: loss is 1.0e-02")
 
 
+def test_a_step_that_is_missing_is_a_fault(runs: judging.Runs) -> None:
+    del runs["trl"][1]["logs"][2]
+    assert judging.faults(runs)[0].startswith("trl: loss is nan")
+
+
 def test_losses_that_no_run_of_ours_confirms_are_a_fault(runs: judging.Runs) -> None:
     runs["trl+sorted"] = [run(9, 4, 4)]
     assert judging.faults(runs) == ["trl+sorted: ours+sorted did not end, so its losses are compared with nothing"]
@@ -231,16 +236,59 @@ def test_the_machine_is_measured() -> None:
     assert 2**20 < peak_bytes() < 2**50
 
 
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8, "vocab_size": 200}))
+    words = ["trl", "--data", "synthetic:chat", "--model", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    return words
+
+
+@pytest.mark.parametrize(("moved", "status"), [(0.0, 0), (0.01, 1)])
+def test_the_command_takes_turns_and_writes(
+    moved: float,
+    status: int,
+    call: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    order: list[str] = []
+
+    class Recorded(Launcher):
+        def measure(self, variant: Variant, recompute: bool, label: str) -> dict[str, Any]:
+            order.append(f"{variant.name} {recompute}")
+            if variant.name == "trl+head":
+                return {"failed": "ended by signal 9"}
+            found = run(9, 2, 2) if variant.side == "ours" else {**run(9, 4, 4), "version": "1.16.0"}
+            found["logs"][2]["loss"] += moved * (variant.side == "trl")
+            return found
+
+        def peak(self, label: str) -> dict[str, float]:
+            return {"square": 100.0}
+
+    monkeypatch.setattr(command, "Launcher", Recorded)
+    call += ["--variants", "ours", "trl", "trl+head", "--recomputation", "on", "off", "--repeats", "2", "--steps", "3"]
+    assert command.main() == status
+    turn = [f"{name} {recompute}" for recompute in (True, False) for name in ("ours", "trl", "trl+head")]
+    assert order == turn * 2
+    (written,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(written.read_text())
+    assert found["data"]["pairs"] == 16 and found["settings"]["pairs_per_step"] == 8
+    assert found["machine"]["versions"]["trl"] == "1.16.0" and found["name"].endswith("-synthetic-chat")
+    said = capsys.readouterr().out
+    assert ("synthetic-chat, kept: ours over TRL stock 2 (2 to 2)" in said) == (status == 0)
+    assert ("fault: trl: loss" in said) == (status == 1)
+
+
 @pytest.mark.parametrize(
     "wrong", [["--variants", "trl+packing"], ["--warm-up", "6"], ["--data", "synthetic:nothing"], ["--repeats", "0"]]
 )
 def test_a_mistake_in_the_call_is_told_before_anything_runs(
-    wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wrong: list[str], call: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8, "vocab_size": 200}))
-    call = ["trl", "--data", "synthetic:chat", "--model", str(tmp_path), *wrong]
-    monkeypatch.setattr(sys, "argv", call)
+    call += wrong
     with pytest.raises(SystemExit) as stopped:
         command.main()
     assert stopped.value.code == 2 and "error: " in capsys.readouterr().err

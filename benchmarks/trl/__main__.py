@@ -14,9 +14,11 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -83,8 +85,12 @@ def main() -> int:
         own.error(str(error))
     with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
         task = _task(options, model, Path(folder), examples, per_step)
-        report = _report(options, task, shape, examples, *_measured(options, task, variants))
-    write(report, options.out)
+        report: dict[str, Any] = {}
+        for runs, products in _measured(options, task, variants):
+            # After every repeat: an hour's work is not lost where the last one is interrupted.
+            report = _report(options, task, shape, examples, runs, products)
+            write(report, options.out)
+    print(f"written: {options.out / report['name']}.md")
     for one in report["parts"]:
         for line in [f"fault: {fault}" for fault in one["faults"]] or headlines(report, one):
             print(line)
@@ -128,21 +134,22 @@ def _task(options: argparse.Namespace, model: str, folder: Path, examples: list[
     )
 
 
-def _measured(options: argparse.Namespace, task: Task, variants: list[Variant]) -> tuple[dict[str, Any], list[Any]]:
-    """All launches in turn: runs by recomputation and variant, and the speed of matrix products between them."""
+def _measured(
+    options: argparse.Namespace, task: Task, variants: list[Variant]
+) -> Iterator[tuple[dict[str, judging.Runs], list[dict[str, float]]]]:
+    """All launches in turn; after each repeat all runs so far, and the speed of matrix products between them."""
     launcher = Launcher(task, _interpreter(options.trl_python), options.limit)
     runs: dict[str, judging.Runs] = {mode: {one.name: [] for one in variants} for mode in options.recomputation}
-    products = []
+    products = [launcher.peak("peak-0")]
     for repeat in range(options.repeats):
-        products.append(launcher.peak(f"peak-{repeat}"))
         for mode in options.recomputation:
             for variant in variants:
                 run = launcher.measure(variant, MODES[mode], f"{variant.name}-{mode}-{repeat}")
                 runs[mode][variant.name].append(run)
                 said = run.get("failed") or " ".join(f"{one:.2f}" for one in run["seconds"]) + " s"
                 print(f"{repeat + 1}/{options.repeats} recomputation {mode}, {variant.name}: {said}", flush=True)
-    products.append(launcher.peak("peak-end"))
-    return runs, products
+        products.append(launcher.peak(f"peak-{repeat + 1}"))
+        yield runs, products
 
 
 def part(
@@ -234,8 +241,10 @@ def write(report: dict[str, Any], out: Path) -> None:
     (out / f"{report['name']}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, text in charts(report).items():
         (out / name).write_text(text, encoding="utf-8")
-    print(f"written: {out / report['name']}.md")
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # with the process that runs, and the files
     sys.exit(main())

@@ -59,8 +59,8 @@ def _about(report: dict[str, Any]) -> Iterator[str]:
     yield f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB; {machine['system']}"
     yield "- " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     timed = settings["steps"] - settings["warm_up"]
-    yield f"- {settings['repeats']} repeats, each variant in turn in a fresh process of {settings['threads']} threads;"
-    yield f"  {settings['steps']} steps, of which {timed} are timed; {settings['pairs_per_step']} pairs in a step"
+    yield f"- repeats: {settings['repeats']}; each variant in turn in a fresh process of {settings['threads']} threads;"
+    yield f"  steps: {settings['steps']}, of them timed: {timed}; {settings['pairs_per_step']} pairs in a step"
     yield f"- ours: `packing.max_tokens={settings['max_tokens']}`, `parallel.deepspeed={settings['deepspeed']}`"
     yield f"- data: {data['name']}, {data['pairs']} timed pairs in {data['examples']} examples; tokens, mean and most:"
     lengths = [f"{key} {data[key]['mean']:.0f}, {data[key]['longest']}" for key in ("prompt", "completion")]
@@ -68,7 +68,7 @@ def _about(report: dict[str, Any]) -> Iterator[str]:
     yield f"- operations that the timed steps ask for, in closed form: {report['flops'] / 1e12:.2f} TFLOP"
     yield "  (recomputation is not counted)"
     peaks = ", ".join(f"{value:.0f}" for value in report["peaks"])
-    yield f"- fastest float32 matrix product, before each repeat and at the end: {peaks} GFLOP/s; the largest counts"
+    yield f"- fastest float32 matrix product, before and after every repeat: {peaks} GFLOP/s; the largest counts"
     yield f"- the same in all: {SAME}"
     yield f"- not the same: {NOT_SAME}"
 
@@ -89,7 +89,7 @@ def _equality(report: dict[str, Any]) -> Iterator[str]:
 
 def _failed(part: dict[str, Any]) -> Iterator[str]:
     for name, reasons in part["failed"].items():
-        yield f"- {name} failed {len(reasons)} times: {reasons[0].replace('|', '/')}"
+        yield f"- {name} failed, in {len(reasons)} of the repeats: {reasons[0].replace('|', '/')}"
     if part["failed"]:
         yield ""
 

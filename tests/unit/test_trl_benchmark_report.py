@@ -141,7 +141,7 @@ def test_the_page_has_the_ratios_and_what_failed(report: dict[str, Any], tmp_pat
     assert "ours over TRL's fastest variant (trl+head) 2 (1.5 to 3)" in text
     assert "peak memory as a share of TRL stock's 0.5 (0.25 to 0.5)" in text
     assert "ours does 20.0% of the fastest matrix product" in text
-    assert "- trl+sorted failed 3 times: ended by signal 9" in text
+    assert "- trl+sorted failed, in 3 of the repeats: ended by signal 9" in text
     assert "| ours | 4 (3 to 6) | 200 | 1000 (1000 to 1000) | 20 (15 to 30) | 20.0% |" in text
     assert all(line == line.rstrip() for line in text.splitlines()) and text.isascii()
     command.write(report, tmp_path)

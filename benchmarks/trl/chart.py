@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-ROW, TOP, LABELS, BARS, NUMBERS = 26, 44, 190, 420, 170  # pixels
+ROW, TOP, BARS, NUMBERS = 26, 44, 420, 190  # pixels
+LETTER = 7.6  # pixels, of a label: no letter but m and w is wider
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ def chart(title: str, unit: str, bars: Sequence[Bar]) -> str:
         bars: from top to bottom.
     """
     longest = max((bar.most for bar in bars), default=0.0) or 1.0
-    width, height = LABELS + BARS + NUMBERS, TOP + ROW * len(bars) + 10
+    labels = round(20 + LETTER * max((len(bar.label) for bar in bars), default=0))
+    width, height = labels + BARS + NUMBERS, TOP + ROW * len(bars) + 10
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="13" role="img">',
@@ -36,19 +38,19 @@ def chart(title: str, unit: str, bars: Sequence[Bar]) -> str:
         f'<text x="10" y="24" font-size="15" font-weight="bold">{escape(f"{title}, {unit}")}</text>',
     ]
     for index, bar in enumerate(bars):
-        parts += _drawn(bar, TOP + ROW * index, BARS / longest)
+        parts += _drawn(bar, labels, TOP + ROW * index, BARS / longest)
     bottom = TOP + ROW * len(bars)
-    parts.append(f'<line x1="{LABELS}" y1="{TOP - 4}" x2="{LABELS}" y2="{bottom}" stroke="#333333"/>')
+    parts.append(f'<line x1="{labels}" y1="{TOP - 4}" x2="{labels}" y2="{bottom}" stroke="#333333"/>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _drawn(bar: Bar, top: float, scale: float) -> list[str]:
-    middle, ends = top + ROW / 2 - 2, [LABELS + value * scale for value in (bar.least, bar.median, bar.most)]
+def _drawn(bar: Bar, left: int, top: float, scale: float) -> list[str]:
+    middle, ends = top + ROW / 2 - 2, [left + value * scale for value in (bar.least, bar.median, bar.most)]
     colour = "#1f6fb4" if bar.emphasis else "#9aa5b1"
     text = f"{_number(bar.median)} ({_number(bar.least)} to {_number(bar.most)})"
     return [
-        f'<text x="{LABELS - 8}" y="{middle + 5}" text-anchor="end">{escape(bar.label)}</text>',
-        f'<rect x="{LABELS}" y="{top}" width="{bar.median * scale:.1f}" height="{ROW - 6}" fill="{colour}"/>',
+        f'<text x="{left - 8}" y="{middle + 5}" text-anchor="end">{escape(bar.label)}</text>',
+        f'<rect x="{left}" y="{top}" width="{bar.median * scale:.1f}" height="{ROW - 6}" fill="{colour}"/>',
         f'<line x1="{ends[0]:.1f}" y1="{middle}" x2="{ends[2]:.1f}" y2="{middle}" stroke="#111111" stroke-width="2"/>',
         f'<text x="{max(ends[1:]) + 8:.1f}" y="{middle + 5}">{text}</text>',
     ]

@@ -50,8 +50,8 @@ class Variant:
     @property
     def meaning(self) -> str:
         """In words."""
-        known, verb = (OFF, "without it: ") if self.side == "ours" else (ON, "")
-        parts = [verb + known[switch] for switch in sorted(self.switches)]
+        known = OFF if self.side == "ours" else ON
+        parts = [known[switch] for switch in sorted(self.switches)]
         parts += [SORTED] if self.order == "sorted" else []
         return "; ".join(parts) or ("all switches on" if self.side == "ours" else "stock")
 

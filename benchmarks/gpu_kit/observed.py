@@ -44,7 +44,7 @@ def main() -> int:
 def save_nothing() -> None:
     """Let a run end without a checkpoint and without a model."""
     trainer.save = lambda run, progress: None
-    training._export = lambda prepared, run: None
+    training._export = lambda prepared, run, progress: None
 
 
 def _observe(run: Run) -> dict[str, Any]:

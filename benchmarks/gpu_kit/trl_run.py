@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer  # pyright: ignore  (without TRL it finds benchmarks/trl)
 
 from dpo_dist.config import load_deepspeed
 from dpo_dist.trainer import peak_memory_gib

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.packing.simulated import HEADER, simulate, steps_of
 from dpo_dist.cli.prepare import Prepared, prepare
-from dpo_dist.cli.starting import cache_dir, user_errors
+from dpo_dist.cli.starting import cache_dir, quiet_imports, user_errors
 from dpo_dist.config import load_config
 from dpo_dist.packing import sizes_of
 
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each shape")
     options = parser.parse_intermixed_args()
     with user_errors():
-        prepared = prepare(load_config(options.config, options.overrides), cache_dir())
+        config = load_config(options.config, options.overrides)
+        quiet_imports()
+        prepared = prepare(config, cache_dir())
         _print(prepared, options.shape or [_shape(shape) for shape in SHAPES], options.steps)
 
 

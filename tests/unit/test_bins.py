@@ -133,6 +133,13 @@ def test_few_examples_for_many_ranks_are_near_the_least_conceivable() -> None:
     assert max(ratios) <= 1.03
 
 
+def test_beside_a_long_item_others_are_heaped_up_and_the_next_slot_is_short() -> None:
+    """Longest first over all bins gives 10 and 4 side by side, then 4 and 4: 14."""
+    items = [10, 2, 2, 2, 2, 2, 2]
+    slots = slots_of(items, items, 2, 10)
+    assert [sorted(sums(slot, items)) for slot in slots] == [[10, 10], [0, 2]]
+
+
 def test_costs_decide_and_not_tokens() -> None:
     """Equal lengths that cost differently: one long row costs more attention than two halves."""
     slots = slots_of([4, 1, 1, 1, 1], [10, 10, 10, 10, 10], 2, 100)

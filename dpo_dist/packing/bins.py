@@ -22,7 +22,7 @@ from functools import cached_property
 Bin = list[int]  # items
 Slot = list[Bin]  # one bin for every rank, in no order
 
-PRECISION = 4096  # the last slot's level is known to one part in so many
+PRECISION = 2048  # the last slot's level is known to one part in so many
 LOOKS = 256  # bins without room for an item's tokens that are looked at, so that no step takes minutes
 
 
@@ -160,7 +160,8 @@ def _last_slot(items: Items, left: Sequence[int], known: Slot | None) -> Slot | 
         known = slots[0] if slots else None
     found = known
     high = 2 * low if known is None else max(map(items.cost, known))
-    level, step = low, max(1, low // PRECISION)
+    step = low // PRECISION
+    level = low + step  # which often does, and ends the search
     while level < high:
         slot, rest = _best_fit(items, left, level, whole=True)
         if rest:
@@ -168,7 +169,7 @@ def _last_slot(items: Items, left: Sequence[int], known: Slot | None) -> Slot | 
         else:
             found = slot
             high = max(map(items.cost, slot))
-        if high - low <= step:
+        if high - low <= max(1, step):
             break
         level = (low + high) // 2
     return found

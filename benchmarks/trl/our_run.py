@@ -27,11 +27,15 @@ from dpo_dist.trainer import Progress, Run
 def pack_nothing() -> None:
     """Let every example be a micro-batch of its own, the largest first as in packed ones."""
 
-    def one_by_one(shares: Sequence[Sequence[int]], tokens: Sequence[int], budget: int) -> tuple[packing.Bins, ...]:
-        assert len(shares) == 1, "one rank: others would need fillers"
-        return (tuple((item,) for item in sorted(shares[0], key=lambda item: -tokens[item])),)
+    def one_by_one(self: packing.Packer, step: int, examples: Sequence[int], sizes: Sequence[Any]) -> packing.StepPlan:
+        plan = stock(self, step, examples, sizes)
+        assert len(plan.micro_batches) == 1, "one rank: others would need fillers"
+        largest_first = sorted(range(len(sizes)), key=lambda item: -sizes[item].input_tokens(self.share_prompts))
+        alone = tuple((item,) for item in largest_first)
+        return replace(plan, micro_batches=(alone,), reference_bins=(alone,))
 
-    packing._bins_of_ranks = one_by_one
+    stock = packing.Packer.plan
+    packing.Packer.plan = one_by_one
 
 
 def score_everything() -> None:

@@ -35,6 +35,8 @@ def facts(prepared: Prepared, plan: StepPlan) -> dict[str, str]:
         **held_out,
         "the policy's weights": prepared.weights_of(prepared.model_folder),
         "the reference's weights": prepared.reference_identity,
+        # Another version of a package may count otherwise, and a later step's plan differ where the first does not.
+        "what an example costs": str(prepared.cost),
         "the first step's plan": plan.fingerprint,
     }
 

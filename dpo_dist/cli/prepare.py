@@ -23,7 +23,7 @@ from dpo_dist.cli.requirements import (
 from dpo_dist.config import DataSource, RunConfig, load_deepspeed
 from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
-from dpo_dist.packing import Packer, StepPlan, longest_example, sizes_of
+from dpo_dist.packing import TOKENS, CostModel, Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.pretrained import (
     DTYPES,
     adapter_identity,
@@ -157,11 +157,19 @@ class Prepared:
         rows = self.sampler.examples_of(0)
         return self.packer(world_size).plan(0, rows, sizes_of(self.dataset, rows))
 
-    def packer(self, world_size: int) -> Packer:
-        """The packer for a number of ranks."""
+    @cached_property
+    def cost(self) -> CostModel:
+        """What an example costs in this run. Memory decides what `auto` recomputes, and must not decide a plan."""
+        from dpo_dist.model import model_cost
+
+        model, frozen = self.config.model, self.config.adapter.is_used
+        return model_cost(self.model_config, model.trust_remote_code, frozen, model.gradient_checkpointing is True)
+
+    def packer(self, world_size: int, cost: CostModel | None = None) -> Packer:
+        """The packer for a number of ranks. The run's own cost imports a model class, so one that is given is taken."""
         packing = self.config.packing
-        reference_max_tokens = packing.reference_max_tokens or 2 * packing.max_tokens
-        return Packer(world_size, packing.max_tokens, reference_max_tokens, self.sharing[0])
+        reference = packing.reference_max_tokens or 2 * packing.max_tokens
+        return Packer(world_size, packing.max_tokens, reference, self.sharing[0], cost or self.cost)
 
 
 def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
@@ -211,7 +219,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     )  # fmt: skip
     for checked in (dataset, *evaluation_sets.values()):
         row = longest_example(checked, prepared.sharing[0])
-        prepared.packer(1).require_fit(sizes_of(checked, [row])[0], checked.source_of(row))
+        prepared.packer(1, TOKENS).require_fit(sizes_of(checked, [row])[0], checked.source_of(row))
     _require_model(prepared)
     return prepared
 

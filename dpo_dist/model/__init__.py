@@ -1,6 +1,7 @@
 """Policy and reference in memory.
 
 fit.py           whether a folder's files fit its configuration
+operations.py    what a token costs in a forward pass
 slices.py        under ZeRO-3 every rank reads the slices it owns
 scoring.py       weights in memory, sharded as they are read, that answer with log-probabilities
 packed.py        what the decoder is handed: a micro-batch's tokens, and virtual ones
@@ -13,6 +14,7 @@ recomputation.py  which layers compute their activations again in backward
 
 from dpo_dist.model.adapted import Adapter, base_name
 from dpo_dist.model.fit import Fit, find_fit
+from dpo_dist.model.operations import model_cost
 from dpo_dist.model.own_forward import own_kernel
 from dpo_dist.model.probe import Probe, try_architecture
 from dpo_dist.model.quantization import four_bits
@@ -30,6 +32,7 @@ __all__ = [
     "find_fit",
     "four_bits",
     "load_model",
+    "model_cost",
     "node_groups",
     "own_kernel",
     "sharded_loading",

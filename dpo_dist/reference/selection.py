@@ -5,7 +5,7 @@ I selected completions, in the same order
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -82,6 +82,7 @@ class Selection:
 
 def plans(selection: Selection, packer: Packer) -> Iterator[StepPlan]:
     """The selection in chunks of one bin of the reference per rank, in order; more bins for a single example only."""
+    packer = replace(packer, max_tokens=packer.reference_max_tokens)  # nobody computes the policy's micro-batches
     index = 0
     while index < len(selection):
         sizes: list[ExampleSize] = []
@@ -94,7 +95,7 @@ def plans(selection: Selection, packer: Packer) -> Iterator[StepPlan]:
             sizes.append(size)
         plan = packer.plan(index, range(index, index + len(sizes)), sizes)
         while len(plan.reference_bins[0]) > 1 and len(sizes) > 1:  # the ranks' shares are not quite equal
-            sizes.pop()
+            del sizes[-max(1, len(sizes) // 64) :]  # one by one, many ranks would plan hundreds of times
             plan = packer.plan(index, range(index, index + len(sizes)), sizes)
         yield plan
         index += len(sizes)

@@ -17,10 +17,12 @@ import yaml
 from dpo_dist import sampler
 from dpo_dist.batch import RankWork
 from dpo_dist.cli.logs import set_up_logging
+from dpo_dist.cli.prepare import Prepared
 from dpo_dist.cli.training import run_training
 from dpo_dist.config import load_config
 from dpo_dist.distributed import Ranks, barrier, process_group
 from dpo_dist.errors import DpoDistError
+from dpo_dist.packing import CostModel
 from dpo_dist.reference import LiveReference
 from tests.golden.trajectories import FOLDER, base_config
 from tests.invariance import selfcheck_case as faults
@@ -96,6 +98,8 @@ def main() -> None:
         attempt(raised, "other configuration", lambda: run(folder, "configuration", f"loss.beta=0.{ranks.rank + 1}"))
         with patch.object(sampler, "_epoch_order", lambda n, *_: (torch.arange(n) + ranks.rank).numpy() % n):
             attempt(raised, "other plan", lambda: run(folder, "plan"))
+        with patch.object(Prepared, "cost", CostModel(1.0 + ranks.rank)):  # the first plan is the same
+            attempt(raised, "other cost", lambda: run(folder, "cost"))
         if ranks.rank == 1:
             Path("pairs.jsonl").write_text("\n".join(reversed(rows.splitlines())) + "\n")
         attempt(raised, "other data", lambda: run(folder, "data"))

@@ -349,6 +349,7 @@ def test_fault_of_one_rank_stops_all(two_ranks):
     [
         ("other configuration", "loss.beta differs between ranks: rank 0: 0.1, rank 1: 0.2"),
         ("other data", "the training data differs between ranks"),
+        ("other cost", "what an example costs differs between ranks"),
         ("other plan", "the first step's plan differs between ranks"),
     ],
 )

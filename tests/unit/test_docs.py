@@ -28,7 +28,16 @@ from dpo_dist.pretrained import load_config as load_model_config
 from tests.byte_tokenizer import save_tokenizer
 from tests.pages import ROOT, anchors, blocks, command_lines, is_quoted, own_arguments, prose
 
-FOLDERS = (".", "docs", "docs/decisions", "benchmarks", "docker", "deepspeed_configs", "tests/golden")
+FOLDERS = (
+    ".",
+    "docs",
+    "docs/decisions",
+    "benchmarks",
+    "benchmarks/results",
+    "docker",
+    "deepspeed_configs",
+    "tests/golden",
+)
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for d in FOLDERS for path in (ROOT / d).glob("*.md")
 }

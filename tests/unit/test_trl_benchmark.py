@@ -177,7 +177,7 @@ def test_our_configurations_are_valid_and_differ_in_their_switch(task: Task, tmp
 
 
 def test_without_packing_every_example_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_bins_of_ranks", packing._bins_of_ranks)
+    monkeypatch.setattr(packing.Packer, "plan", packing.Packer.plan)
     pack_nothing()
     sizes = [packing.ExampleSize(length, (3, 3), (Pair(0, 1),)) for length in (5, 9, 7)]
     plan = packing.Packer(1, 10_000, 10_000, True).plan(0, (0, 1, 2), sizes)

@@ -4,7 +4,7 @@
 
 The head is a module that owns `lm_head`'s parameter, so that ZeRO-3's hooks gather and prefetch it; reading
 `lm_head.weight` from outside would see an empty tensor. Logits exist for one chunk of tokens at a time, in forward and
-again in backward.
+again in backward; where one chunk is all there is, its probabilities are kept for backward instead.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,10 @@ class LogitTransform:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def gradient(self, grad: Tensor, transformed: Tensor) -> Tensor:
-        """d loss / d logits from d loss / d transformed logits and the transformed logits."""
+    def gradient(self, grad: Tensor, transformed: Tensor | None) -> Tensor:
+        """d loss / d logits from that by transformed logits, and these where there is a softcap."""
         if self.softcap is not None:
+            assert transformed is not None
             grad = grad * (1.0 - (transformed / self.softcap) ** 2)
         return grad * self.scale if self.scale != 1.0 else grad
 
@@ -95,13 +96,15 @@ class LogProbHead(nn.Module):
             assert not statistics, "logits come alone"
             return F.linear(hidden, self.weight, self.bias)
         assert set(statistics) <= set(STATISTICS), statistics
+        # A softcap's gradient needs the logits, which cannot be had back from probabilities that underflowed.
+        keeps = torch.is_grad_enabled() and len(hidden) <= self.chunk_tokens and self.transform.softcap is None
         return _ChunkedLogProbs.apply(
-            hidden, self.weight, self.bias, targets_M, self.transform, self.chunk_tokens, tuple(statistics)
+            hidden, self.weight, self.bias, targets_M, self.transform, self.chunk_tokens, tuple(statistics), keeps
         )
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(transform(h W^T + b))[target], chunk by chunk; the logits are recomputed in backward."""
+    """log softmax(transform(h W^T + b))[target], chunk by chunk; the logits of several are recomputed in backward."""
 
     @staticmethod
     def forward(
@@ -113,16 +116,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
         transform: LogitTransform,
         chunk_tokens: int,
         names: tuple[str, ...],
+        keeps: bool,
     ) -> Float[Tensor, " M"] | tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
         precision = torch.promote_types(hidden_MD.dtype, torch.float32)
         logps_M, lse_M = (hidden_MD.new_empty(len(hidden_MD), dtype=precision) for _ in range(2))
         statistics_KM = logps_M.new_empty(len(names), len(logps_M))
+        ctx.probs_MV = probs_mV = None
         for chunk in _chunks(len(hidden_MD), chunk_tokens):
             logits_mV = transform(F.linear(hidden_MD[chunk], weight_VD, bias_V).to(precision))
             lse_M[chunk] = logits_mV.logsumexp(-1)
             logps_M[chunk] = logits_mV.gather(-1, targets_M[chunk, None])[:, 0] - lse_M[chunk]
+            if keeps:
+                ctx.probs_MV = probs_mV = (logits_mV - lse_M[chunk, None]).exp_()
             if names:
-                statistics_KM[:, chunk] = _take_statistics(names, logits_mV, targets_M[chunk], lse_M[chunk])
+                statistics_KM[:, chunk] = _take_statistics(names, logits_mV, targets_M[chunk], lse_M[chunk], probs_mV)
         ctx.save_for_backward(hidden_MD, targets_M, lse_M)
         # The parameters themselves, not saved tensors: ZeRO-3 has released the data by now and gathers it into the
         # same objects before backward.
@@ -155,17 +162,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_hidden_MD if needs_hidden else None,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
             None if grad_bias_V is None else grad_bias_V.to(ctx.bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
 def _take_statistics(
-    names: tuple[str, ...], logits_mV: Float[Tensor, "m V"], targets_m: Int[Tensor, " m"], lse_m: Float[Tensor, " m"]
+    names: tuple[str, ...],
+    logits_mV: Float[Tensor, "m V"],
+    targets_m: Int[Tensor, " m"],
+    lse_m: Float[Tensor, " m"],
+    probs_mV: Float[Tensor, "m V"] | None,
 ) -> Float[Tensor, "K m"]:
-    """Statistics of a chunk. They overwrite the logits, and take as much memory once more, as logsumexp did."""
+    """Statistics of a chunk. They overwrite the logits, and take as much memory once more, as logsumexp did.
+
+    Probabilities that are there already are taken, and left alone.
+    """
     found = {}
     if "mean_logit" in names:
         found["mean_logit"] = logits_mV.mean(-1)
@@ -173,14 +184,15 @@ def _take_statistics(
         found["is_top1"] = (logits_mV.argmax(-1) == targets_m).to(lse_m.dtype)
     if {"entropy", "log_sum_sq_probs"} & set(names):
         log_probs_mV = logits_mV.sub_(lse_m[:, None])
-        probs_mV = log_probs_mV.exp()
+        probs_mV = log_probs_mV.exp() if probs_mV is None else probs_mV
         # Not quite 1: lse is rounded, by more than all else together where logits are far from 0.
         total_m = probs_mV.sum(-1)
         if "entropy" in names:
             found["entropy"] = total_m.log() - log_probs_mV.mul_(probs_mV).sum(-1) / total_m
         if "log_sum_sq_probs" in names:
             # Squares that underflow do not count: the sum is at least 1 / V.
-            found["log_sum_sq_probs"] = probs_mV.square_().sum(-1).log_() - 2.0 * total_m.log()
+            squares_mV = torch.mul(probs_mV, probs_mV, out=log_probs_mV)
+            found["log_sum_sq_probs"] = squares_mV.sum(-1).log_() - 2.0 * total_m.log()
     return torch.stack([found[name] for name in names])
 
 
@@ -188,8 +200,11 @@ def _grad_logits(
     ctx: Any, chunk: slice, hidden_MD: Tensor, targets_M: Tensor, lse_M: Tensor, grad_M: Tensor
 ) -> Float[Tensor, "m V"]:
     """d loss / d logits of a chunk: grad * (one_hot(target) - softmax), through the logit transform."""
-    transformed_mV = ctx.transform(F.linear(hidden_MD[chunk], ctx.weight, ctx.bias).to(lse_M.dtype))
-    grad_mV = (transformed_mV - lse_M[chunk, None]).exp_().neg_()
+    transformed_mV, probs_mV, ctx.probs_MV = None, ctx.probs_MV, None  # overwritten: a second backward computes it anew
+    if probs_mV is None:
+        transformed_mV = ctx.transform(F.linear(hidden_MD[chunk], ctx.weight, ctx.bias).to(lse_M.dtype))
+        probs_mV = (transformed_mV - lse_M[chunk, None]).exp_()
+    grad_mV = probs_mV.neg_()
     grad_mV.scatter_add_(1, targets_M[chunk, None], grad_mV.new_ones(len(grad_mV), 1))
     grad_mV *= grad_M[chunk, None].to(grad_mV.dtype)
     return ctx.transform.gradient(grad_mV, transformed_mV)

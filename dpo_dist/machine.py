@@ -1,11 +1,15 @@
 """What this machine lets a process have: memory and cores."""
 
+import ctypes
 from pathlib import Path
 
 import psutil
 import torch
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# malloc.h: M_MMAP_THRESHOLD, below which blocks come from the heap; M_TRIM_THRESHOLD, what that keeps; M_TOP_PAD, what
+# it takes at a time. In bytes.
+_KEEPING = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20}
 
 
 def free_bytes(device: torch.device, ranks_per_node: int) -> int:
@@ -22,6 +26,18 @@ def free_bytes(device: torch.device, ranks_per_node: int) -> int:
     if limit is None:
         return free
     return max(0, min(free, limit // ranks_per_node - psutil.Process().memory_info().rss))
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of tensors that are gone for those that come next.
+
+    glibc gives large blocks back at once, and the kernel hands out new ones page by page, emptied (mallopt(3)). With
+    another allocator nothing happens.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, size in _KEEPING.items():
+            libc.mallopt(option, size)
 
 
 def memory_of_container() -> int | None:

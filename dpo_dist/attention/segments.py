@@ -39,10 +39,19 @@ def sdpa_segments(
         elif window is None and q.shape[2] == k.shape[2]:
             outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
         else:
-            mask = visible(layout, q.shape[2], k.shape[2], window, q.device)
+            mask = _added(layout, q, k, window)
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True))
     # Contiguous, as from any other kernel: some architectures ask for a view of it.
     return torch.cat([output.transpose(1, 2) for output in outputs], 1)
+
+
+def _added(layout: AttentionLayout, q_1NqH: Tensor, k_1KkH: Tensor, window: int | None) -> Float[Tensor, "q k"]:
+    """What `visible` says as numbers to be added to scores, once for all layers and not once for each."""
+    key = (q_1NqH.shape[2], k_1KkH.shape[2], window, q_1NqH.dtype)
+    if key not in layout.masks:
+        seen = visible(layout, *key[:3], q_1NqH.device)
+        layout.masks[key] = torch.zeros_like(seen, dtype=q_1NqH.dtype).masked_fill_(~seen, -torch.inf)
+    return layout.masks[key]
 
 
 def visible(

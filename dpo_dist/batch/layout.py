@@ -31,7 +31,7 @@ class AttentionLayout:
     further_token_F: Int[Tensor, " F"] | None = None
     further_place_F: Int[Tensor, " F"] | None = None
     further_lengths: tuple[int, ...] = ()
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False)  # kept for the layers
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)  # kept for the layers
     reached: set[int] = field(default_factory=set, repr=False)  # ids of the attention modules that were handed this
 
     @property

@@ -35,6 +35,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.errors import NumericsError
+from dpo_dist.machine import keep_freed_memory
 from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
 from dpo_dist.phases import reach
@@ -129,6 +130,8 @@ def _build(
     reach("load")
     policy = _policy(prepared, ranks)
     settle_recomputation(prepared, ranks, policy)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     sync = _synchronisation(config, policy, engine)
     metrics_file = MetricsFile(Path(config.train.output_dir) / "metrics.jsonl")
     run = Run(

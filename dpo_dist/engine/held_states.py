@@ -90,7 +90,10 @@ def _set(inner: Any, name: str, held: _Held, states: States, step: float) -> Non
         if key not in state:
             state[key] = torch.zeros_like(held.tensor, memory_format=torch.preserve_format)
         state[key].view(-1)[part].copy_(states.read(name, key, held.begin, held.length))
-    state["step"] = int(step) if isinstance(inner, DeepSpeedCPUAdam) else torch.tensor(step, dtype=torch.float32)
+    if isinstance(inner, DeepSpeedCPUAdam):
+        state["step"] = int(step)
+    else:  # where torch's fused update reads it
+        state["step"] = torch.tensor(step, dtype=torch.float32, device=held.tensor.device)
 
 
 def _held(deepspeed_engine: Any) -> Iterator[tuple[str, _Held]]:

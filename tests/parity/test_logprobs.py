@@ -166,3 +166,38 @@ def test_is_the_stock_head_without_targets() -> None:
     assert head.weight is linear.weight
     assert head.bias is linear.bias
     assert head.state_dict().keys() == linear.state_dict().keys()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_probabilities_of_a_single_chunk_are_kept(monkeypatch: pytest.MonkeyPatch, transform: LogitTransform) -> None:
+    linear, hidden, targets, coefficients = problem(CHUNK, 31, with_bias=True)
+    products: list[int] = []
+    stock = F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: products.append(1) or stock(*arguments))
+    found = {}
+    for chunk in (CHUNK, CHUNK - 1):
+        products.clear()
+        head = LogProbHead(linear, transform, chunk)
+        found[chunk] = run(lambda h, head=head: head(h, targets), linear, hidden, coefficients)
+        # In backward nothing, but for a softcap; of two chunks everything once more.
+        assert len(products) == {CHUNK: 1 if transform.softcap is None else 2, CHUNK - 1: 4}[chunk]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_a_second_backward_is_the_same() -> None:
+    linear, hidden, targets, coefficients = problem(CHUNK, 31, with_bias=True)
+    leaf = hidden.requires_grad_()
+    values = LogProbHead(linear, LogitTransform(), CHUNK)(leaf, targets)
+    first, second = (torch.autograd.grad(values, leaf, coefficients, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_nothing_is_kept_without_gradient() -> None:
+    linear, hidden, targets, _ = problem(CHUNK, 31, with_bias=True)
+    with torch.no_grad():
+        assert LogProbHead(linear, LogitTransform(), CHUNK)(hidden.requires_grad_(), targets).grad_fn is None
+    values = LogProbHead(linear, LogitTransform(), CHUNK)(hidden, targets)
+    assert values.grad_fn.probs_MV.shape == (CHUNK, 31)
+    torch.autograd.backward(values.sum())
+    assert values.grad_fn.probs_MV is None

@@ -69,6 +69,9 @@ def test_measured_is_what_is_held(base: Path, stage: int) -> None:
         # `needed` also has the activations of one layer once more: of the one that is computed again.
         tokens = len(batch.input_ids_T)
         expected = memory.needed(tokens, count) - memory.fixed - tokens * memory.kept
+        # Counted as fixed: a chunk of probabilities. Not counted: masks of the kernel for CPUs.
+        expected += 4 * len(batch.target_ids_M) * engine.model.model.config.vocab_size
+        expected += sum(mask.nbytes for mask in batch.layout.masks.values()) if count == 0 else 0
         assert found[0] == pytest.approx(expected, rel=0.06), count
 
 

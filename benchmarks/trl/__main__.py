@@ -43,7 +43,7 @@ from dpo_dist.cli import cache_dir
 from dpo_dist.demo import demo_model_folder
 
 PACKAGES = ("torch", "transformers", "deepspeed")
-MODES = {"on": True, "off": False}
+MODES = {"on": True, "off": False, "default": None}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--name", help="of the data, on the page; default: the file's")
     own.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
     own.add_argument("--variants", nargs="+", default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}")
-    own.add_argument("--recomputation", nargs="+", choices=MODES, default=["on"], help="of activations, in all alike")
+    own.add_argument("--recomputation", nargs="+", choices=MODES, default=["default"], help="of activations")
     own.add_argument("--repeats", type=int, default=3)
     own.add_argument("--steps", type=int, default=6, help="warm-up included")
     own.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     own.add_argument("--pairs", type=int, default=8, help="in a step; of ranked rows as many as whole rows give")
     own.add_argument("--max-length", type=int, default=1024, help="longer rows are left out, tokens")
     own.add_argument("--max-tokens", type=int, default=2048, help="ours: in a micro-batch, if the longest example fits")
-    own.add_argument("--deepspeed", default="zero3_cpu", help="ours: DeepSpeed's file")
+    own.add_argument("--deepspeed", default="zero0_cpu", help="ours: DeepSpeed's file")
     own.add_argument("--model", help="a folder; default: the demo model, SmolLM2-135M")
     own.add_argument("--threads", type=int, default=2)
     own.add_argument("--limit", type=float, default=1800, help="seconds, for each process")
@@ -153,7 +153,7 @@ def _measured(
 
 
 def part(
-    recompute: bool, runs: judging.Runs, warm_up: int, pairs: int, flops: int, peak_gflops: float
+    recompute: bool | None, runs: judging.Runs, warm_up: int, pairs: int, flops: int, peak_gflops: float
 ) -> dict[str, Any]:
     """What the runs of one setting of recomputation come to; arguments as of `judging.summary`."""
     failures = {name: [run["failed"] for run in repeats if "failed" in run] for name, repeats in runs.items()}

@@ -30,7 +30,7 @@ class Launcher:
     trl_python: str
     limit: float
 
-    def measure(self, variant: Variant, recompute: bool, label: str) -> dict[str, Any]:
+    def measure(self, variant: Variant, recompute: bool | None, label: str) -> dict[str, Any]:
         """What one fresh process measured, or {"failed": why}: memory that runs out in one ends no other."""
         out = self.task.folder / label
         if variant.side == "ours":
@@ -51,7 +51,7 @@ class Launcher:
             raise RuntimeError(failure)
         return json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
 
-    def _ours(self, variant: Variant, recompute: bool, out: Path) -> dict[str, Any]:
+    def _ours(self, variant: Variant, recompute: bool | None, out: Path) -> dict[str, Any]:
         config = Path(f"{out}.yaml")  # JSON is YAML
         config.write_text(json.dumps(our_config(self.task, variant, recompute, out)), encoding="utf-8")
         patches = ",".join(sorted(variant.switches & {"packing", "head"})) or "none"

@@ -18,7 +18,12 @@ NOT_SAME = (
     "micro-batch; we pack tokens without padding, at most `max_tokens` in a micro-batch. Ours runs on DeepSpeed, "
     "TRL on torch alone, each with its own AdamW. Both log more than the loss, each what it logs by default"
 )
-KIND = {True: "Activations recomputed in both", False: "Activations kept in both"}
+KIND = {
+    True: "Activations recomputed in both",
+    False: "Activations kept in both",
+    None: "Activations as each does by default: ours keeps what fits, TRL recomputes",
+}
+WORD = {True: "recomputed", False: "kept", None: "default"}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -41,7 +46,7 @@ def charts(report: dict[str, Any]) -> dict[str, str]:
 
 def chart_name(report: dict[str, Any], part: dict[str, Any]) -> str:
     """The file of a part's chart."""
-    return f"{report['name']}-{'recomputed' if part['recompute'] else 'kept'}.svg"
+    return f"{report['name']}-{_activations(part)}.svg"
 
 
 def _chart(report: dict[str, Any], part: dict[str, Any]) -> str:
@@ -136,7 +141,7 @@ def _meanings(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _activations(part: dict[str, Any]) -> str:
-    return "recomputed" if part["recompute"] else "kept"
+    return WORD[part["recompute"]]
 
 
 def _spread(values: dict[str, float], form: str = ".3g") -> str:

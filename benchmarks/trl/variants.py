@@ -88,13 +88,13 @@ class Task:
         return max(self.max_tokens, self.longest["sharing" in variant.switches])
 
 
-def our_config(task: Task, variant: Variant, recompute: bool, out: Path) -> dict[str, Any]:
+def our_config(task: Task, variant: Variant, recompute: bool | None, out: Path) -> dict[str, Any]:
     """The configuration of a run of ours."""
     return {
         "model": {
             "model_name_or_path": task.model,
             "dtype": "float32",
-            "gradient_checkpointing": recompute,
+            "gradient_checkpointing": "auto" if recompute is None else recompute,
             "prefix_sharing": "off" if "sharing" in variant.switches else "on",
         },
         "data": {"train": [{"path": str(task.folder / f"ours-{variant.order}.jsonl")}]},
@@ -115,7 +115,7 @@ def our_config(task: Task, variant: Variant, recompute: bool, out: Path) -> dict
     }
 
 
-def their_settings(task: Task, variant: Variant, recompute: bool, out: Path) -> dict[str, Any]:
+def their_settings(task: Task, variant: Variant, recompute: bool | None, out: Path) -> dict[str, Any]:
     """What TRL is told; the rest is TRL's default, such as all pairs of a step in one micro-batch."""
     return {
         "model": task.model,
@@ -124,7 +124,7 @@ def their_settings(task: Task, variant: Variant, recompute: bool, out: Path) -> 
         "steps": task.steps,
         "pairs_per_step": task.pairs_per_step,
         "threads": task.threads,
-        "gradient_checkpointing": recompute,
+        "gradient_checkpointing": recompute is not False,
         "completion_only_head": "head" in variant.switches,
         "learning_rate": LEARNING_RATE,
         "beta": BETA,

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shlex
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from benchmarks.trl.inputs import (
     SYNTHETIC,
     Example,
     describe,
+    padding,
     random_examples,
     read_examples,
     sort_by_length,
@@ -57,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--recomputation", nargs="+", choices=MODES, default=["default"], help="of activations")
     own.add_argument("--repeats", type=int, default=3)
     own.add_argument("--steps", type=int, default=6, help="warm-up included")
+    own.add_argument("--seed", type=int, default=0, help="of the draw of examples from the data")
     own.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     own.add_argument("--pairs", type=int, default=8, help="in a step; of ranked rows as many as whole rows give")
     own.add_argument("--max-length", type=int, default=1024, help="longer rows are left out, tokens")
@@ -80,11 +83,11 @@ def main() -> int:
         shape = Shape.of(config)
         if not 0 <= options.warm_up < options.steps or options.repeats < 1:
             raise ValueError("of --steps at least one must be left after --warm-up, and --repeats be at least 1")
-        examples, per_step = _examples(options, model, config["vocab_size"])
+        examples, per_step, padding_of_all = _examples(options, model, config["vocab_size"])
     except ValueError as error:
         own.error(str(error))
     with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
-        task = _task(options, model, Path(folder), examples, per_step)
+        task = _task(options, model, Path(folder), examples, per_step, padding_of_all)
         report: dict[str, Any] = {}
         for runs, products in _measured(options, task, variants):
             # After every repeat: an hour's work is not lost where the last one is interrupted.
@@ -102,8 +105,8 @@ def status(report: dict[str, Any]) -> int:
     return int(any(one["faults"] or "ours" not in one["summary"] for one in report["parts"]))
 
 
-def _examples(options: argparse.Namespace, model: str, vocabulary: int) -> tuple[list[Example], int]:
-    """As many examples as all steps need, and how many of them are a step."""
+def _examples(options: argparse.Namespace, model: str, vocabulary: int) -> tuple[list[Example], int, float]:
+    """As many examples as all steps need, drawn at random; how many of them are a step; and `padding` of all data."""
     if options.data.startswith(SYNTHETIC):
         number = options.steps * options.pairs
         found = random_examples(options.data.removeprefix(SYNTHETIC), number, vocabulary, options.max_length)
@@ -112,10 +115,13 @@ def _examples(options: argparse.Namespace, model: str, vocabulary: int) -> tuple
     per_step = max(1, round(options.pairs / len(found[0].pairs)))
     if len(found) < options.steps * per_step:
         raise ValueError(f"{options.data} has {len(found)} examples, {options.steps * per_step} are needed")
-    return found[: options.steps * per_step], per_step
+    random.Random(options.seed).shuffle(found)
+    return found[: options.steps * per_step], per_step, padding(found, per_step)
 
 
-def _task(options: argparse.Namespace, model: str, folder: Path, examples: list[Example], per_step: int) -> Task:
+def _task(
+    options: argparse.Namespace, model: str, folder: Path, examples: list[Example], per_step: int, padding_of_all: float
+) -> Task:
     """The files of both orders, and what all variants do alike."""
     write_rows(folder, "file", examples)
     write_rows(folder, "sorted", sort_by_length(examples, options.warm_up * per_step))
@@ -131,6 +137,7 @@ def _task(options: argparse.Namespace, model: str, folder: Path, examples: list[
         max_tokens=options.max_tokens,
         longest=(longest, unshared),
         deepspeed=options.deepspeed,
+        padding_of_data=padding_of_all,
     )
 
 
@@ -194,7 +201,12 @@ def _report(
             "pairs_per_step": task.pairs_per_step,
             "model": Path(task.model).name,
         },
-        "data": {"name": name, **describe(timed)},
+        "data": {
+            "name": name,
+            **describe(timed),
+            "padding": padding(timed, task.examples_per_step),
+            "padding_of_all": task.padding_of_data,
+        },
         "flops": flops,
         "peaks": peaks,
         "products": products,

@@ -115,6 +115,13 @@ def write_rows(folder: Path, order: str, examples: Sequence[Example]) -> None:
         (folder / f"{name}-{order}.jsonl").write_text(text, encoding="utf-8")
 
 
+def padding(examples: Sequence[Example], per_step: int) -> float:
+    """Tokens that TRL computes, every pair of a step padded to the step's longest, over those to read."""
+    steps = [examples[start : start + per_step] for start in range(0, len(examples) - per_step + 1, per_step)]
+    padded = sum(2 * sum(len(one.pairs) for one in step) * max(one.longest for one in step) for step in steps)
+    return padded / sum(one.lengths.inputs for step in steps for one in step)
+
+
 def describe(examples: Sequence[Example]) -> dict[str, Any]:
     """What a page says about the examples: numbers of them, and quantiles of lengths in tokens."""
     prompts = sorted(len(one.prompt) for one in examples)

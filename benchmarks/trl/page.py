@@ -70,6 +70,8 @@ def _about(report: dict[str, Any]) -> Iterator[str]:
     yield f"- data: {data['name']}, {data['pairs']} timed pairs in {data['examples']} examples; tokens, mean and most:"
     lengths = [f"{key} {data[key]['mean']:.0f}, {data[key]['longest']}" for key in ("prompt", "completion")]
     yield f"  {'; '.join(lengths)}. Tokens to read, each prompt once: {data['tokens']}"
+    yield "- the rows are drawn at random; for each token to read TRL's layout has"
+    yield f"  {data['padding']:.2f} tokens in these rows, and {data['padding_of_all']:.2f} in all there are"
     yield f"- operations that the timed steps ask for, in closed form: {report['flops'] / 1e12:.2f} TFLOP"
     yield "  (recomputation is not counted)"
     peaks = ", ".join(f"{value:.0f}" for value in report["peaks"])

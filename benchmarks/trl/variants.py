@@ -82,6 +82,7 @@ class Task:
     max_tokens: int  # ours: of a micro-batch, where the longest example fits
     longest: tuple[int, int]  # tokens of the longest example: with its prompt once, and once for each completion
     deepspeed: str  # ours
+    padding_of_data: float = 0.0  # `inputs.padding` of all the data that examples are drawn from
 
     def max_tokens_of(self, variant: Variant) -> int:
         """Ours: tokens of a micro-batch; an example is never split."""

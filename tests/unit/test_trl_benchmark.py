@@ -15,6 +15,7 @@ from benchmarks.trl.inputs import (
     DISTRIBUTIONS,
     Example,
     describe,
+    padding,
     random_examples,
     read_examples,
     sort_by_length,
@@ -202,3 +203,11 @@ def test_what_saves_nothing_is_called_as_what_saves(monkeypatch: pytest.MonkeyPa
     save_nothing()
     for name, replaced in (("save", trainer.save), ("export", training._export)):
         assert list(inspect.signature(replaced).parameters) == list(inspect.signature(stock[name]).parameters)
+
+
+def test_padding_is_what_trl_computes_for_each_token_to_read() -> None:
+    examples = [
+        Example((1,) * prompt, ((2,) * a, (3,) * b), ((0, 1),)) for prompt, a, b in ((4, 3, 5), (1, 2, 2), (6, 6, 2))
+    ]
+    # The first two are a step: 4 rows of 9 tokens; read are 4 + 2 + 4 and 1 + 1 + 1. The third is no whole step.
+    assert padding(examples, 2) == 36 / 13

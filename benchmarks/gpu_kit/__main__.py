@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from benchmarks.gpu_kit.profiling import profile
 from benchmarks.gpu_kit.throughput import memory, throughput
 
 FORMAT = 1  # of gpu.json
+IMPORTED = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "dpo_dist.cli.training")
 PARTS: dict[str, Callable[[Kit], dict[str, Any]]] = {
     "golden": golden,
     "throughput": throughput,
@@ -45,6 +47,7 @@ def main() -> int:
         return _refuse(f"--out={arguments.out} cannot be made ({error.strerror}); give another folder")
     # What it has started must end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    warm_imports()
     kit = Kit(out, 1, TINY, {}, arguments.plant)
     sections: dict[str, Any] = {}
     try:
@@ -60,19 +63,31 @@ def main() -> int:
             kit.begin(name)
             usable = sections["environment"]["status"] == "ok"
             sections[name] = section(name, part, kit) if usable else _skipped("the environment could not be seen")
+            write_report(out, sections, kit.started)
     finally:
         shutil.rmtree(kit.work, ignore_errors=True)
+    write_report(out, sections, kit.started)
+    print(f"{out / 'gpu.json'}\n{out / 'gpu.md'}")
+    return int(any(one["status"] == "failed" for one in sections.values()))
+
+
+def warm_imports() -> None:
+    """Import what ranks import, once: from a cold disk that takes a minute, which is no part's own."""
+    print("== imports", file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-c", f"import {', '.join(IMPORTED)}"], check=False)
+
+
+def write_report(out: Path, sections: dict[str, Any], started: float) -> None:
+    """gpu.json and gpu.md of the parts so far: who is killed leaves them."""
     report = {
         "format": FORMAT,
         "arguments": sys.argv[1:],
-        "seconds": time.monotonic() - kit.started,
+        "seconds": time.monotonic() - started,
         "sections": sections,
     }
     # A NaN is no JSON; it would be a fault to see, so it stays readable as one.
     (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / "gpu.md").write_text(page(report), encoding="utf-8")
-    print(f"{out / 'gpu.json'}\n{out / 'gpu.md'}")
-    return int(any(one["status"] == "failed" for one in sections.values()))
 
 
 def section(name: str, part: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

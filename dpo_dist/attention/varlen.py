@@ -3,6 +3,7 @@
 T packed tokens   U gathered keys   N query heads   K key/value heads   H head dimension   W of values
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn.attention.varlen import varlen_attn
 from dpo_dist.attention.packages import FlashPackage, find_package
 from dpo_dist.batch import AttentionLayout
 from dpo_dist.errors import ConfigError
+
+# torch 2.11 takes fewer key heads than query heads unasked, and does not know the word; later ones want it.
+_GROUPS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def flash_attention(
@@ -97,7 +101,7 @@ def torch_attention(
         max_k=layout.max_k,
         scale=scale,
         window_size=(-1, 0) if sliding_window is None else (sliding_window - 1, 0),
-        enable_gqa=True,
+        **_GROUPS,
     )
     return out_TNW[None, ..., : value_1KUW.shape[-1]]
 

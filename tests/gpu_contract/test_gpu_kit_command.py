@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.gpu_kit.__main__ import PARTS, main, section
+from benchmarks.gpu_kit.__main__ import IMPORTED, PARTS, main, section
 from benchmarks.gpu_kit.kit import BUDGETS, LIMIT_SECONDS, TINY, Failed, Kit, Skipped, cause_in
 from tests.launching import REPOSITORY, environment, kill_group, start
 
@@ -30,9 +30,28 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return {}  # the page shows nothing of it
 
     monkeypatch.setattr("benchmarks.gpu_kit.__main__._look_around", look_around)
+    monkeypatch.setattr("benchmarks.gpu_kit.__main__.warm_imports", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stays
     monkeypatch.setattr(sys, "argv", ["gpu.sh", "--out", str(tmp_path / "new")])
     return tmp_path / "new"
+
+
+def test_who_is_killed_leaves_what_it_has(called: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(kit: Kit) -> dict[str, Any]:
+        raise SystemExit(143)  # as the handler of SIGTERM does
+
+    parts = {"first": lambda kit: {"margins": 1.5}, "second": killed}
+    monkeypatch.setattr("benchmarks.gpu_kit.kit.BUDGETS", {"environment": 1.0, "first": 1.0, "second": 1.0})
+    monkeypatch.setattr("benchmarks.gpu_kit.__main__.PARTS", parts)
+    with pytest.raises(SystemExit):
+        main()
+    sections = json.loads((called / "gpu.json").read_text())["sections"]
+    assert sections.keys() == {"environment", "first"} and sections["first"]["values"] == {"margins": 1.5}
+    assert "| first | ok |" in (called / "gpu.md").read_text()
+
+
+def test_what_is_imported_beforehand_can_be() -> None:
+    subprocess.run([sys.executable, "-c", f"import {', '.join(IMPORTED)}"], check=True, capture_output=True)
 
 
 def test_what_fails_or_takes_too_long_does_not_stop_the_rest(

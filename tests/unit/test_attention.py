@@ -99,6 +99,18 @@ def test_torch_kernel_accepts_our_call(monkeypatch: pytest.MonkeyPatch, window: 
     assert (settings["scale"], settings["enable_gqa"]) == (0.1, True)
 
 
+def test_an_older_torch_is_not_told_of_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_11)
+    monkeypatch.setattr(varlen, "_GROUPS", {})
+    layout = packed(EXAMPLES, share=True).layout
+    num_queries, num_keys = int(layout.cu_q[-1]), int(layout.cu_k[-1])
+    query, key = torch.zeros(1, 4, num_queries, 8), torch.zeros(1, 2, num_keys, 8)
+    assert varlen.torch_attention(query, key, key, layout, 0.1, None, None, None).shape == (1, num_queries, 4, 8)
+
+
 def test_layout_says_causal_from_the_bottom_right() -> None:
     """Query i of a segment sees key j exactly where j <= i + keys - queries, and j > that - window."""
     layout = packed(EXAMPLES, share=True).layout

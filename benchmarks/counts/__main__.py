@@ -11,13 +11,15 @@ computes, and where that is from. Nothing is trained, and no process group is ma
 import argparse
 import sys
 
+import typer
+
 from benchmarks.counts.counting import Model, count
 from benchmarks.counts.layouts import Setting, largest_batch
 from benchmarks.counts.lengths import Data, Spread, is_medians, of_medians, of_run
 from benchmarks.counts.page import Counted, summary, table
 from benchmarks.counts.shapes import SHAPES
 from benchmarks.packing.simulated import steps_of
-from dpo_dist.cli.starting import user_errors
+from dpo_dist.cli.starting import quiet_imports, user_errors
 
 
 def main() -> None:
@@ -28,17 +30,26 @@ def main() -> None:
     spread = Spread(options.sigma, options.longest, options.rows, options.seed)
     if not names:
         sys.exit("error: name a run's configuration, or a data set of arXiv:2410.20305")
+    quiet_imports()
     models = [Model.of(SHAPES[name], options.recomputation) for name in options.model or SHAPES]
     shapes = [model.shape.name for model in models]
     found: dict[tuple[str, int], Counted] = {}
     for name in names:
-        with user_errors():
-            data = of_medians(name, spread, options.max_tokens) if is_medians(name) else of_run(name, overrides)
+        data = _data(name, overrides, spread, options.max_tokens)
         for examples in options.examples or (256, 1024):
             counted, heading = _counted(data, examples, models, options)
             found[data.name, examples] = counted
             print(f"{heading}\n\n{table(counted, shapes)}\n", flush=True)
     print(summary(found, shapes[0]))
+
+
+def _data(name: str, overrides: list[str], spread: Spread, max_tokens: int) -> Data:
+    """Leaves with a message and its exit code where a user made a mistake."""
+    try:
+        with user_errors():
+            return of_medians(name, spread, max_tokens) if is_medians(name) else of_run(name, overrides)
+    except typer.Exit as mistake:
+        sys.exit(mistake.exit_code)
 
 
 def _counted(data: Data, examples: int, models: list[Model], options: argparse.Namespace) -> tuple[Counted, str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_dist.cli.prepare import prepare
-from dpo_dist.cli.starting import cache_dir, quiet_imports
+from dpo_dist.cli.starting import cache_dir
 from dpo_dist.config import load_config
 from dpo_dist.data import Pair
 from dpo_dist.errors import ConfigError
@@ -60,7 +60,6 @@ class Spread:
 def of_run(config_file: str, overrides: list[str]) -> Data:
     """Lengths of a run's training data, tokenised as the run does, and its token budgets."""
     config = load_config(config_file, overrides)
-    quiet_imports()
     prepared = prepare(config, cache_dir())
     packing = config.packing
     return Data(

@@ -278,3 +278,12 @@ def test_the_command_prints_tables_of_a_users_run_and_of_medians(tmp_path: Path)
     assert "| packed (ms-swift) | 11 | 5 |" in done.stdout
     assert "| ours | 6 | 5 |" in done.stdout
     assert "| mine | 8 | " in done.stdout and "| tldr | 8 | " in done.stdout
+
+
+def test_a_mistake_is_said_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.counts", "medians:3"],
+        cwd=tmp_path, env=environment({}), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: medians:3 is not medians:LENGTH,RATIO") and "Traceback" not in done.stderr

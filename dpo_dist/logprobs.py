@@ -147,17 +147,22 @@ class _ChunkedLogProbs(torch.autograd.Function):
         weight_VD = ctx.weight
         grad_hidden_MD = torch.empty_like(hidden_MD)
         # float32 sums: in bfloat16 the rounding of every chunk would add up to a bias.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_M.dtype) if needs_weight else None
+        grad_weight_VD: Tensor | None = None
         grad_bias_V = torch.zeros_like(ctx.bias, dtype=lse_M.dtype) if needs_bias else None
         for chunk in _chunks(len(hidden_MD), ctx.chunk_tokens):
             grad_mV = _grad_logits(ctx, chunk, hidden_MD, targets_M, lse_M, grad_M)
             if grad_bias_V is not None:
                 grad_bias_V += grad_mV.sum(0)
-            if grad_weight_VD is not None:
+            if needs_weight:
                 # The product in the model's dtype (tensor cores), the sum over chunks in float32.
-                grad_weight_VD += grad_mV.to(hidden_MD.dtype).t() @ hidden_MD[chunk]
+                product_VD = grad_mV.to(hidden_MD.dtype).t() @ hidden_MD[chunk]
+                grad_weight_VD = (
+                    product_VD.to(lse_M.dtype) if grad_weight_VD is None else grad_weight_VD.add_(product_VD)
+                )
             if needs_hidden:
                 grad_hidden_MD[chunk] = grad_mV.to(hidden_MD.dtype) @ weight_VD
+        if needs_weight and grad_weight_VD is None:
+            grad_weight_VD = torch.zeros_like(weight_VD)  # nothing is scored
         return (
             grad_hidden_MD if needs_hidden else None,
             None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),

@@ -1,7 +1,7 @@
 """What ZeRO-3 costs on a CPU: the quickstart's steps at stage 3 and stage 0, in turn: python -m benchmarks.stages
 
 Two processes of one thread each, the model and data of `configs/smollm2_demo.yaml`, without evaluation, on a machine
-with nothing else to do. Pairs per second of stage 3 over those of stage 0, of launches one after the other; their median.
+with nothing else to do. Pairs per second of stage 3 over those of stage 0, of launches one after the other; the median.
 Losses must be equal. Exit code 1 below 0.8.
 """
 

@@ -28,7 +28,7 @@ def wanted_at_loading(prepared: Prepared) -> bool | Literal["auto"]:
     return False if without and wanted == "auto" else wanted
 
 
-def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngine) -> None:
+def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngine) -> tuple[int, int]:
     """Decide which layers recompute, and let them. Collective.
 
     Args:
@@ -36,10 +36,13 @@ def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngin
         ranks: where this process stands. All ranks decide alike, since under ZeRO-3 a layer that computes again gathers
             its weights again.
         policy: before its first update; whatever else takes memory of the device is there.
+    Returns:
+        How many layers recompute, and how many there are.
     """
     num_layers = len(policy.model.switchable_layers)
-    if wanted_at_loading(prepared) != "auto" or not num_layers:
-        return
+    wanted = wanted_at_loading(prepared)
+    if wanted != "auto" or not num_layers:
+        return (num_layers if wanted else 0), num_layers
     reach("activations")
     policy.model.recompute_first(0)
     example = prepared.dataset[0].beginning(_MEASURED_TOKENS)
@@ -52,6 +55,7 @@ def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngin
     policy.model.recompute_first(count)
     if ranks.is_first:
         logger.info(_text(memory, tokens, count, least))
+    return count, num_layers
 
 
 def _largest_micro_batch(prepared: Prepared) -> int:

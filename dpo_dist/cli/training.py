@@ -15,6 +15,7 @@ from dpo_dist.checkpoint import CheckpointStore, Weights
 from dpo_dist.cli.announcing import announce
 from dpo_dist.cli.describe import base_model_name, facts
 from dpo_dist.cli.ending import give_up
+from dpo_dist.cli.pacing import measuring, pace_of
 from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.recomputing import settle_recomputation, wanted_at_loading
@@ -105,7 +106,8 @@ def _train_and_export(prepared: Prepared, run: Run, start: Start) -> None:
         else:
             catch_up(run, progress)
         try:
-            train(run, progress)
+            with measuring(run):
+                train(run, progress)
         except NumericsError:  # raised by all ranks alike: what was being written until now is sound
             complete_save(run, progress, goes_on=False)
             raise
@@ -129,7 +131,7 @@ def _build(
     engine = reference_engine(prepared, ranks) if choice.source == "live" else None
     reach("load")
     policy = _policy(prepared, ranks)
-    settle_recomputation(prepared, ranks, policy)
+    recomputed = settle_recomputation(prepared, ranks, policy)
     if ranks.device.type == "cpu":
         keep_freed_memory()
     sync = _synchronisation(config, policy, engine)
@@ -154,6 +156,7 @@ def _build(
         after_update=sync or (lambda step: None),
         stop=stop,
         proof=None,
+        pace=pace_of(prepared, ranks, policy, choice.source, recomputed),
     )
     return replace(run, proof=_prove(prepared, run))
 

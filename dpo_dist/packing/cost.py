@@ -53,6 +53,15 @@ class CostModel:
         body, head = self._parts(sizes, share_prompt)
         return (1.0 + self.backward + self.recomputed) * body + (1.0 + self.backward + HEAD_RECOMPUTES) * head
 
+    def useful(self, sizes: Sequence[ExampleSize], passes: float) -> float:
+        """Operations that examples' losses ask for, of all together: every prompt once, nothing computed again.
+
+        Args:
+            sizes: of some examples.
+            passes: forward passes besides the policy's: 1 with a reference in the step.
+        """
+        return (1.0 + self.backward + passes) * float(self.forward(sizes, share_prompt=True).sum())
+
     def _parts(
         self, sizes: Sequence[ExampleSize], share_prompt: bool
     ) -> tuple[Float64[np.ndarray, " E"], Float64[np.ndarray, " E"]]:

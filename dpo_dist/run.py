@@ -54,6 +54,7 @@ class Run:
     stop: StopRequest
     proof: Proof | None  # None where train.self_check is off
     pace: Pace
+    more_room: str  # what to change where memory runs out; empty where nothing was measured
 
     def plan(self, step: int) -> StepPlan:
         """The plan of a global step; every rank computes the same one."""

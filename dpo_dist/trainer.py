@@ -94,7 +94,7 @@ def _finish_step(
 def _take_in(run: Run, progress: Progress, plan: StepPlan, totals: dict[str, float], grad_norm: float) -> None:
     """Judge the step's numbers, and add them to those of the interval."""
     sizes = sizes_of(run.dataset, plan.examples)
-    run.pace.add(run.packer.cost, sizes)
+    run.pace.add(sizes, int(totals["num_pairs"]), int(totals["tokens_processed"]))
     step_loss = loss_of(totals)
     if text := not_finite(progress.step, {"loss": step_loss, "grad_norm": grad_norm}, lambda: run.sources_of(plan)):
         _say(run, [judge_not_finite(progress.health, text, run.config)])
@@ -116,7 +116,6 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
     now = time.perf_counter()
     seconds, progress.window_started = now - progress.window_started, now
     window, progress.window = progress.window, Window()
-    counts = window.counts()
     line = {
         "step": progress.step,
         "epoch": run.sampler.examples_seen(progress.step) / run.sampler.num_examples,
@@ -124,11 +123,8 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
         **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),
         "learning_rate": learning_rate,
         "num_tokens": progress.num_tokens,
-        **counts,
-        **({"pairs_per_second": window.sums["num_pairs"] / seconds} if window.sums.get("num_pairs") else {}),
-        "tokens_per_second": counts.get("tokens_processed", 0) / seconds,
-        "time/step": seconds / (window.num_steps + window.num_skipped),
-        **run.pace.line(seconds, window.num_steps + window.num_skipped),
+        **window.counts(),
+        **run.pace.line(seconds),
         "memory/peak_gib": peak_memory_gib(run.ranks.device),
     }
     if run.ranks.is_first:

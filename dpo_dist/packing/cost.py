@@ -53,14 +53,13 @@ class CostModel:
         body, head = self._parts(sizes, share_prompt)
         return (1.0 + self.backward + self.recomputed) * body + (1.0 + self.backward + HEAD_RECOMPUTES) * head
 
-    def useful(self, sizes: Sequence[ExampleSize], passes: float) -> float:
-        """Operations that examples' losses ask for, of all together: every prompt once, nothing computed again.
+    def useful(self, sizes: Sequence[ExampleSize]) -> float:
+        """Operations that the losses of some examples and their gradients ask for, of all together.
 
-        Args:
-            sizes: of some examples.
-            passes: forward passes besides the policy's: 1 with a reference in the step.
+        Every prompt counts once, and nothing counts that is computed again: activations, logits, or the forward pass
+        that finds out what a loss of whole steps matches (`matching.py`).
         """
-        return (1.0 + self.backward + passes) * float(self.forward(sizes, share_prompt=True).sum())
+        return (1.0 + self.backward) * float(self.forward(sizes, share_prompt=True).sum())
 
     def _parts(
         self, sizes: Sequence[ExampleSize], share_prompt: bool

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dpo_dist import phases
@@ -127,6 +128,7 @@ def test_traces_of_the_steps_that_were_asked_for(out: Path) -> None:
 def test_an_error_in_a_recorded_step(out: Path) -> None:
     said = train("log.profile_steps=[1]", code=1, faults="error=1@0:1:backward")
     assert not verdicts(said) and not (out / "profile").exists()
+    assert not torch.autograd._profiler_enabled(), "it would slow whatever follows in this process"
     train("log.profile_steps=[1]", "train.output_dir=next")
     assert (out.with_name("next") / "profile" / "step-000001.json.gz").exists()
 

@@ -255,7 +255,9 @@ def test_a_step_without_an_end_leaves_no_profiler_running(tmp_path: Path) -> Non
     for _ in range(2):  # a second one could not start beside the first
         profiler = StepProfiler(tmp_path / "profile", [1], CPU)
         walk_recorded(profiler, ("step", 1), ("forward", 1))
+        assert torch.autograd._profiler_enabled()
         assert profiler.stop() is not None
+        assert not torch.autograd._profiler_enabled()
         assert profiler.stop() is None
     assert not (tmp_path / "profile").exists()
 

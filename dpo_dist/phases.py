@@ -18,7 +18,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dpo_dist.errors import ConfigError
@@ -56,11 +57,22 @@ class _Fault:
 
 _place = Place(0, "start", time.monotonic(), 0)
 _faults: list[_Fault] = []
+_listeners: list[Callable[[Place], object]] = []
 
 
 def place() -> Place:
     """What this process has reached last."""
     return _place
+
+
+@contextmanager
+def listening(listener: Callable[[Place], object]) -> Iterator[None]:
+    """Inside, `listener` is called with every place that this process reaches."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def reach(phase: str, step: int | None = None) -> bool:
@@ -74,6 +86,8 @@ def reach(phase: str, step: int | None = None) -> bool:
     """
     global _place
     _place = Place(_place.step if step is None else step, phase, time.monotonic(), _place.count + 1)
+    for listener in _listeners:
+        listener(_place)
     return inject(phase)
 
 

@@ -20,6 +20,7 @@ from dpo_dist.errors import NumericsError, StorageError
 from dpo_dist.health import Health, restored
 from dpo_dist.losses import Objective
 from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, Window
+from dpo_dist.pace import Pace
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
 from dpo_dist.sampler import Sampler
@@ -52,6 +53,8 @@ class Run:
     after_update: Callable[[int], object]  # what follows the policy: a reference that is synchronised with it
     stop: StopRequest
     proof: Proof | None  # None where train.self_check is off
+    pace: Pace
+    more_room: str  # what to change where memory runs out; empty where nothing was measured
 
     def plan(self, step: int) -> StepPlan:
         """The plan of a global step; every rank computes the same one."""

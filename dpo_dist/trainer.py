@@ -76,6 +76,7 @@ def _finish_step(
     run: Run, progress: Progress, plan: StepPlan, totals: dict[str, float], grad_norm: float, learning_rate: float
 ) -> None:
     """Count the step, and do what is due after it. Every rank must get here."""
+    reach("numbers")
     progress.step += 1
     run.after_update(progress.step)
     step, health = progress.step, progress.health
@@ -92,6 +93,8 @@ def _finish_step(
 
 def _take_in(run: Run, progress: Progress, plan: StepPlan, totals: dict[str, float], grad_norm: float) -> None:
     """Judge the step's numbers, and add them to those of the interval."""
+    sizes = sizes_of(run.dataset, plan.examples)
+    run.pace.add(sizes, int(totals["num_pairs"]), int(totals["tokens_processed"]))
     step_loss = loss_of(totals)
     if text := not_finite(progress.step, {"loss": step_loss, "grad_norm": grad_norm}, lambda: run.sources_of(plan)):
         _say(run, [judge_not_finite(progress.health, text, run.config)])
@@ -103,7 +106,7 @@ def _take_in(run: Run, progress: Progress, plan: StepPlan, totals: dict[str, flo
             logger.info(verdict)
     progress.num_tokens += int(totals["tokens_processed"])
     progress.pairs_seen += int(totals["num_pairs"])
-    rows = [length for size in sizes_of(run.dataset, plan.examples) for length in size.longest_rows]
+    rows = [length for size in sizes for length in size.longest_rows]
     progress.window.add({**totals, "tokens_padded": padded_tokens(rows)} if rows else totals)
     _say(run, judge_step(progress.health, totals, run.config))
 
@@ -113,7 +116,6 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
     now = time.perf_counter()
     seconds, progress.window_started = now - progress.window_started, now
     window, progress.window = progress.window, Window()
-    counts = window.counts()
     line = {
         "step": progress.step,
         "epoch": run.sampler.examples_seen(progress.step) / run.sampler.num_examples,
@@ -121,10 +123,8 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
         **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),
         "learning_rate": learning_rate,
         "num_tokens": progress.num_tokens,
-        **counts,
-        **({"pairs_per_second": window.sums["num_pairs"] / seconds} if window.sums.get("num_pairs") else {}),
-        "tokens_per_second": counts.get("tokens_processed", 0) / seconds,
-        "time/step": seconds / (window.num_steps + window.num_skipped),
+        **window.counts(),
+        **run.pace.line(seconds),
         "memory/peak_gib": peak_memory_gib(run.ranks.device),
     }
     if run.ranks.is_first:

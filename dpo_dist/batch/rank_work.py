@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from dpo_dist.batch.micro_batch import MicroBatch, build_micro_batch
 from dpo_dist.packing import StepPlan
+from dpo_dist.phases import reach
 from dpo_dist.tokenization import TokenizedExample
 
 
@@ -49,7 +50,8 @@ class RankWork:
             self.num_completions += len(example.completion_ids)
 
     def micro_batches(self) -> list[MicroBatch]:
-        """What the policy runs forward and backward on; equally many on every rank."""
+        """What the policy runs forward and backward on; equally many on every rank, which all ask for them."""
+        reach("data")  # or their making would count as the reference's time
         return [self.build(positions, self.share_prompts) for positions in self._plan.micro_batches[self._rank]]
 
     def reference_bins(self) -> list[MicroBatch]:

@@ -19,6 +19,10 @@
     ending.py    how a rank ends
     checking.py  `check`
     doctoring.py `doctor`; doctor/ has what it looks at
+    recomputing.py which layers recompute activations
+    room.py      what to change where memory runs out
+    pacing.py    what measures a run, and what is said of it at the end
+    trained_model.py what is written of a trained model
     progress.py  what a user sees while training
     logs.py      what a command writes to standard error
     redaction.py secrets, which it does not write

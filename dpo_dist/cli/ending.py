@@ -77,6 +77,8 @@ _MORE_ROOM = (
     "DeepSpeed file that shards or offloads more (zero3, zero3_offload)"
 )
 
+_ADVICE = "dpo-dist: "  # notes of others may be there too
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of a device or of the host; by name, for torch may not have been imported yet."""
@@ -84,7 +86,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return told or isinstance(error, MemoryError)
 
 
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Inside, memory that runs out gets this advice of `out_of_memory`; empty: the general one."""
+    try:
+        yield
+    except Exception as error:
+        if advice and is_out_of_memory(error):
+            error.add_note(_ADVICE + advice)
+        raise
+
+
 def out_of_memory(error: Exception) -> str:
     """What to do about such an error."""
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"out of memory; {_MORE_ROOM} ({first_line})"
+    notes: list[str] = getattr(error, "__notes__", [])
+    advice = next((note.removeprefix(_ADVICE) for note in notes if note.startswith(_ADVICE)), _MORE_ROOM)
+    return f"out of memory; {advice} ({first_line})"

@@ -1,6 +1,7 @@
 """`model.gradient_checkpointing=auto`: as few layers compute activations again as the memory of all ranks allows."""
 
 import logging
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -28,7 +29,26 @@ def wanted_at_loading(prepared: Prepared) -> bool | Literal["auto"]:
     return False if without and wanted == "auto" else wanted
 
 
-def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngine) -> None:
+@dataclass(frozen=True)
+class Recomputation:
+    """Which layers recompute, and what was measured for it.
+
+    Attributes:
+        count: layers that recompute, the first ones.
+        num_layers: of all.
+        memory: what a micro-batch takes; None where the configuration decides, and nothing is measured.
+        tokens: of the largest micro-batch.
+        free: bytes, on the fullest device, before the first step.
+    """
+
+    count: int
+    num_layers: int
+    memory: ActivationMemory | None = None
+    tokens: int = 0
+    free: int = 0
+
+
+def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngine) -> Recomputation:
     """Decide which layers recompute, and let them. Collective.
 
     Args:
@@ -38,8 +58,9 @@ def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngin
         policy: before its first update; whatever else takes memory of the device is there.
     """
     num_layers = len(policy.model.switchable_layers)
-    if wanted_at_loading(prepared) != "auto" or not num_layers:
-        return
+    wanted = wanted_at_loading(prepared)
+    if wanted != "auto" or not num_layers:
+        return Recomputation(num_layers if wanted else 0, num_layers)
     reach("activations")
     policy.model.recompute_first(0)
     example = prepared.dataset[0].beginning(_MEASURED_TOKENS)
@@ -52,6 +73,7 @@ def settle_recomputation(prepared: Prepared, ranks: Ranks, policy: TrainingEngin
     policy.model.recompute_first(count)
     if ranks.is_first:
         logger.info(_text(memory, tokens, count, least))
+    return Recomputation(count, num_layers, memory, tokens, least)
 
 
 def _largest_micro_batch(prepared: Prepared) -> int:

@@ -36,6 +36,10 @@ def remarks(prepared: Prepared, plan: StepPlan) -> list[str]:
     if idle:
         examples = counted(len(plan.examples), "example")
         found.append(f"{idle} of {len(plan.micro_batches)} ranks have nothing to do: a step has {examples}")
+    late = [str(step) for step in config.log.profile_steps if step > prepared.num_steps]
+    if late:
+        steps = counted(prepared.num_steps, "step")
+        found.append(f"log.profile_steps={','.join(late)} has no effect: the run ends after {steps}; leave this out")
     accumulated = prepared.deepspeed.get("data_types", {}).get("grad_accum_dtype")
     if prepared.dtype != torch.float32 and accumulated != "fp32":
         name = config.model.dtype

@@ -47,6 +47,7 @@ def quiet_imports() -> None:
     """Settle what other packages would otherwise print while they are imported and used."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar in a log is a line for every change
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports on itself
     # It says at its import which kernels it lacks, whether or not anything is quantised.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with importing():

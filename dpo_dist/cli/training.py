@@ -14,11 +14,13 @@ from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, Weights
 from dpo_dist.cli.announcing import announce
 from dpo_dist.cli.describe import base_model_name, facts
-from dpo_dist.cli.ending import give_up
+from dpo_dist.cli.ending import advising, give_up
+from dpo_dist.cli.pacing import measuring, pace_of
 from dpo_dist.cli.prepare import Prepared, prepare_run
 from dpo_dist.cli.progress import reporting
 from dpo_dist.cli.recomputing import settle_recomputation, wanted_at_loading
 from dpo_dist.cli.resuming import Start, find_start
+from dpo_dist.cli.room import more_room
 from dpo_dist.cli.run_folder import (
     CONFIG_FILE,
     checkpoint_bytes,
@@ -90,7 +92,7 @@ def _run_in_folder(prepared: Prepared, ranks: Ranks, stop: StopRequest, cache_di
         logger.info("reference: %s", choice.text)
     run = _build(prepared, ranks, stop, store, start, choice)
     _open_folder(run, start)
-    with watching(Path(config.train.output_dir), ranks, config.parallel.ddp_timeout, give_up):
+    with watching(Path(config.train.output_dir), ranks, config.parallel.ddp_timeout, give_up), advising(run.more_room):
         _train_and_export(prepared, run, start)
 
 
@@ -105,7 +107,8 @@ def _train_and_export(prepared: Prepared, run: Run, start: Start) -> None:
         else:
             catch_up(run, progress)
         try:
-            train(run, progress)
+            with measuring(run):
+                train(run, progress)
         except NumericsError:  # raised by all ranks alike: what was being written until now is sound
             complete_save(run, progress, goes_on=False)
             raise
@@ -129,7 +132,7 @@ def _build(
     engine = reference_engine(prepared, ranks) if choice.source == "live" else None
     reach("load")
     policy = _policy(prepared, ranks)
-    settle_recomputation(prepared, ranks, policy)
+    recomputation = settle_recomputation(prepared, ranks, policy)
     if ranks.device.type == "cpu":
         keep_freed_memory()
     sync = _synchronisation(config, policy, engine)
@@ -154,8 +157,11 @@ def _build(
         after_update=sync or (lambda step: None),
         stop=stop,
         proof=None,
+        pace=pace_of(prepared, ranks, policy, choice.source, recomputation),
+        more_room=more_room(prepared, recomputation, ranks.world_size),
     )
-    return replace(run, proof=_prove(prepared, run))
+    with advising(run.more_room):
+        return replace(run, proof=_prove(prepared, run))
 
 
 def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:

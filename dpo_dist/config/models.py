@@ -180,6 +180,9 @@ class LogConfig(Section):
     """Write one line of metrics, means over these updates, every this many updates."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Trackers that get the same numbers. []: none."""
+    profile_steps: list[Annotated[int, Field(ge=1)]] = []
+    """Updates that the first rank records with torch's profiler: profile/step-000003.json.gz in the run's folder, for
+    chrome://tracing or Perfetto. A recorded step is slower."""
 
 
 class RunConfig(Section):

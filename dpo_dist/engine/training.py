@@ -92,8 +92,9 @@ class TrainingEngine:
 
         Without an adapter: the policy's own. Every rank must call it: ZeRO-3 gathers.
         """
+        reach("reference")
         with self.model.as_reference():
-            return self.token_logps(batch)
+            return self.engine(batch.to(self.device))
 
     def completion_logps(self, batch: MicroBatch) -> Float[Tensor, " C"]:
         """log pi(completion | prompt) of every completion of the micro-batch, nats."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo_dist.batch import MicroBatch
 from dpo_dist.logprobs import TokenScores
+from dpo_dist.pace import TIMES
 
 # What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
 # two belong to the loss of tokens. The next seven are 0 where nobody asked for statistics of tokens: their sums, and
@@ -63,7 +64,7 @@ LOGGED_STATISTICS = ("entropy", "mean_logit", "is_top1")
 COUNTS = ("tokens_processed", "tokens_unshared", "tokens_padded")
 
 # Keys that depend on the clock or the machine; all other keys are reproducible bit for bit.
-WALL_CLOCK = ("pairs_per_second", "tokens_per_second", "time/step", "memory/peak_gib")
+WALL_CLOCK = ("pairs_per_second", "tokens_per_second", "time/step", *TIMES, "mfu", "memory/peak_gib")
 
 
 def step_sums(

@@ -53,6 +53,14 @@ class CostModel:
         body, head = self._parts(sizes, share_prompt)
         return (1.0 + self.backward + self.recomputed) * body + (1.0 + self.backward + HEAD_RECOMPUTES) * head
 
+    def useful(self, sizes: Sequence[ExampleSize]) -> float:
+        """Operations that the losses of some examples and their gradients ask for, of all together.
+
+        Every prompt counts once, and nothing counts that is computed again: activations, logits, or the forward pass
+        that finds out what a loss of whole steps matches (`matching.py`).
+        """
+        return (1.0 + self.backward) * float(self.forward(sizes, share_prompt=True).sum())
+
     def _parts(
         self, sizes: Sequence[ExampleSize], share_prompt: bool
     ) -> tuple[Float64[np.ndarray, " E"], Float64[np.ndarray, " E"]]:

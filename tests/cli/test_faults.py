@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from dpo_dist.cli import app
 from dpo_dist.engine import TrainingEngine
+from dpo_dist.metrics import WALL_CLOCK
 from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER
 
@@ -197,8 +198,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_numbers(folder: Path, other: Path) -> None:
-    clocks = ("pairs_per_second", "tokens_per_second", "time/step", "memory/peak_gib")
-    lines = [[{k: v for k, v in line.items() if k not in clocks} for line in train_lines(f)] for f in (folder, other)]
+    lines = [
+        [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in train_lines(f)] for f in (folder, other)
+    ]
     assert lines[0] == lines[1]
     ours, theirs = weights(folder), weights(other)
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)

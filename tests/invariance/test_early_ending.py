@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dpo_dist import trainer
 from dpo_dist.cli import app
+from dpo_dist.metrics import WALL_CLOCK
 from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER, base_config
 from tests.launching import succeeded
@@ -48,8 +49,7 @@ def train(path: Path, *overrides: str) -> str:
 def lines_of(out: Path) -> list[dict[str, Any]]:
     """Without what depends on the clock."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    slow = ("pairs_per_second", "tokens_per_second", "time/step", "memory/peak_gib")
-    return [{key: value for key, value in line.items() if key not in slow} for line in lines]
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
 def losses_of(out: Path) -> dict[int, float]:

@@ -56,6 +56,26 @@ def test_training_has_what_is_computed_again(backward: float, recomputed: float)
     assert cost.training([SIZE], True).tolist() == [(1 + backward + recomputed) * body + (2 + backward) * head]
 
 
+@given(examples=EXAMPLES, backward=st.sampled_from([1.0, 2.0]), recomputed=st.sampled_from([0.0, 1.0]))
+def test_what_is_useful_is_counted_token_by_token(
+    examples: list[tuple[int, list[int]]], backward: float, recomputed: float
+) -> None:
+    """Every prompt once, and nothing that is computed again."""
+    cost = CostModel(COST.per_token, COST.attention, COST.per_scored_token, backward, recomputed)
+
+    def of_query(position: int) -> float:
+        return 100.0 + 2.0 * (position + 1) + 3.0 * min(position + 1, 5)
+
+    forward = sum(
+        sum(map(of_query, range(prompt)))
+        + sum(of_query(prompt + place) for length in completions for place in range(length - 1))
+        + 1000.0 * sum(completions)
+        for prompt, completions in examples
+    )
+    sizes = [ExampleSize(prompt, tuple(completions), ()) for prompt, completions in examples]
+    assert cost.useful(sizes) == pytest.approx((1.0 + backward) * forward)
+
+
 def test_duplicated_prompts_cost() -> None:
     assert COST.training([SIZE], share_prompt=False)[0] > COST.training([SIZE], share_prompt=True)[0]
 

@@ -3,13 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from dpo_dist import phases
 from dpo_dist.errors import ConfigError
-from dpo_dist.phases import arm, inject, place, reach
+from dpo_dist.phases import Place, arm, inject, listening, place, reach
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,25 @@ def test_a_process_knows_what_it_reached() -> None:
     assert before <= place().since <= time.monotonic()
     assert inject("metrics") is False
     assert place().phase == "forward", "what one rank alone does is no progress of all"
+
+
+def test_listeners_hear_in_their_order_and_are_removed() -> None:
+    heard: list[tuple[str, int, str]] = []
+
+    def named(name: str) -> Callable[[Place], object]:
+        return lambda here: heard.append((name, here.step, here.phase))
+
+    reach("before")
+    with listening(named("a")), listening(named("b")):
+        reach("step", 3)
+    reach("after")
+    assert heard == [("a", 3, "step"), ("b", 3, "step")]
+    arm("error@0:*:backward", 0)
+    with pytest.raises(RuntimeError, match="planted"), listening(named("c")):
+        reach("backward")
+    reach("after")
+    assert heard[2:] == [("c", 0, "backward")], "what is reached is heard before the fault strikes; then nothing"
+    assert not phases._listeners
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class TrainingEngine:
         offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         named = ((name, p, len(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters())
         groups = parameter_groups(named, train.weight_decay)
-        optimizer = _adamw(groups, train, use_deepspeed=offloaded and ranks.device.type == "cuda")
+        optimizer = _adamw(groups, train, on_gpu=ranks.device.type == "cuda", offloaded=offloaded)
         if ranks.device.type == "cpu":
             # Compiling DeepSpeed's CPU Adam takes a minute and gains nothing where everything is on the CPU.
             config = {**config, "zero_force_ds_cpu_optimizer": False}
@@ -207,11 +207,12 @@ class TrainingEngine:
         return ((name.removeprefix("model."), whole) for name, whole in named)
 
 
-def _adamw(groups: list[dict[str, Any]], train: TrainConfig, use_deepspeed: bool) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_gpu: bool, offloaded: bool) -> torch.optim.Optimizer:
     betas = (train.adam_beta1, train.adam_beta2)
     # A rate of 0 until `step` sets the step's own: nothing decays in an update that DeepSpeed makes on its own.
-    if use_deepspeed:
+    if offloaded and on_gpu:
         load_operator("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
-    # One pass over the states, on CPU and GPU, where torch would make several.
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True)
+    # One pass over the states, where torch would make several. Not on a CPU: there it rounds an element by where it
+    # lies among others, so that ZeRO stages and orders of parameters would not give the same bits.
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=on_gpu)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen2Config, Trainer, get_scheduler
 
 from dpo_dist.config import TrainConfig
+from dpo_dist.engine.training import _adamw
 from dpo_dist.optim import learning_rate_at, parameter_groups, warmup_steps
 
 
@@ -78,3 +79,26 @@ def test_the_dimensions_of_the_whole_parameter_count() -> None:
     shard = nn.Parameter(torch.zeros(0))
     (group,) = parameter_groups([("proj.weight", shard, 2)], 0.5)
     assert group["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(("size", "begin"), [(71, 7), (67, 3), (1024, 100)])
+def test_on_a_cpu_an_element_is_updated_alike_wherever_it_lies(size: int, begin: int) -> None:
+    """ZeRO's stages, and its options, put elements at different places: the bits must not show it. Torch's fused do."""
+
+    def updated(size: int, begin: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        draws = [torch.randn(64, generator=generator) for _ in range(7)]
+        parameter = torch.nn.Parameter(torch.zeros(size))
+        part = slice(begin, begin + 64)
+        parameter.data[part] = draws[0]
+        groups = [{"params": [parameter], "weight_decay": 0.01}]
+        optimizer = _adamw(groups, TrainConfig(output_dir="unused"), on_gpu=False, offloaded=False)
+        optimizer.param_groups[0]["lr"] = 1e-3
+        for gradient in draws[1:]:
+            parameter.grad = torch.zeros(size)
+            parameter.grad[part] = gradient * 1e-3
+            optimizer.step()
+        state = optimizer.state[parameter]
+        return [values.detach()[part].clone() for values in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+
+    assert all(torch.equal(*both) for both in zip(updated(size, begin), updated(1024, 0), strict=True))

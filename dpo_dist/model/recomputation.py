@@ -19,7 +19,12 @@ def enable(model: PreTrainedModel, wanted: Recomputation) -> None:
 
 
 def switchable(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers that recompute or keep what they computed each for itself, in the order of the forward pass."""
+    """The layers that recompute or keep what they computed each for itself, in the order of the forward pass.
+
+    None where the class cannot recompute: its layers would lack what does it.
+    """
+    if not model.supports_gradient_checkpointing:
+        return []
     decoder: Any = model.get_decoder()
     return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaForCausalLM
 
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
@@ -121,6 +122,14 @@ def test_optimizer_and_gradients_are_planned_for(base: Path) -> None:
     moments = 8 * engine.num_trained
     assert before.fixed - after.fixed == moments
     assert found[0] == pytest.approx(moments, rel=0.1)
+
+
+def test_a_class_that_cannot_recompute_has_no_layers_to_switch(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    engine = make(base, 0)
+    assert engine.model.switchable_layers == []
+    engine.model.recompute_first(2)  # and then trains all the same
+    engine.backward(-engine.token_logps(batch_of()).mean())
 
 
 MEMORY = ActivationMemory(kept=10.0, recomputed=1.0, outside=2.0, num_layers=4, fixed=100.0)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_kit.kit import Kit, Skipped
+from dpo_dist.cli.ending import end_rank
 from dpo_dist.distributed import process_group
 
 WARM_UP, REPEATS = 3, 10
@@ -87,3 +88,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank(0)

@@ -19,6 +19,7 @@ import torch
 
 from dpo_dist.attention.interface import register
 from dpo_dist.checkpoint import export_model
+from dpo_dist.cli.ending import end_rank
 from dpo_dist.config import load_deepspeed
 from dpo_dist.distributed import all_gather_json, barrier, process_group
 from dpo_dist.engine import (
@@ -107,3 +108,4 @@ def measure(folder: Path, out: Path, bytes_per_file: int) -> None:
 
 if __name__ == "__main__":
     measure(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    end_rank(0)

@@ -9,7 +9,6 @@ weight to the next.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpo_dist import losses
 from dpo_dist.attention.interface import register
 from dpo_dist.batch import RankWork
+from dpo_dist.cli.ending import end_rank
 from dpo_dist.config import LossConfig, TrainConfig, load_deepspeed
 from dpo_dist.data import Pair
 from dpo_dist.distributed import Ranks, process_group
@@ -158,9 +158,8 @@ def measure(folder: Path, counts: list[int], limits: dict[str, int]) -> None:
                 found.setdefault(setting, {})[str(count)] = [n / whole for n in moved.elements.values()]
         if ranks.is_first:
             (folder / "out.json").write_text(json.dumps(found))
-    # As dpo-dist ends: DeepSpeed's hooks keep groups with their threads alive, and these abort a process now and then.
-    os._exit(0)
 
 
 if __name__ == "__main__":
     measure(Path(sys.argv[1]), list(map(int, sys.argv[2].split(","))), LARGE if sys.argv[3] == "large" else {})
+    end_rank(0)

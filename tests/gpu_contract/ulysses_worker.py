@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.attention.interface import register
 from dpo_dist.distributed import Ranks, process_group
+from tests.launching import end_rank
 from tests.parity.oracle import gradients, llama_config, objective, packed, random_example, stock_and_ours
 
 # 26 packed tokens: 13 on each of two ranks, with the border in the middle of a prompt.
@@ -110,3 +111,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

@@ -6,6 +6,7 @@ every row it has computed to FOLDER/computed.jsonl, and `null` when `fill` says 
 
     name     its log is FOLDER/NAME.log
     pause_s  slept before each micro-batch
+    behind   computes nothing before the log of the child of this name says that it waits
     kill_s   seconds from its first computed row on after which it is killed; when the killer is late, it waits for it
     write    [number, bytes]: it kills itself in its write of this number, after so many bytes; -1: before the fsync
 """
@@ -37,14 +38,17 @@ IDENTITY = CacheIdentity("weights", "float32", "1-sdpa")
 class LoggingScorer(KnownScorer):
     """Tells a file of every row before its value is used."""
 
-    def __init__(self, folder: Path, pause_s: float, kill_s: float = math.inf) -> None:
+    def __init__(self, folder: Path, pause_s: float, kill_s: float = math.inf, behind: Path | None = None) -> None:
         super().__init__()
+        self._behind = behind
         self._kill_s, self._first_at = kill_s, math.inf
         self._log = (folder / "computed.jsonl").open("a", buffering=1, encoding="utf-8")
         self._pause_s = pause_s
 
     def token_logps(self, batch: MicroBatch) -> Tensor:
         time.sleep(self._pause_s)
+        while self._behind and not (self._behind.exists() and "waiting for process" in self._behind.read_text()):
+            time.sleep(0.01)
         if time.monotonic() - self._first_at > self._kill_s + 0.01:
             time.sleep(60)
         begin, values = len(self.seen), super().token_logps(batch)
@@ -80,7 +84,8 @@ def fill(folder: Path, child: dict[str, Any]) -> None:
         store.PartWriter = DyingWriter
     datasets = [TokenizedDataset(path) for path in sorted((folder / "data").iterdir())]
     cache = open_cache(folder / "cache", IDENTITY, datasets, Ranks(0, 1, 0, torch.device("cpu")), False)
-    scorer = LoggingScorer(folder, child.get("pause_s", 0.0), child.get("kill_s", math.inf))
+    behind = folder / f"{child['behind']}.log" if "behind" in child else None
+    scorer = LoggingScorer(folder, child.get("pause_s", 0.0), child.get("kill_s", math.inf), behind)
     cache.fill(scorer, Packer(1, 16, 30, True), scorer.all_durable)
     cache.reference()
 

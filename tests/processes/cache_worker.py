@@ -18,6 +18,7 @@ from dpo_dist.reference.keys import dataset_keys
 from dpo_dist.reference.rows import make_batch
 from dpo_dist.reference.store import ReferenceStore
 from dpo_dist.tokenization import TokenizedDataset
+from tests.launching import end_rank
 from tests.stored_rows import KnownScorer, examples_of, save_dataset
 
 IDENTITY = CacheIdentity("weights", "float32", numerics_of("sdpa"))
@@ -192,3 +193,4 @@ if __name__ == "__main__":
             "failing": run.failing(),
         }
         (run.folder / f"{group.rank}.json").write_text(json.dumps(observed), encoding="utf-8")
+    end_rank()

@@ -27,6 +27,7 @@ from dpo_dist.distributed import (
     sum_over_ranks,
 )
 from dpo_dist.errors import DataError
+from tests.launching import end_rank
 
 LONG = "x" * 70_000
 
@@ -103,3 +104,4 @@ if __name__ == "__main__":
         text = json.dumps(observations(group))
         (Path(sys.argv[1]) / f"{group.rank}.json").write_text(text, encoding="utf-8")
     assert not torch.distributed.is_initialized()
+    end_rank()

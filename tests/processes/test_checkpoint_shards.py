@@ -20,6 +20,7 @@ from dpo_dist.checkpoint.pickles import ALLOWED_GLOBALS
 from dpo_dist.checkpoint.shards import without_enums
 from dpo_dist.distributed import process_group
 from dpo_dist.errors import CheckpointError
+from tests.launching import end_rank
 from tests.run_states import draw, run_state
 from tests.tiny_engine import QUIET, full_parameters_of, make_engine, only_rank, save_engine, tiny_config, train
 
@@ -291,3 +292,4 @@ def test_a_write_error_does_not_leave_other_ranks_waiting(tmp_path: Path) -> Non
 
 if __name__ == "__main__":
     two_ranks(Path(sys.argv[1]))
+    end_rank()

@@ -20,6 +20,7 @@ from dpo_dist.distributed import process_group
 from dpo_dist.engine import optimizer_order
 from dpo_dist.engine.held_states import _set_scaler
 from dpo_dist.errors import CheckpointError
+from tests.launching import end_rank
 from tests.run_states import run_state
 from tests.tiny_engine import QUIET, full_parameters_of, make_engine, only_rank, save_engine, train
 
@@ -214,3 +215,4 @@ def test_another_number_of_ranks_goes_on(
 
 if __name__ == "__main__":
     one_world(Path(sys.argv[1]))
+    end_rank()

@@ -2,9 +2,10 @@
 
 import atexit
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import deepspeed
 import torch
@@ -56,6 +57,7 @@ def make_engine(
     dtype: torch.dtype,
     config: LlamaConfig | None = None,
     prepare: Callable[[LlamaForCausalLM], None] = lambda model: None,
+    zero: Mapping[str, int] = MappingProxyType({}),
 ):
     """A new engine with freshly initialised weights, the same every time; two parameter groups, as in training."""
     if not torch.distributed.is_initialized():
@@ -71,7 +73,7 @@ def make_engine(
         optimizer=torch.optim.AdamW(groups, lr=1e-2),
         config={
             "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
             "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 1.0,

@@ -148,7 +148,12 @@ def reference_deepspeed(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
     """
     reference = prepared.config.reference
     return inference_config(
-        prepared.deepspeed, prepared.reference_dtype, reference.offload_param, reference.zero_hpz_partition_size, ranks
+        prepared.deepspeed,
+        prepared.reference_dtype,
+        reference.sharded,
+        reference.offload_param,
+        reference.zero_hpz_partition_size,
+        ranks,
     )
 
 
@@ -242,7 +247,7 @@ def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -
         num_rows=cache.num_found + cache.num_missing if cache else 0,
         num_cached=cache.num_found if cache else 0,
         policy_gib=policy * state,
-        reference_gib=reference * share["weights"],
+        reference_gib=reference * (share["weights"] if config.reference.sharded else 1.0),
         device_gib=_device_gib(ranks),
     )
 

@@ -21,6 +21,9 @@ class ReferenceConfig(Section):
     per_microbatch: Flag = False
     """`live`: ask the reference in the policy's own micro-batches instead of larger bins: policy and reference then
     round alike, and under ZeRO-3 every micro-batch gathers the reference's weights once more."""
+    sharded: Flag = True
+    """`live` and `cache` under ZeRO-3: shard the reference over all ranks, as the policy. false: every rank keeps the
+    whole of it, so that none of its weights is ever gathered: faster, where there is room."""
     offload_param: Flag = False
     """`live` and `cache` under ZeRO-3: keep the reference's shards in host memory, and copy them to the GPU when a
     layer needs them."""

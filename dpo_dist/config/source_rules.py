@@ -46,6 +46,7 @@ _QUANTISATION = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 _ASKED_BY: dict[str, tuple[str, ...]] = {
     "dtype": ("live", "cache"),
     "per_microbatch": ("live",),
+    "sharded": ("live", "cache"),
     "offload_param": ("live", "cache"),
     "zero_hpz_partition_size": ("live", "cache"),
     "cache_dir": ("cache",),
@@ -56,6 +57,7 @@ _ASKED_BY: dict[str, tuple[str, ...]] = {
 # Of these, the sources under which all that they ask for is the case anyway.
 _GRANTED: dict[str, tuple[str, ...]] = {
     "per_microbatch": ("none",),
+    "sharded": ("adapter_off", "none"),
     "offload_param": ("adapter_off", "none"),
     "zero_hpz_partition_size": ("adapter_off", "none"),
     "verify_rows": ("live", "adapter_off", "none"),
@@ -137,6 +139,18 @@ def _reference_rules(config: RunConfig) -> Iterator[Broken]:
             (("adapter", "peft_type"), ("adapter", "adapter_name_or_path")),
             "mixes all weights of policy and reference, and here only an adapter is trained; leave one of the two out",
         )
+    if not reference.sharded:
+        for key, is_given in (
+            ("offload_param", reference.offload_param),
+            ("zero_hpz_partition_size", reference.zero_hpz_partition_size is not None),
+            ("sync_ref_model", reference.sync_ref_model),
+        ):
+            if is_given:
+                yield (
+                    ("reference", key),
+                    (("reference", "sharded"),),
+                    "needs a sharded reference, and reference.sharded=false keeps it whole; leave one of the two out",
+                )
     if reference.sync_ref_model and reference.dtype is not None and reference.dtype != config.model.dtype:
         yield (
             ("reference", "dtype"),

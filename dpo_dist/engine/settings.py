@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine.operators import load_operator
@@ -56,15 +57,17 @@ def engine_config(
 def inference_config(
     policy_config: dict[str, Any],
     dtype: torch.dtype | None = None,
+    sharded: bool = True,
     offload_param: bool = False,
     hpz_partition_size: int | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """The same for an engine without optimizer: stage 3 as the policy has it, or whole replicas below.
+    """The same for an engine without optimizer: stage 3 as the policy has it, or whole replicas.
 
     Args:
         policy_config: what `engine_config` gave.
         dtype: `reference.dtype`; None: the policy's.
+        sharded: `reference.sharded`; below stage 3 every rank has a whole replica anyway.
         offload_param: `reference.offload_param`. A policy that keeps its shards in host memory by the DeepSpeed file
             has a reference that does so as well.
         hpz_partition_size: `reference.zero_hpz_partition_size`; below stage 3 nothing is gathered between nodes anyway.
@@ -79,7 +82,7 @@ def inference_config(
         _set_dtype(config, dtype, policy_config)
         if ranks is not None and dtype == torch.float16 and ranks.device.type == "cpu":
             raise ConfigError("reference.dtype=float16 needs a GPU; use float32 or bfloat16")
-    if zero.get("stage", 0) < 3:
+    if zero.get("stage", 0) < 3 or not sharded:
         if offload_param:
             raise ConfigError(
                 "reference.offload_param=true has no effect below ZeRO stage 3, where every process holds the whole "
@@ -119,10 +122,15 @@ def _set_dtype(config: dict[str, Any], dtype: torch.dtype, file: dict[str, Any])
             config[key] = {**file.get(key, {}), "enabled": True}
 
 
-def initialize(**arguments: Any) -> Any:
+def initialize(model: nn.Module, config: dict[str, Any], **arguments: Any) -> Any:
     """DeepSpeed's engine."""
+    zero = config.get("zero_optimization", {})
+    if "leaf_module" in zero and len({parameter.requires_grad for parameter in model.parameters()}) > 1:
+        # DeepSpeed 0.19.8 takes the gradients of such a module when that of its input is there. The first layer's has
+        # none where the embedding is frozen, as with adapters, and weights are let go before they are used.
+        config = {**config, "zero_optimization": {k: v for k, v in zero.items() if k != "leaf_module"}}
     # It prints what memory it finds, on every rank.
     with redirect_stdout(io.StringIO()):
-        engine = deepspeed.initialize(**arguments)[0]
+        engine = deepspeed.initialize(model=model, config=config, **arguments)[0]
     find_masters(engine.optimizer)
     return engine

@@ -36,6 +36,7 @@ class Setting:
     zero: dict[str, int] = field(default_factory=dict)  # replaces settings of the shipped file
     offload_param: bool = False
     hpz: int | None = None
+    sharded: bool = True
     by_transformers: bool = False
 
     def policy_config(self, ranks: Ranks) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Setting:
     def reference_config(self, ranks: Ranks) -> dict[str, Any]:
         """The reference's."""
         dtype = None if self.reference_dtype is None else DTYPES[self.reference_dtype]
-        return inference_config(self.policy_config(ranks), dtype, self.offload_param, self.hpz, ranks)
+        return inference_config(self.policy_config(ranks), dtype, self.sharded, self.offload_param, self.hpz, ranks)
 
     def policy(self, folder: Path, ranks: Ranks) -> TrainingEngine:
         """A new policy, of the first model."""

@@ -110,6 +110,7 @@ def nodes(folder: Path, ranks: Ranks) -> dict[str, Any]:
         "transformers": Setting(3, hpz=2, by_transformers=True),
         "offload": Setting(3, hpz=2, offload_param=True),
         "without": Setting(3),
+        "whole": Setting(3, sharded=False),
     }
     for name, setting in settings.items():
         reference = setting.reference(folder / "models", ranks)

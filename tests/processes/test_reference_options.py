@@ -62,6 +62,11 @@ def test_hpz() -> None:
     assert below["zero_optimization"] == {"stage": 0}  # nothing is gathered, between nodes or within
 
 
+def test_a_reference_that_is_not_sharded() -> None:
+    assert _zero(sharded=False, ranks=GPU) == {"stage": 0}
+    assert inference_config(Setting(2).policy_config(CPU), sharded=False)["zero_optimization"] == {"stage": 0}
+
+
 @pytest.mark.parametrize(
     ("stage", "options", "expected"),
     [
@@ -124,7 +129,7 @@ def nodes(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "nodes.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["slices", "again", "persistent", "transformers", "offload", "without"])
+@pytest.mark.parametrize("case", ["slices", "again", "persistent", "transformers", "offload", "without", "whole"])
 def test_groups_change_no_bit(nodes: list[dict[str, Any]], case: str) -> None:
     assert all(all(rank[case]["equal"]) for rank in nodes)
 
@@ -141,6 +146,7 @@ def test_after_the_first_forward_nothing_is_gathered_across_groups(nodes: list[d
         # transformers sets weights one by one, each gathered before: the copies of a group are there from then on.
         assert [across for across, _ in rank["transformers"]["gathered"]] == [0, 0, 0, 0]
         assert all(across >= whole and inside == 0 for across, inside in rank["without"]["gathered"])
+        assert rank["whole"]["gathered"] == [[0, 0]] * 4
 
 
 def test_the_groups_are_the_references_alone_and_made_once(nodes: list[dict[str, Any]]) -> None:

@@ -69,6 +69,21 @@ def test_another_dtype_goes_on_with_the_same_values(tmp_path: Path, first: str, 
             assert torch.equal(*values), (name, key)
 
 
+@pytest.mark.parametrize("sizes", [(10**9, 4000), (4000, 10**9), (4000, 6000)])
+def test_other_parts_of_the_shard_go_on_with_the_same_bits(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    """A DeepSpeed file with another sub_group_size lays the optimizer's states out in other tensors."""
+    first, then = ({"sub_group_size": size} for size in sizes)
+    engine = make_engine(3, torch.float32, zero=first)
+    train(engine, 3, seed=1)
+    folder = save_engine(CheckpointStore(tmp_path, only_rank()), engine, run_state(), torch.float32)
+    goes_on = make_engine(3, torch.float32, zero=then)
+    assert len(goes_on.optimizer.fp32_partitioned_groups_flat) != len(engine.optimizer.fp32_partitioned_groups_flat)
+    load_shards(goes_on, folder)
+    for (name, mine), (_, theirs) in zip(full_parameters_of(engine), full_parameters_of(goes_on), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert train(goes_on, 4, seed=2) == pytest.approx(train(engine, 4, seed=2), rel=1e-6)
+
+
 def test_a_rank_may_hold_nothing_of_a_small_parameter(tmp_path: Path) -> None:
     """Four elements for three ranks: 2, 2 and 0."""
     engine = make_engine(3, torch.float32)

@@ -1023,6 +1023,10 @@ ADALORA = "adapter.peft_type=adalora"
             "differs from model.dtype=bfloat16",
             "leave one out",
         ),
+        *(
+            (["reference.sharded=false", f"reference.{key}"], f"reference.{key}", "needs a sharded reference", "one")
+            for key in ("offload_param=true", "zero_hpz_partition_size=2", "sync_ref_model=true")
+        ),
     ],
 )
 def test_rules_of_adapter_and_reference(minimal, overrides, path, reason, way_out):

@@ -16,6 +16,8 @@ SAME_RESULT = [
     ([], "loss.loss_weights=[1.0]"),
     (["loss.loss_type=[ipo]"], "loss.loss_weights=[1.0]"),
     ([NO_REFERENCE], "reference.per_microbatch=true"),
+    ([NO_REFERENCE], "reference.sharded=false"),
+    (ADAPTER_OFF, "reference.sharded=false"),
     ([NO_REFERENCE], "reference.offload_param=true"),
     (ADAPTER_OFF, "reference.offload_param=true"),
     ([NO_REFERENCE], "reference.zero_hpz_partition_size=2"),

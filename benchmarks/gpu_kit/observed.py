@@ -55,6 +55,7 @@ def _observe(run: Run) -> dict[str, Any]:
         "kernel": KERNELS[str(policy.model.model.config._attn_implementation)],
         "device": run.ranks.device.type,
         "num_parameters": sum(math.prod(shape) for shape in shapes),
+        "peak_flops": run.pace.peak,  # what `mfu` of the run's lines is a share of
         "peak_bytes": round(peak_memory_gib(run.ranks.device) * 2**30),
         "reserved_bytes": torch.cuda.max_memory_reserved() if run.ranks.device.type == "cuda" else None,
         "held_bytes": {

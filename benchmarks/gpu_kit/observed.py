@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_dist import trainer
 from dpo_dist.attention.interface import _NAMES
 from dpo_dist.cli import app, training
+from dpo_dist.cli.ending import end_rank
 from dpo_dist.reference import LiveReference
 from dpo_dist.trainer import Progress, Run, peak_memory_gib
 
@@ -102,4 +103,4 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main())

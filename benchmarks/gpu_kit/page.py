@@ -82,7 +82,7 @@ def _kernels(values: dict[str, Any]) -> Iterator[str]:
 def _throughput(values: dict[str, Any]) -> Iterator[str]:
     yield f"Sizes {values['sizes']}: {values['why']}."
     yield f"{values['dtype']}, {values['deepspeed']}, {values['ranks']} ranks,"
-    yield f"{values['examples_per_step']} examples a step,"
+    yield f"{values['examples_per_step']} examples a step, activations recomputed,"
     yield f"at most {values['max_tokens']} tokens in a micro-batch. Seconds per step: median, least, most."
     yield "Tokens, mean and longest:"
     yield "; ".join(f"{name} {q['mean']:.0f}, {q['longest']}" for name, q in values["lengths"].items()) + "."

@@ -153,7 +153,12 @@ def config_of(kit: Kit, sharing: str) -> dict[str, Any]:
     """The run's configuration, with prompts shared (`on`) or not (`off`)."""
     sizes = kit.sizes
     return {
-        "model": {"model_name_or_path": str(model_of(kit)), "dtype": "bfloat16", "prefix_sharing": sharing},
+        "model": {
+            "model_name_or_path": str(model_of(kit)),
+            "dtype": "bfloat16",
+            "prefix_sharing": sharing,
+            "gradient_checkpointing": True,  # as TRL is told to; `auto` would keep what this machine has room for
+        },
         "data": {"train": [{"path": str(pairs_of(kit))}]},
         "train": {
             "examples_per_step": sizes.examples_per_rank * kit.num_ranks,

@@ -117,7 +117,7 @@ def test_throughput_and_memory_belong_to_the_model(sections: dict[str, Any]) -> 
 
 def test_self_check_and_bandwidth(sections: dict[str, Any]) -> None:
     runs = {run["run"]: run for run in sections["self_check"]["values"]["runs"]}
-    assert len(runs) == 4 and all(len(run["said"]) == 4 for run in runs.values())
+    assert len(runs) == 4 and all(len(run["said"]) == 5 for run in runs.values())
     assert runs["throughput-sharing-on"]["proof"]["bitwise"] is True
     sizes = sections["bandwidth"]["values"]["sizes"]
     assert [line["bytes"] for line in sizes] == list(TINY.messages)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_kit import ceilings, throughput, variants
 from benchmarks.gpu_kit.__main__ import PARTS, WITH_RATES, chosen_parts, section
-from benchmarks.gpu_kit.against_trl import their_speed
+from benchmarks.gpu_kit.against_trl import SAME, _settings, their_speed
 from benchmarks.gpu_kit.kit import LARGE, LIMIT_SECONDS, TINY, Failed, Kit, Skipped, sizes_for
 from benchmarks.gpu_kit.page import page
 from tests.gpu_contract.rates import rates_alone
@@ -120,6 +120,12 @@ def test_without_ceilings_the_page_shows_rates_alone(report: dict[str, Any]) -> 
     assert f" {run['useful_tflops']:.3g} |  | " in page(report)
 
 
+def test_what_is_said_of_recomputation_is_so(kit: Kit) -> None:
+    assert "activations recomputed" in SAME
+    assert throughput.config_of(kit, "on")["model"]["gradient_checkpointing"] is True
+    assert _settings(kit, 2)["gradient_checkpointing"] is True
+
+
 # ---- variants
 
 
@@ -133,7 +139,7 @@ def made(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         notes.append(("model", kit.sizes.model["hidden_size"]))
 
     def trained(kit: Kit, name: str, config: dict[str, Any]) -> dict[str, Any]:
-        notes.append((name, config["model"].get("gradient_checkpointing"), config["packing"]["max_tokens"]))
+        notes.append((name, config["model"]["gradient_checkpointing"], config["packing"]["max_tokens"]))
         assert config["train"] | {"self_check": False, "max_steps": 4} == config["train"]
         return {"pairs_per_second": 1.0}
 
@@ -147,7 +153,7 @@ def test_each_variant_changes_one_thing(kit: Kit, made: list[Any]) -> None:
     found = section("variants", variants.variants, kit)
     assert found["status"] == "ok" and {run["status"] for run in found["values"]["runs"]} == {"ok"}
     assert made == [
-        ("model", 64), ("variant-1", False, 512), ("variant-2", None, 2048), ("model", 96), ("variant-3", None, 512)
+        ("model", 64), ("variant-1", False, 512), ("variant-2", True, 2048), ("model", 96), ("variant-3", True, 512)
     ]  # fmt: skip
 
 

@@ -14,24 +14,31 @@ from typing import Any
 
 from benchmarks.gpu_kit.against_trl import trl
 from benchmarks.gpu_kit.bandwidth import bandwidth
+from benchmarks.gpu_kit.ceilings import ceilings
 from benchmarks.gpu_kit.golden import golden
+from benchmarks.gpu_kit.kernels import kernels
 from benchmarks.gpu_kit.kit import BUDGETS, TINY, Failed, Kit, Skipped, sizes_for
 from benchmarks.gpu_kit.noise import self_check
 from benchmarks.gpu_kit.page import page
 from benchmarks.gpu_kit.profiling import profile
 from benchmarks.gpu_kit.throughput import memory, throughput
+from benchmarks.gpu_kit.variants import variants
 
 FORMAT = 1  # of gpu.json
 IMPORTED = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "dpo_dist.cli.training")
 PARTS: dict[str, Callable[[Kit], dict[str, Any]]] = {
     "golden": golden,
+    "ceilings": ceilings,
+    "kernels": kernels,
     "throughput": throughput,
     "memory": memory,
     "self_check": self_check,
     "bandwidth": bandwidth,
     "profile": profile,
     "trl": trl,
+    "variants": variants,
 }
+WITH_RATES = {"kernels", "throughput", "bandwidth", "trl", "variants"}  # which stand beside a ceiling
 
 
 def main() -> int:
@@ -50,6 +57,7 @@ def main() -> int:
     warm_imports()
     kit = Kit(out, 1, TINY, {}, arguments.plant)
     sections: dict[str, Any] = {}
+    chosen = chosen_parts(arguments.only)
     try:
         kit.begin("environment")
         sections["environment"] = section("environment", _look_around, kit, arguments.ranks)
@@ -58,7 +66,7 @@ def main() -> int:
             shutil.rmtree(out)
             return _refuse(f"--ranks={kit.num_ranks} is more than this machine's number of GPUs; give at most {gpus}")
         for name, part in PARTS.items():
-            if arguments.only and name not in arguments.only:
+            if name not in chosen:
                 continue
             kit.begin(name)
             usable = sections["environment"]["status"] == "ok"
@@ -69,6 +77,12 @@ def main() -> int:
     write_report(out, sections, kit.started)
     print(f"{out / 'gpu.json'}\n{out / 'gpu.md'}")
     return int(any(one["status"] == "failed" for one in sections.values()))
+
+
+def chosen_parts(only: list[str] | None) -> set[str]:
+    """What runs: all parts, or those that are asked for, and `ceilings` with those that report a rate."""
+    chosen = set(only or PARTS)
+    return chosen | {"ceilings"} if chosen & WITH_RATES else chosen
 
 
 def warm_imports() -> None:

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.gpu_kit.ceilings import share_of_products
 from benchmarks.gpu_kit.kit import WARM_UP_STEPS, Failed, Kit, Skipped, largest
-from benchmarks.gpu_kit.throughput import config_of, model_of, pairs_of, run_folder, timed_lines
+from benchmarks.gpu_kit.throughput import config_of, model_of, pairs_of, run_folder, timed_lines, useful_speed
 from dpo_dist.config.models import LossConfig, ModelConfig, TrainConfig
 from tests.golden.trajectories import lines_of
 
@@ -50,7 +51,8 @@ def trl(kit: Kit) -> dict[str, Any]:
     obstacles: list[Failed | Skipped] = []
     for pairs_at_once in kit.sizes.trl_pairs:
         try:
-            values["runs"].append(_measured(kit, pairs_at_once))
+            run = _measured(kit, pairs_at_once)
+            values["runs"].append(run | their_speed(kit, ours["prompts shared: on"], run["pairs_per_second"]))
         except (Failed, Skipped) as obstacle:
             obstacles.append(obstacle)
     runs = values["runs"]
@@ -80,9 +82,16 @@ def _ours(kit: Kit) -> dict[str, Any]:
             found[f"prompts shared: {sharing}"] = {
                 "kernel": seen[0]["kernel"],
                 "pairs_per_second": _pace(kit, [line["time/step"] for line in timed_lines(folder)]),
+                **useful_speed(kit, folder),
                 "peak_bytes": seen[0]["peak_bytes"],
             }
     return found
+
+
+def their_speed(kit: Kit, ours: dict[str, Any], pairs_per_second: float) -> dict[str, Any]:
+    """As `useful_speed` says it: the same pairs ask for the same operations."""
+    tflops = ours["useful_tflops"] / ours["pairs_per_second"] * pairs_per_second
+    return {"useful_tflops": tflops, "share_of_ceiling": share_of_products(kit, tflops)}
 
 
 def _pace(kit: Kit, seconds: list[float]) -> float:

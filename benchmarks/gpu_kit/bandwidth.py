@@ -2,19 +2,17 @@
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_kit.ceilings import share_of_copy
+from benchmarks.gpu_kit.clock import seconds_of_ranks
 from benchmarks.gpu_kit.kit import Kit, Skipped
 from dpo_dist.cli.ending import end_rank
 from dpo_dist.distributed import process_group
-
-WARM_UP, REPEATS = 3, 10
 
 
 def bandwidth(kit: Kit) -> dict[str, Any]:
@@ -23,28 +21,11 @@ def bandwidth(kit: Kit) -> dict[str, Any]:
         raise Skipped("one rank has nobody to exchange with")
     out = kit.work / "bandwidth.json"
     kit.run(kit.num_ranks, "bandwidth", __name__, str(out), *map(str, kit.sizes.messages), limit=120)
-    return json.loads(out.read_text(encoding="utf-8"))
-
-
-def measure(collective: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call on the slowest rank, the median of `REPEATS`."""
-    seconds = []
-    for repeat in range(WARM_UP + REPEATS):
-        _wait(device)
-        dist.barrier()
-        started = time.perf_counter()
-        collective()
-        _wait(device)
-        if repeat >= WARM_UP:
-            seconds.append(time.perf_counter() - started)
-    slowest = torch.tensor(sorted(seconds)[REPEATS // 2], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    found = json.loads(out.read_text(encoding="utf-8"))
+    for line in found["sizes"]:
+        for name in ("all_reduce", "all_gather"):
+            line[f"{name}_share_of_copy"] = share_of_copy(kit, line[f"{name}_gb_per_second"])
+    return found
 
 
 def sweep(sizes: list[int], num_ranks: int, device: torch.device) -> list[dict[str, float]]:
@@ -60,8 +41,10 @@ def sweep(sizes: list[int], num_ranks: int, device: torch.device) -> list[dict[s
         elements = size // 2 // num_ranks * num_ranks
         whole = torch.zeros(elements, dtype=torch.bfloat16, device=device)
         part = torch.zeros(elements // num_ranks, dtype=torch.bfloat16, device=device)
-        reduce_seconds = measure(lambda whole=whole: dist.all_reduce(whole), device)
-        gather_seconds = measure(lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part), device)
+        reduce_seconds = seconds_of_ranks(lambda whole=whole: dist.all_reduce(whole), device)
+        gather_seconds = seconds_of_ranks(
+            lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part), device
+        )
         on_the_bus = 2 * elements * (num_ranks - 1) / num_ranks
         lines.append(
             {

@@ -15,16 +15,19 @@ from tests.launching import REPOSITORY, launch
 
 LIMIT_SECONDS = 600.0
 # Of each part; what a part does not need is left to those after it. What is measured of a step comes after what is
-# checked, and what needs another package comes last.
+# checked, then comes what needs another package, and last what runs only where time is left.
 BUDGETS = {
     "environment": 60.0,
-    "golden": 200.0,
-    "throughput": 160.0,
+    "golden": 160.0,
+    "ceilings": 20.0,
+    "kernels": 40.0,
+    "throughput": 130.0,
     "memory": 5.0,
     "self_check": 5.0,
-    "bandwidth": 40.0,
+    "bandwidth": 30.0,
     "profile": 40.0,
-    "trl": 90.0,
+    "trl": 80.0,
+    "variants": 30.0,
 }
 # Less than this is not worth a start: torch and DeepSpeed are imported on every rank.
 SHORTEST_LAUNCH_SECONDS = 15.0
@@ -60,6 +63,13 @@ class Sizes:
     steps: int
     messages: tuple[int, ...]  # bytes on each rank
     trl_pairs: tuple[int, ...]  # of a micro-batch of TRL, which pads: the fastest counts
+    larger_model: dict[str, int]  # of the part `variants`, as the next two
+    variant_steps: int
+    variant_seconds: tuple[float, float]  # a launch with the model, and one with the larger model and its making
+    product_side: int  # of the matrices whose product is a ceiling
+    copy_bytes: int
+    kernel_heads: tuple[tuple[int, int, int], ...]  # query heads, key heads, size
+    window: int  # tokens, where kernels are compared with one
 
 
 def _llama(
@@ -88,6 +98,13 @@ TINY = Sizes(
     steps=5,
     messages=(2**14, 2**18),
     trl_pairs=(2,),
+    larger_model=_llama(512, 96, 256, 3, 4, 2, 24),
+    variant_steps=4,
+    variant_seconds=(15.0, 25.0),
+    product_side=256,
+    copy_bytes=2**22,
+    kernel_heads=((4, 2, 64), (4, 2, 128)),
+    window=16,
 )
 SMALL = Sizes(
     name="small",
@@ -101,6 +118,13 @@ SMALL = Sizes(
     steps=10,
     messages=tuple(2**k for k in range(16, 29, 2)),
     trl_pairs=(4, 2),  # 4 are about as many tokens with their padding as `max_tokens`; 2 need less padding
+    larger_model=_llama(128256, 3072, 8192, 28, 24, 8, 128),  # the shape of Llama 3.2 3B
+    variant_steps=6,
+    variant_seconds=(40.0, 75.0),
+    product_side=8192,
+    copy_bytes=2**31,
+    kernel_heads=((32, 8, 64), (32, 8, 128)),
+    window=128,
 )
 LARGE = Sizes(
     name="large",
@@ -114,6 +138,13 @@ LARGE = Sizes(
     steps=10,
     messages=tuple(2**k for k in range(16, 31, 2)),
     trl_pairs=SMALL.trl_pairs,
+    larger_model=SMALL.larger_model,
+    variant_steps=SMALL.variant_steps,
+    variant_seconds=SMALL.variant_seconds,
+    product_side=SMALL.product_side,
+    copy_bytes=SMALL.copy_bytes,
+    kernel_heads=SMALL.kernel_heads,
+    window=SMALL.window,
 )
 
 
@@ -135,11 +166,17 @@ class Kit:
     plant: str | None
     started: float = field(default_factory=time.monotonic)
     ends_after: float = LIMIT_SECONDS  # seconds since the start: the part that runs is to be done by then
+    ceilings: dict[str, Any] = field(default_factory=dict)  # of the part of that name; empty before it and without it
 
     def begin(self, part: str) -> None:
         """Give a part its time: its own, and what those before it have left."""
         names = list(BUDGETS)
         self.ends_after = sum(BUDGETS[name] for name in names[: names.index(part) + 1])
+
+    @property
+    def left(self) -> float:
+        """Seconds that the part which runs may still take."""
+        return self.ends_after - (time.monotonic() - self.started)
 
     @property
     def work(self) -> Path:
@@ -157,7 +194,7 @@ class Kit:
             Skipped: there is no time left.
             Failed: it did not end with 0, or not in time.
         """
-        left = self.ends_after - (time.monotonic() - self.started)
+        left = self.left
         if left < SHORTEST_LAUNCH_SECONDS:
             raise Skipped(f"no time left: this part ends {self.ends_after:.0f} s after the start")
         cache = {"DPO_DIST_CACHE": str(self.work / "cache")}

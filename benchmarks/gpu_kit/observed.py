@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_dist import trainer
 from dpo_dist.attention.interface import _NAMES
 from dpo_dist.cli import app, training
+from dpo_dist.cli.ending import end_rank
 from dpo_dist.reference import LiveReference
 from dpo_dist.trainer import Progress, Run, peak_memory_gib
 
@@ -55,6 +56,7 @@ def _observe(run: Run) -> dict[str, Any]:
         "kernel": KERNELS[str(policy.model.model.config._attn_implementation)],
         "device": run.ranks.device.type,
         "num_parameters": sum(math.prod(shape) for shape in shapes),
+        "peak_flops": run.pace.peak,  # what `mfu` of the run's lines is a share of
         "peak_bytes": round(peak_memory_gib(run.ranks.device) * 2**30),
         "reserved_bytes": torch.cuda.max_memory_reserved() if run.ranks.device.type == "cuda" else None,
         "held_bytes": {
@@ -101,4 +103,4 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main())

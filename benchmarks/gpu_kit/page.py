@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MIB = 2**20
+RUN_COLUMNS = "parameters | kernel | tokens/s | pairs/s | useful TFLOP/s | of ceiling | s per step | steps | peak MiB"
 
 
 def page(report: dict[str, Any]) -> str:
@@ -48,25 +49,79 @@ def _golden(values: dict[str, Any]) -> Iterator[str]:
     yield f"| bound | bfloat16 | | | | {' | '.join(bounds)} | |"
 
 
+def _ceilings(values: dict[str, Any]) -> Iterator[str]:
+    yield f"{values['ranks']} ranks at the same time; of the slowest, by the median. Every rate below stands beside its"
+    yield "share of these. A copy reads and writes: both count."
+    yield ""
+    yield "| of a rank | size | s | rate |"
+    yield "|---|---|---|---|"
+    product = f"{values['product_side']} x {values['product_side']} | {values['product_seconds']:.3g}"
+    yield f"| matrix product, {values['dtype']} | {product} | {values['product_tflops_of_a_rank']:.3g} TFLOP/s |"
+    copied = f"{values['copy_bytes'] / MIB:.0f} MiB | {values['copy_seconds']:.3g}"
+    yield f"| copy | {copied} | {values['copy_gb_per_second_of_a_rank']:.3g} GB/s |"
+
+
+def _kernels(values: dict[str, Any]) -> Iterator[str]:
+    yield f"{values['dtype']}, forward and backward, shared prompts. Distances from float64, relative, in the norm;"
+    yield "same bits: when it runs again. Speed is that of a full micro-batch, on one device."
+    yield ""
+    measured = "output | gradients of q, k, v | same bits | ms | TFLOP/s | of ceiling"
+    yield f"| heads | window | kernel | status | {measured} | why |"
+    yield "|---" * 11 + "|"
+    for run in values["runs"]:
+        about = f"{run['heads']} on {run['kv_heads']} of {run['head_dim']} | {run['window'] or 'none'}"
+        about += f" | {run.get('taken', run['kernel'])} | {run['status']}"
+        cells = [""] * 6
+        if "distance" in run:
+            output, *gradients = (f"{away:.1e}" for away in run["distance"].values())
+            cells = [output, ", ".join(gradients), "yes" if run["same_bits"] else "no", f"{run['seconds'] * 1e3:.3g}"]
+            cells += [f"{run['tflops']:.3g}", _share(run.get("share_of_ceiling"))]
+        yield f"| {about} | {' | '.join(cells)} | {_cell(run.get('reason', ''))} |"
+
+
 def _throughput(values: dict[str, Any]) -> Iterator[str]:
     yield f"Sizes {values['sizes']}: {values['why']}."
     yield f"{values['dtype']}, {values['deepspeed']}, {values['ranks']} ranks,"
-    yield f"{values['examples_per_step']} examples a step,"
+    yield f"{values['examples_per_step']} examples a step, activations recomputed,"
     yield f"at most {values['max_tokens']} tokens in a micro-batch. Seconds per step: median, least, most."
     yield "Tokens, mean and longest:"
     yield "; ".join(f"{name} {q['mean']:.0f}, {q['longest']}" for name, q in values["lengths"].items()) + "."
     yield ""
-    yield "| prompts shared | parameters | kernel | tokens/s | pairs/s | s per step | steps | peak MiB |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield f"| prompts shared | {RUN_COLUMNS} |"
+    yield "|---" * (1 + RUN_COLUMNS.count("|") + 1) + "|"
     for sharing, run in values["prefix_sharing"].items():
-        seconds = ", ".join(f"{run['seconds_per_step'][key]:.3g}" for key in ("median", "least", "most"))
-        peaks = ", ".join(f"{peak / MIB:.0f}" for peak in run["peak_bytes_of_ranks"])
-        about = f"{sharing} | {run['num_parameters']:,} | {run['kernel']}"
-        speed = f"{run['tokens_per_second']:.0f} | {run['pairs_per_second']:.3g}"
-        yield f"| {about} | {speed} | {seconds} | {run['steps']} | {peaks} |"
+        yield f"| {sharing} | {_run_cells(run)} |"
     if "pairs_per_second_gain" in values:
         yield ""
         yield f"Pairs per second, shared over not shared: {values['pairs_per_second_gain']:.2f}."
+
+
+def _run_cells(run: dict[str, Any]) -> str:
+    """Of a run that was timed, by `RUN_COLUMNS`."""
+    seconds = ", ".join(f"{run['seconds_per_step'][key]:.3g}" for key in ("median", "least", "most"))
+    peaks = ", ".join(f"{peak / MIB:.0f}" for peak in run["peak_bytes_of_ranks"])
+    speed = f"{run['tokens_per_second']:.0f} | {run['pairs_per_second']:.3g} | {_useful(run)}"
+    return f"{run['num_parameters']:,} | {run['kernel']} | {speed} | {seconds} | {run['steps']} | {peaks}"
+
+
+def _useful(run: dict[str, Any]) -> str:
+    return f"{run['useful_tflops']:.3g} | {_share(run['share_of_ceiling'])}"
+
+
+def _share(share: float | None) -> str:
+    """Nothing where no ceiling was measured."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def _variants(values: dict[str, Any]) -> Iterator[str]:
+    yield "As the run with prompts shared of the part throughput, but for what the name says."
+    yield ""
+    yield f"| variant | status | tokens at once | {RUN_COLUMNS} | why |"
+    yield "|---" * (4 + RUN_COLUMNS.count("|") + 1) + "|"
+    for run in values["runs"]:
+        cells = _run_cells(run) if run["status"] == "ok" else " | " * RUN_COLUMNS.count("|")
+        about = f"{run['variant']} | {run['status']} | {run['max_tokens']}"
+        yield f"| {about} | {cells} | {_cell(run.get('reason', ''))} |"
 
 
 def _memory(values: dict[str, Any]) -> Iterator[str]:
@@ -90,12 +145,14 @@ def _self_check(values: dict[str, Any]) -> Iterator[str]:
 def _bandwidth(values: dict[str, Any]) -> Iterator[str]:
     yield f"{values['ranks']} ranks, {values['backend']}, {values['dtype']}; bus bandwidth as nccl-tests define it."
     yield ""
-    yield "| bytes | all-reduce s | GB/s | all-gather s | GB/s |"
-    yield "|---|---|---|---|---|"
+    yield "| bytes | all-reduce s | GB/s | of a copy | all-gather s | GB/s | of a copy |"
+    yield "|---|---|---|---|---|---|---|"
     for line in values["sizes"]:
-        reduced = f"{line['all_reduce_seconds']:.2e} | {line['all_reduce_gb_per_second']:.3g}"
-        gathered = f"{line['all_gather_seconds']:.2e} | {line['all_gather_gb_per_second']:.3g}"
-        yield f"| {line['bytes']} | {reduced} | {gathered} |"
+        cells = []
+        for name in ("all_reduce", "all_gather"):
+            cells += [f"{line[f'{name}_seconds']:.2e}", f"{line[f'{name}_gb_per_second']:.3g}"]
+            cells += [_share(line[f"{name}_share_of_copy"])]
+        yield f"| {line['bytes']} | {' | '.join(cells)} |"
 
 
 def _profile(values: dict[str, Any]) -> Iterator[str]:
@@ -121,14 +178,15 @@ def _trl(values: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"Not the same: {values['not the same']}."
     yield ""
-    yield "| | pairs in a micro-batch | kernel | pairs/s | peak MiB of rank 0 |"
-    yield "|---|---|---|---|---|"
+    yield "| | pairs in a micro-batch | kernel | pairs/s | useful TFLOP/s | of ceiling | peak MiB of rank 0 |"
+    yield "|---|---|---|---|---|---|---|"
     for name, ours in values["ours"].items():
-        yield f"| ours, {name} | by tokens | {ours['kernel']} | {ours['pairs_per_second']:.3g} | {_mib(ours)} |"
+        about = f"ours, {name} | by tokens | {ours['kernel']}"
+        yield f"| {about} | {ours['pairs_per_second']:.3g} | {_useful(ours)} | {_mib(ours)} |"
     for run in values["runs"]:
         about = f"TRL {run['version']} | {run['pairs_at_once']} | {run['kernel']}"
-        yield f"| {about} | {run['pairs_per_second']:.3g} | {_mib(run)} |"
-    yield from (f"| TRL | | | | {_cell(reason)} |" for reason in values.get("left_out", []))
+        yield f"| {about} | {run['pairs_per_second']:.3g} | {_useful(run)} | {_mib(run)} |"
+    yield from (f"| TRL | | | | | | {_cell(reason)} |" for reason in values.get("left_out", []))
     for run in values["runs"]:
         yield ""
         yield f"Ours / TRL's with {run['pairs_at_once']} pairs at once, in the first steps. Largest distance and bound:"
@@ -157,10 +215,13 @@ def _cell(text: str) -> str:
 _WRITERS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "environment": _environment,
     "golden": _golden,
+    "ceilings": _ceilings,
+    "kernels": _kernels,
     "throughput": _throughput,
     "memory": _memory,
     "self_check": _self_check,
     "bandwidth": _bandwidth,
     "profile": _profile,
     "trl": _trl,
+    "variants": _variants,
 }

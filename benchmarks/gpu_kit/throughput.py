@@ -7,10 +7,12 @@ are roughly; their quantiles are reported with the numbers.
 import json
 import math
 import random
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_kit.ceilings import share_of_products
 from benchmarks.gpu_kit.kit import OBSERVED, WARM_UP_STEPS, Failed, Kit, Sizes, Skipped
 from tests.golden.trajectories import lines_of
 
@@ -90,8 +92,12 @@ def memory_faults(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def _measured(kit: Kit, sharing: str) -> dict[str, Any]:
-    """Numbers of one run after its first steps."""
-    folder = kit.train(run_folder(kit, sharing).name, config_of(kit, sharing), by=OBSERVED, limit=LAUNCH_SECONDS)
+    return trained(kit, run_folder(kit, sharing).name, config_of(kit, sharing))
+
+
+def trained(kit: Kit, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Train, and return numbers of the run after its first steps."""
+    folder = kit.train(name, config, by=OBSERVED, limit=LAUNCH_SECONDS)
     lines = timed_lines(folder)
     seen = kit.observations(folder)
     seconds = [line["time/step"] for line in lines]
@@ -104,11 +110,23 @@ def _measured(kit: Kit, sharing: str) -> dict[str, Any]:
         "seconds_per_step": {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)},
         "tokens_per_second": tokens / sum(seconds),
         "pairs_per_second": examples / sum(seconds),
+        **useful_speed(kit, folder),
         "tokens_processed": tokens,
         "tokens_unshared": unshared,
         "peak_bytes_of_ranks": [one["peak_bytes"] for one in seen],
         "reserved_bytes_of_ranks": [one["reserved_bytes"] for one in seen],
     }
+
+
+def useful_speed(kit: Kit, folder: Path) -> dict[str, Any]:
+    """Operations that the pairs ask for, in 10^12 per second over all ranks, and their share of the measured ceiling.
+
+    Of the policy's forward and backward and the reference's forward; every prompt once, nothing that is computed again.
+    """
+    lines = timed_lines(folder)
+    used = sum(line["mfu"] * line["time/step"] for line in lines) / sum(line["time/step"] for line in lines)
+    tflops = used * kit.observations(folder)[0]["peak_flops"] * kit.num_ranks / 1e12
+    return {"useful_tflops": tflops, "share_of_ceiling": share_of_products(kit, tflops)}
 
 
 def timed_lines(folder: Path) -> list[dict[str, Any]]:
@@ -135,7 +153,12 @@ def config_of(kit: Kit, sharing: str) -> dict[str, Any]:
     """The run's configuration, with prompts shared (`on`) or not (`off`)."""
     sizes = kit.sizes
     return {
-        "model": {"model_name_or_path": str(model_of(kit)), "dtype": "bfloat16", "prefix_sharing": sharing},
+        "model": {
+            "model_name_or_path": str(model_of(kit)),
+            "dtype": "bfloat16",
+            "prefix_sharing": sharing,
+            "gradient_checkpointing": True,  # as TRL is told to; `auto` would keep what this machine has room for
+        },
         "data": {"train": [{"path": str(pairs_of(kit))}]},
         "train": {
             "examples_per_step": sizes.examples_per_rank * kit.num_ranks,
@@ -151,9 +174,20 @@ def config_of(kit: Kit, sharing: str) -> dict[str, Any]:
 
 def write_inputs(kit: Kit) -> dict[str, Any]:
     """The model and the pairs; returns quantiles of lengths."""
+    write_model(kit)
+    return write_pairs(kit)
+
+
+def write_model(kit: Kit) -> None:
+    """In the place of the one that was there."""
+    shutil.rmtree(model_of(kit), ignore_errors=True)
     longest = kit.sizes.prompt[1] + kit.sizes.completion[1]
     sizes = json.dumps({**kit.sizes.model, "max_position_embeddings": longest})
     kit.run(1, "random-model", "benchmarks.gpu_kit.random_model", str(model_of(kit)), sizes, limit=120)
+
+
+def write_pairs(kit: Kit) -> dict[str, Any]:
+    """For all steps; returns quantiles of lengths."""
     rows = random_rows(kit.sizes, kit.sizes.examples_per_rank * kit.num_ranks * kit.sizes.steps)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     pairs_of(kit).write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from benchmarks.gpu_kit.observed import save_nothing
 from benchmarks.gpu_kit.profiling import STEP_NAME
 from dpo_dist import trainer
 from dpo_dist.cli import app
+from dpo_dist.cli.ending import end_rank
 
 
 class Tracer:
@@ -56,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main())

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl import DPOConfig, DPOTrainer  # pyright: ignore  (without TRL it finds benchmarks/trl)
 
+from dpo_dist.cli.ending import end_rank
 from dpo_dist.config import load_deepspeed
 from dpo_dist.trainer import peak_memory_gib
 
@@ -132,3 +133,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank(0)

@@ -21,6 +21,7 @@ from benchmarks.gpu_kit.golden import BOUNDS
 from benchmarks.gpu_kit.kit import TINY
 from benchmarks.gpu_kit.profiling import TOP, TRACE_FILE, summary
 from benchmarks.gpu_kit.throughput import memory_faults
+from tests.gpu_contract.rates import rates_alone
 from tests.launching import REPOSITORY, environment
 
 # Slow: some 160 seconds of processor time, nearly all for importing torch in its launches.
@@ -82,6 +83,19 @@ def test_golden_has_float32_and_bfloat16_and_says_why_kernels_are_left_out(secti
         assert "needs a CUDA device" in runs["bfloat16", kernel]["reason"]
 
 
+def test_every_rate_has_its_share(sections: dict[str, Any]) -> None:
+    assert list(rates_alone({name: one.get("values") for name, one in sections.items() if name != "ceilings"})) == []
+    assert sections["ceilings"]["values"]["ranks"] == 2
+
+
+def test_variants_are_other_runs(sections: dict[str, Any]) -> None:
+    kept, long, larger = sections["variants"]["values"]["runs"]
+    assert (kept["max_tokens"], long["max_tokens"]) == (TINY.max_tokens, 4 * TINY.max_tokens)
+    assert larger["variant"] == f"{larger['num_parameters']:,} parameters"
+    assert larger["num_parameters"] > kept["num_parameters"]
+    assert long["tokens_processed"] / long["steps"] > kept["tokens_processed"] / kept["steps"]
+
+
 def test_throughput_and_memory_belong_to_the_model(sections: dict[str, Any]) -> None:
     values = sections["throughput"]["values"]
     shared, unshared = (values["prefix_sharing"][key] for key in ("on", "off"))
@@ -103,7 +117,7 @@ def test_throughput_and_memory_belong_to_the_model(sections: dict[str, Any]) -> 
 
 def test_self_check_and_bandwidth(sections: dict[str, Any]) -> None:
     runs = {run["run"]: run for run in sections["self_check"]["values"]["runs"]}
-    assert len(runs) == 4 and all(len(run["said"]) == 4 for run in runs.values())
+    assert len(runs) == 4 and all(len(run["said"]) == 5 for run in runs.values())
     assert runs["throughput-sharing-on"]["proof"]["bitwise"] is True
     sizes = sections["bandwidth"]["values"]["sizes"]
     assert [line["bytes"] for line in sizes] == list(TINY.messages)

@@ -20,7 +20,8 @@ from benchmarks.gpu_kit.profiling import STEP_NAME, summary
 from benchmarks.gpu_kit.throughput import random_rows, run_folder, throughput
 from tests.golden.trajectories import CASES
 
-# A whole run of the kit on two cores, with TRL 1.16 installed.
+# A whole run of the kit on two cores, with TRL 1.16 installed. Ceilings, kernels and variants are of a later run,
+# on one of them, and with them came the older parts' shares: their operations are a closed form.
 RECORDED = Path(__file__).with_name("gpu_report.json")
 KEYS = (*BOUNDS, "num_tokens")
 

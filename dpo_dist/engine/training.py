@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_dist.batch import MicroBatch
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
-from dpo_dist.engine import shares
+from dpo_dist.engine import shares, traces
 from dpo_dist.engine.operators import load_operator
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
@@ -44,7 +44,7 @@ class TrainingEngine:
         self.model = model.train()  # recomputation of activations acts in training mode only; dropout is 0
         self.engine = initialize(model=model, optimizer=optimizer, config=config)
         self.device = torch.device(self.engine.device)
-        self.max_grad_norm = train.max_grad_norm
+        self.max_grad_norm, self._has_trained = train.max_grad_norm, False
         self.allocation: RankAllocation | None = None
         if model.adapter is not None and model.adapter.kind == "adalora":
             if "fp16" in config:
@@ -102,6 +102,9 @@ class TrainingEngine:
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches of one step; DeepSpeed is told before the last one that gradients are complete after it."""
+        if not self._has_trained:
+            traces.forget_forward_only(self.engine)  # of self-check and evaluation
+            self._has_trained = True
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             yield batch.to(self.device)

@@ -64,3 +64,31 @@ def test_frozen_layers_are_gathered_weight_by_weight() -> None:
     before = whole(policy)["model.layers.0.mlp.down_proj.weight"]
     train_step(policy, batch_of())
     assert not torch.equal(whole(policy)["model.layers.0.mlp.down_proj.weight"], before)
+
+
+@pytest.mark.parametrize("looks", [0, 1, 2])
+@pytest.mark.parametrize("together", [False, True])
+def test_forwards_before_the_first_update_make_no_gather_more(folder: Path, together: bool, looks: int) -> None:
+    """DeepSpeed would go on to let every weight go after its forward, as in a pass that has no backward."""
+    policy, gathered = Setting(3, zero={} if together else ONE_BY_ONE).policy(folder, only_rank()), []
+    for _ in range(looks):
+        policy.token_logps(batch_of())
+        with torch.no_grad():
+            policy.token_logps(batch_of())
+    for step in range(3):
+        if step == 2:
+            for parameter in policy.model.parameters():
+                parameter.all_gather_coalesced = noting(parameter, gathered)
+        train_step(policy, batch_of())
+    assert sorted(gathered) == sorted(parameter.ds_id for parameter in policy.model.parameters())
+
+
+def noting(parameter: Any, gathered: list[int]) -> Any:
+    """Its gather of several parameters, which tells of each."""
+    stock = parameter.all_gather_coalesced
+
+    def all_gather_coalesced(parameters: Any, **settings: Any) -> Any:
+        gathered.extend(one.ds_id for one in parameters)
+        return stock(parameters, **settings)
+
+    return all_gather_coalesced

@@ -3,7 +3,7 @@
 Two processes of one thread each, the model and data of `configs/smollm2_demo.yaml`, without evaluation, on a machine
 with nothing else to do. Pairs per second of stage 3 over those of stage 0, of launches one after the other; the median.
 The reference, which is asked in every step, is sharded as the policy is, or whole in both processes
-(`reference.sharded=false`), as stage 0 has it. Losses must be equal. Exit code 1 if the latter is below 0.8.
+(`reference.sharded=false`), as stage 0 has it. Losses must be equal. Exit code 1 if the first is below 0.8.
 """
 
 import argparse
@@ -21,7 +21,7 @@ CASES = {
     "zero3_cpu": ("parallel.deepspeed=zero3_cpu",),
     "zero0_cpu": ("parallel.deepspeed=zero0_cpu",),
 }
-JUDGED, BASE = "zero3_cpu, whole reference", "zero0_cpu"
+JUDGED, BASE = "zero3_cpu", "zero0_cpu"
 WANTED = 0.8
 LOSS_BOUND = 1e-5
 WARM_UP = 3  # steps: DeepSpeed traces the first, and memory of the first three comes page by page

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.checkpoint import CheckpointStore
+from dpo_dist.cli.data_quality import describe_leaks, describe_quality
 from dpo_dist.cli.describe import counted, describe_adapter
 from dpo_dist.cli.prepare import Prepared
 from dpo_dist.cli.remarks import remarks
@@ -34,6 +35,8 @@ def print_check(prepared: Prepared, cache_dir: Path, world_size: int) -> None:
     _print_model(console, prepared, choice)
     for name, dataset in prepared.datasets.items():
         _print_data(console, name, dataset)
+    for leak in describe_leaks(prepared.datasets):
+        console.print(f"note: {leak}")
     _print_sample(console, prepared)
     _print_first_step(console, prepared, world_size)
     if start.text:
@@ -79,6 +82,8 @@ def _print_data(console: Console, name: str, dataset: TokenizedDataset) -> None:
     for kind, values in stats.items():
         table.add_row(kind, *(f"{values[column]:.0f}" for column in columns))
     console.print(table)
+    for line in describe_quality(dataset):
+        console.print(line)
     for reason, count in dataset.bad_rows.items():
         console.print(f"rows left out: {count} x {reason}")
     for note in describe_notes(dataset.notes, len(dataset)):

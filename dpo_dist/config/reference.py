@@ -23,7 +23,7 @@ class ReferenceConfig(Section):
     round alike, and under ZeRO-3 every micro-batch gathers the reference's weights once more."""
     sharded: Flag = True
     """`live` and `cache` under ZeRO-3: shard the reference over all ranks, as the policy. false: every rank keeps the
-    whole of it, so that none of its weights is ever gathered: faster, where there is room."""
+    whole of it, and none of its weights is ever gathered."""
     offload_param: Flag = False
     """`live` and `cache` under ZeRO-3: keep the reference's shards in host memory, and copy them to the GPU when a
     layer needs them."""

@@ -147,6 +147,16 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         batch, row = self._locate(index)
         return tuple(Pair(**pair) for pair in batch.column("pairs")[row].as_py())
 
+    def pair_columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every pair its example, and its completions' places in `completion_lengths.flat`: chosen, and rejected."""
+        nested = [batch.column("pairs") for batch in self._batches]
+        example = np.repeat(np.arange(len(self)), _concatenated([_list_lengths(column) for column in nested]))
+        first, pairs = self.completion_lengths.starts[example], [column.flatten() for column in nested]
+        chosen, rejected = (
+            first + _concatenated([np.from_dlpack(one.field(kind)) for one in pairs]) for kind in ("chosen", "rejected")
+        )
+        return example, chosen, rejected
+
     def source_of(self, index: int) -> str:
         """`path:line` of one example."""
         batch, row = self._locate(index)

@@ -29,7 +29,7 @@ def describe_quality(dataset: TokenizedDataset) -> list[str]:
         kind = "longer" if longer > 0.5 else "shorter"
         found.append(
             f"note: the {kind} completion is chosen so often that a model may learn the length instead of the quality; "
-            "rewards/accuracies do not tell the two apart (loss.ld_alpha and loss_type=sigmoid_norm weigh length less)"
+            "rewards/accuracies do not tell the two apart (loss_type=sigmoid_norm averages over tokens)"
         )
     faults = find_faults(chosen, rejected)
 

@@ -64,6 +64,12 @@ def _source_remarks(prepared: Prepared) -> list[str]:
             f"reference.zero_hpz_partition_size={groups} has no effect below ZeRO stage 3, where every process holds "
             "the whole reference; leave it out"
         )
+    file, zero = prepared.config.parallel.deepspeed, prepared.deepspeed.get("zero_optimization", {})
+    if prepared.config.adapter.is_used and file.endswith(".json") and "leaf_module" in zero:
+        found.append(
+            f"parallel.deepspeed={file}: zero_optimization.leaf_module has no effect with adapters: DeepSpeed 0.19.8 "
+            "would let go of frozen weights before they are used; leave it out"
+        )
     adapter = prepared.config.adapter.adapter_name_or_path
     if adapter is not None:
         settings = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))

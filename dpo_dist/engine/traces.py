@@ -5,7 +5,7 @@ from typing import Any
 
 
 def forget_forward_only(deepspeed_engine: Any) -> None:
-    """Let the next micro-batch be traced, where what was traced until now had no backward pass. Collective.
+    """Let the next micro-batch be traced, where what was traced until now had no backward pass. Every rank must.
 
     By such a trace every weight is let go after its forward and gathered again for its backward, for as long as the
     process lives: DeepSpeed 0.19.8 remembers what to let go for good, though it traces anew when a backward pass comes.

@@ -1,5 +1,6 @@
 """What is remarked on: a folder in use by `check` alone, and keys without effect, once, by `check` and by `train`."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_keys_without_effect_on_the_result(config: Path, overrides: list[str], r
     result = CliRunner().invoke(app, ["train", "run.yaml", *overrides])
     assert result.exit_code == 0, result.output
     assert result.output.count(remark) == 1
+
+
+@pytest.mark.parametrize("adapter", [[], ["adapter.peft_type=lora"]])
+def test_leaf_modules_of_an_own_file_are_left_out_with_adapters(config: Path, adapter: list[str]) -> None:
+    zero = {"stage": 3, "leaf_module": {"classes": ["LlamaDecoderLayer"]}}
+    (config / "own.json").write_text(json.dumps({"zero_optimization": zero}))
+    told = f"note: parallel.deepspeed={config / 'own.json'}: zero_optimization.leaf_module has no effect with adapters"
+    assert check("parallel.deepspeed=own.json", *adapter).count(told) == len(adapter)
+    assert "zero_optimization.leaf_module" not in check("parallel.deepspeed=zero3_cpu", *adapter)  # nobody asked for it
 
 
 def test_a_run_goes_on_with_another_seed_that_nothing_reads(config: Path) -> None:

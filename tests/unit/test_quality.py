@@ -69,7 +69,7 @@ def test_planted_faults_are_told_and_none_of_a_clean_set(tmp_path: Path) -> None
     assert describe_quality(clean) == [
         "8 pairs of 8 different prompts; chosen is the longer one in 100% of those that differ in length",
         "note: the longer completion is chosen so often that a model may learn the length instead of the quality; "
-        "rewards/accuracies do not tell the two apart (loss.ld_alpha and loss_type=sigmoid_norm weigh length less)",
+        "rewards/accuracies do not tell the two apart (loss_type=sigmoid_norm averages over tokens)",
     ]
     planted = [example(row, row, 100, 200) for row in range(1, 6)]
     planted += [example(6, 1, 100, 200), example(7, 2, 200, 100), example(8, 6, 100, 200)]
@@ -78,6 +78,29 @@ def test_planted_faults_are_told_and_none_of_a_clean_set(tmp_path: Path) -> None
         "note: 1 pair said before, as in pairs.jsonl:6",
         "note: 2 pairs contradict each other, as in pairs.jsonl:2, pairs.jsonl:7",
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_longer", "kind"), [(0, "shorter"), (2, "shorter"), (3, None), (5, None), (6, "longer"), (8, "longer")]
+)
+def test_only_lopsided_lengths_are_remarked_on(tmp_path: Path, num_longer: int, kind: str | None) -> None:
+    lopsided = [example(row, row, 100, 200, longer=1 if row < num_longer else -1) for row in range(8)]
+    first, *notes = describe_quality(dataset(tmp_path / "set", *lopsided))
+    assert f"chosen is the longer one in {num_longer / 8:.0%} of those" in first
+    assert [note.split(" completion")[0] for note in notes] == ([f"note: the {kind}"] if kind else [])
+
+
+def test_pairs_lie_where_the_examples_say(tmp_path: Path) -> None:
+    """In more than one batch of the file."""
+    examples = [
+        TokenizedExample((row + 1,), ((3,), (4,), (5,)), (Pair(2, 0), Pair(row % 2, 2))[: row % 3], f"a.jsonl:{row}")
+        for row in range(2500)
+    ]
+    saved = dataset(tmp_path / "many", *examples)
+    expected = [
+        (row, 3 * row + pair.chosen, 3 * row + pair.rejected) for row in range(2500) for pair in examples[row].pairs
+    ]
+    assert list(zip(*(column.tolist() for column in saved.pair_columns()), strict=True)) == expected
 
 
 def test_demonstrations_have_no_pairs_to_judge(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ class TrainingEngine:
         if self._computes_own_norm:
             # DeepSpeed refuses an update that is not finite at all other stages and dtypes.
             self.engine.optimizer.register_step_pre_hook(self._before_update)
+            # Of one process there is nothing to sum, for which DeepSpeed would copy all gradients and copy them back.
+            self.engine.enable_backward_allreduce = ranks.world_size > 1
         if replicated and halved:
             # DeepSpeed 0.19.8 makes AdamW's state by an update with zero gradients, which then counts in the bias
             # correction: the first real update would be a quarter too small. AdamW makes its state itself.

@@ -148,3 +148,24 @@ def test_fewest_is_the_least_that_fits(count: int) -> None:
     assert MEMORY.most_tokens(tight, count) == 7
     assert MEMORY.most_tokens(tight - 2, count) == 6
     assert MEMORY.most_tokens(0, count) == 0
+
+
+def test_the_gradients_of_one_process_are_not_copied_to_be_summed(base: Path) -> None:
+    """DeepSpeed would copy all of them into one row and back: as much memory again as they take."""
+    found = []
+    for copies in (False, True):
+        engine, rows = make(base, 0), []
+        stock = engine.engine.allreduce_bucket
+
+        def noting(*arguments: Any, stock: Any = stock, rows: list[int] = rows, **settings: Any) -> Any:
+            rows.append(sum(gradient.nbytes for gradient in arguments[0]))
+            return stock(*arguments, **settings)
+
+        engine.engine.allreduce_bucket = noting
+        if copies:
+            engine.engine.enable_backward_allreduce = True
+        for batch in engine.accumulate([batch_of(), batch_of(2)]):
+            engine.backward(engine.completion_logps(batch).sum())
+        assert sum(rows) == (sum(parameter.nbytes for parameter in engine.model.parameters()) if copies else 0)
+        found.append([parameter.grad.clone() for parameter in engine.model.parameters()])
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))

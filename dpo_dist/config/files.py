@@ -1,5 +1,6 @@
 """Files that are shipped with the package, and how a relative path is looked up."""
 
+import glob
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -37,13 +38,13 @@ def names(folder: PackageFolder) -> list[str]:
 
 
 def find_input(value: str, beside: Path) -> str:
-    """Absolute path of an existing file or folder: from the current folder first, then from the folder `beside`.
+    """Absolute path of a file or folder, or of a pattern of files: from the current folder first, then from `beside`.
 
     What exists in neither place is returned as it is: it may be a hub id.
     """
     path = os.path.expanduser(value)
     for folder in (os.getcwd(), os.path.abspath(beside)):
         candidate = os.path.normpath(os.path.join(folder, path))
-        if os.path.exists(candidate):
+        if os.path.exists(candidate) or (glob.has_magic(candidate) and glob.glob(candidate, recursive=True)):
             return candidate
     return value

@@ -202,11 +202,10 @@ FOREIGN_KEYS: dict[str, str] = {
 }
 
 FOREIGN_SOURCE_KEYS: dict[str, str] = {
-    **dict.fromkeys(("name", "id", "dataset_name", "data_dir", "data_files", "file_name"), "the name here is path"),
-    **dict.fromkeys(("columns", "type", "ds_type", "field", "formatting"), "columns are recognised by their names"),
-    **dict.fromkeys(("fraction", "weight", "probs"), "limit takes the first rows; sets are not weighted"),
-    "config": "a hub data set's configuration cannot be chosen; give a local file or folder",
-    "revision": "a hub data set's revision cannot be chosen; give a local file or folder",
+    **dict.fromkeys(("id", "dataset_name", "data_dir", "data_files", "file_name"), "the name here is path"),
+    **dict.fromkeys(("type", "ds_type", "field", "formatting"), "columns are recognised; columns gives other names"),
+    **dict.fromkeys(("weight", "probs", "prob"), "the name here is fraction: the share of its rows that is used"),
+    **dict.fromkeys(("config", "subset", "config_name"), "the name here is name"),
 }
 
 # Names that mean something only in the section they stand in.

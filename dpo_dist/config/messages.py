@@ -97,6 +97,8 @@ def _wrong_value(error: ErrorDetails) -> str:
     if kind == "literal_error":
         or_list = ", or a list in brackets" if error["loc"][-1] == "one" else ""
         return f"is not known; it must be {context['expected']}{or_list}{_did_you_mean(value, path)}"
+    if kind == "dict_type" and path[-1] == "columns":
+        return "is not a mapping; write {prompt: question}: columns as they are read, and what they are called"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         keys = KEYS.get(str(path[-1]), ()) if len(path) == 1 else tuple(DataSource.model_fields)
         example = _as_source(path, value) if len(path) > 1 and isinstance(value, str) else "`key: value`"

@@ -15,7 +15,7 @@ from dpo_dist.config.loss import LossConfig
 from dpo_dist.config.reference import ReferenceConfig
 from dpo_dist.config.section import Flag, Number, Section, Text
 
-_DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow)(\.gz)?$", re.IGNORECASE)
+_DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow|csv)(\.gz|\.zst)?$", re.IGNORECASE)
 
 
 class ModelConfig(Section):
@@ -55,12 +55,22 @@ class DataSource(Section):
     """One data set."""
 
     path: Text
-    """A file (.jsonl, .json, .parquet, .arrow, plain or .gz), a folder of such files, or a hub id. A relative path
-    is looked up in the current folder, then in the folder of the configuration file."""
+    """A file (.jsonl, .json, .parquet, .arrow or .csv, plain, .gz or .zst), a pattern of such files (`pairs-*.jsonl`),
+    a folder of them, or a hub id. A relative path is looked up in the current folder, then in the folder of the
+    configuration file."""
+    name: Text | None = None
+    """Configuration of a hub data set that has several. null: its default."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub data set. null: its main branch."""
+    columns: dict[Text, Text] = {}
+    """Where columns are that the data call otherwise: `{prompt: question, chosen: answers.0.text}`. A path into a
+    column goes on behind dots with names of fields, numbers of items, or `*` for every item."""
     split: Text = "train"
     """Split of a folder or hub data set. A single file has none."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only this many rows, the first ones. null: all."""
+    fraction: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Share of the rows that is used: 0.25 takes every fourth one, of those that `limit` leaves. For mixtures."""
 
 
 class DataConfig(Section):
@@ -92,7 +102,8 @@ class DataConfig(Section):
         """Name of each held-out set in metrics: the shortest end of its path that tells it apart, `:split` if not
         train."""
         splits = ["" if source.split == "train" else f":{source.split}" for source in self.evaluation]
-        parts = [PurePosixPath(_DATA_SUFFIX.sub("", source.path)).parts for source in self.evaluation]
+        paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.path), one.name or "") for one in self.evaluation]
+        parts = [path.parts for path in paths]
         for depth in range(1, max((len(part) for part in parts), default=0) + 1):
             names = tuple("/".join(part[-depth:]) + split for part, split in zip(parts, splits, strict=True))
             if len(set(names)) == len(names):

@@ -134,9 +134,9 @@ def _data_rules(config: RunConfig) -> Iterator[Broken]:
             (("packing", "max_tokens"),),
             f"admits examples that fit no micro-batch; raise packing.max_tokens={budget}, or lower this",
         )
-    first_use: dict[tuple[str, str], int] = {}
+    first_use: dict[tuple[str | None, ...], int] = {}
     for index, source in enumerate(data.evaluation):
-        first = first_use.setdefault((source.path, source.split), index)
+        first = first_use.setdefault((source.path, source.name, source.revision, source.split), index)
         if first != index:
             yield (
                 ("data", "evaluation", index, "path"),

@@ -1,6 +1,10 @@
 """Preference examples as text: read, validate, normalise, mix, split.
 
     files.py     bytes of a local file          (line, row) with the line numbers a user can look up
+    compressed.py what .gz and .zst hold        bytes
+    csv_rows.py  CSV                            (line, row)
+    mapping.py   columns by other names         under the names they are read under
+    published.py rows of well-known sets        as rows of many completions
     columns.py   the columns of a row           each checked, and in one form
     unread.py    text in columns nobody reads   refused, where there is no prompt
     values.py    what is inside of them         text, token ids, no nulls

@@ -28,6 +28,7 @@ REFUSED_COLUMNS = {
     "chat_template_kwargs": "arguments for the chat template are not supported",
 }
 HOLDING_TEXT = frozenset((*_TEXTS, *_TOKENS))
+TEXT_COLUMNS = frozenset(("prompt", "chosen", "rejected", "completion", "system"))  # a string is text in them
 COLUMNS = (*_TEXTS, *_TOKENS, *_NUMBERS, "system", "tools", *REFUSED_COLUMNS)
 SHAPES = (
     "a row holds prompt, chosen, rejected (all strings or all message lists); chosen, rejected (whole dialogues); "
@@ -195,10 +196,28 @@ def _message(value: Any, where: str, source: str) -> Message:
     if not isinstance(message["role"], str):
         raise RowError(f"{source}: {where} has no role; a message is {{role, content}} or {{from, value}}", WRONG_ROLE)
     content = message.get("content", "" if message.get("tool_calls") else None)
+    if isinstance(content, list):
+        content = _joined_parts(content, f"{where}.content", source)
     if not isinstance(content, str):
         wrong_type(source, f"{where}.content", content, "a string")
     check_text(content, f"{where}.content", source)
     return {**message, "content": content}
+
+
+def _joined_parts(parts: list[Any], where: str, source: str) -> str:
+    """The text of content in parts, as OpenAI's interface has it: `[{type: text, text: ...}]`."""
+    texts = []
+    for k, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, dict) else None
+            what = (
+                f"{where}[{k}] is a part of type {kind!r}"
+                if kind not in (None, "text")
+                else f"{where}[{k}]={part!r:.60}"
+            )
+            raise RowError(f"{source}: {what}, which is no text; give parts {{type: text, text: ...}}", UNREAD_COLUMN)
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def system_of(row: Row, source: str) -> str:

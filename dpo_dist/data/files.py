@@ -3,11 +3,8 @@
 JSON Lines and Parquet/Arrow are streamed; a JSON array is held as one text while it is read.
 """
 
-import gzip
-import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,27 +14,32 @@ import pyarrow.parquet as pq
 
 from dpo_dist.data.arrow_checks import checked_batch
 from dpo_dist.data.columns import COLUMNS, HOLDING_TEXT
+from dpo_dist.data.compressed import READ_ERRORS, open_bytes, open_seekable, plain_name
+from dpo_dist.data.csv_rows import csv_rows
 from dpo_dist.data.example import BROKEN_JSON, BROKEN_TEXT, WRONG_TYPE, RowError, RowFault, fault_of
 from dpo_dist.data.json_columns import json_decoders
+from dpo_dist.data.mapping import ColumnPaths
+from dpo_dist.data.published import PUBLISHED_COLUMNS
 from dpo_dist.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 ROWS_PER_BATCH = 1024
 _LFS_POINTER = b"version https://git-lfs"
 _PROMPTS = HOLDING_TEXT - {"chosen", "rejected"}  # with one of these, a row says what its prompt is
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What reading a damaged file raises: a cut gzip ends in EOFError, a flipped bit in zlib.error or an OSError.
-_READ_ERRORS = (OSError, EOFError, zlib.error)
+_AS_THEY_ARE = ColumnPaths("columns", {})
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that names the format, without .gz; None if the file is not one we read."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    """The suffix that names the format, without .gz or .zst; None if the file is not one we read."""
+    suffix = Path(plain_name(path)).suffix
     return suffix if suffix in SUFFIXES else None
 
 
-def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
+def read_rows(
+    path: Path, shown: str, columns: ColumnPaths = _AS_THEY_ARE
+) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     """(line, row) of every row: the line where it begins, or the row's number in Parquet and Arrow, from 1.
 
     A row behind which the next one is found all the same is a fault of that row: a line of JSON Lines that is no JSON
@@ -46,15 +48,18 @@ def read_rows(path: Path, shown: str) -> Iterator[tuple[int, dict[str, Any] | Ro
     Args:
         path: the file; data_suffix(path) is not None.
         shown: its name in messages, as the user wrote it.
+        columns: which ones are read under another name; they still have their own in the rows.
     Raises:
         DataError: where nothing can be read any more, or if the file holds no row.
     """
     suffix = data_suffix(path)
     _require_content(path, shown)
     if suffix == ".parquet":
-        rows = _columnar_rows(_parquet_batches(path, shown), shown)
+        rows = _columnar_rows(_parquet_batches(path, shown, columns), shown)
     elif suffix == ".arrow":
-        rows = _columnar_rows(_arrow_batches(path, shown), shown)
+        rows = _columnar_rows(_arrow_batches(path, shown, columns), shown)
+    elif suffix == ".csv":
+        rows = csv_rows(_text_lines(path, shown), shown, columns)
     elif _is_json_array(path, shown):
         rows = _json_array_rows(path, shown)
     else:
@@ -85,18 +90,18 @@ def _require_content(path: Path, shown: str) -> None:
 # ---- JSON
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
 def _lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
     line = 0
     try:
-        with _open(path) as stream:
+        with open_bytes(path) as stream:
             for line, raw in enumerate(stream, start=1):
                 yield line, raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise _damaged(shown, line + 1, error) from error
+
+
+def _text_lines(path: Path, shown: str) -> Iterator[tuple[int, str]]:
+    return ((line, _decode(raw, shown, line)) for line, raw in _lines(path, shown))
 
 
 def _is_json_array(path: Path, shown: str) -> bool:
@@ -203,51 +208,50 @@ def _columnar_rows(
                     yield line, RowFault(BROKEN_TEXT, f"{shown}:{line}", what, "write the file again")
                     continue
                 yield line, row | unread
-    except (pa.ArrowException, *_READ_ERRORS) as error:
+    except (pa.ArrowException, *READ_ERRORS) as error:
         raise _damaged(shown, line + 1, error) from error
 
 
-def _parquet_batches(path: Path, shown: str) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
-    with _seekable(path) as stream, pq.ParquetFile(stream) as file:
-        columns, unread = _columns(file.schema_arrow, shown)
+def _parquet_batches(path: Path, shown: str, paths: ColumnPaths) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
+    # Parquet is read from its end.
+    with open_seekable(path) as stream, pq.ParquetFile(stream) as file:
+        columns, unread = _columns(file.schema_arrow, shown, paths)
         for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
             yield batch, unread
 
 
-def _arrow_batches(path: Path, shown: str) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
+def _arrow_batches(path: Path, shown: str, paths: ColumnPaths) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
     """Both forms of the IPC format: files, and the streams that the datasets library writes."""
-    with _seekable(path) as stream:
+    with open_seekable(path) as stream:
         if stream.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(stream)
-            columns, unread = _columns(reader.schema, shown)
+            columns, unread = _columns(reader.schema, shown, paths)
             for index in range(reader.num_record_batches):
                 yield checked_batch(reader.get_batch(index).select(columns)), unread
             return
         stream.seek(0)
         reader = pa.ipc.open_stream(stream)
-        columns, unread = _columns(reader.schema, shown)
+        columns, unread = _columns(reader.schema, shown, paths)
         for batch in reader:
             yield checked_batch(batch.select(columns)), unread
 
 
-def _seekable(path: Path) -> pa.NativeFile:
-    # Parquet is read from its end: a compressed file has to be decompressed as a whole.
-    compressed = path.name.lower().endswith(".gz")
-    return pa.BufferReader(gzip.decompress(path.read_bytes())) if compressed else pa.memory_map(str(path))
-
-
-def _columns(schema: pa.Schema, shown: str) -> tuple[list[str], dict[str, None]]:
+def _columns(schema: pa.Schema, shown: str, paths: ColumnPaths) -> tuple[list[str], dict[str, None]]:
     """The columns to read; and those that mean nothing here: a row names them, as null, so that the user is told."""
     if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
         raise DataError(f"{shown}:1: column {twice[0]} is there {schema.names.count(twice[0])} times; keep one of them")
-    known = [name for name in schema.names if name in COLUMNS]
-    if not HOLDING_TEXT & set(known):
+    try:
+        wanted = paths.roots(schema.names)
+    except KeyError as error:
+        raise DataError(paths.nowhere(error.args[0], f"{shown}:1: ", schema.names)) from None
+    known = [name for name in schema.names if name in COLUMNS or name in PUBLISHED_COLUMNS or name in wanted]
+    if not wanted and not (HOLDING_TEXT | PUBLISHED_COLUMNS) & set(known):
         raise DataError(
             f"{shown}:1: none of the columns {', '.join(schema.names) or '(none)'} is a preference; "
             "give prompt, chosen, rejected"
         )
-    unread = [name for name in schema.names if name not in COLUMNS]
-    if not _PROMPTS & set(known):
+    unread = [name for name in schema.names if name not in known]
+    if not _PROMPTS & {*known, *paths.paths}:
         # Without a prompt, text that is not read is an error (`unread.py`), so it has to be seen.
         texts = [name for name in unread if _may_be_text(schema.field(name).type)]
         return known + texts, dict.fromkeys(name for name in unread if name not in texts)

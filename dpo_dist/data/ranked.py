@@ -18,7 +18,7 @@ from dpo_dist.data.columns import (
 )
 from dpo_dist.data.example import (
     IDENTICAL_COMPLETIONS,
-    NO_PREFERENCE,
+    TIED,
     UNREAD_COLUMN,
     Pair,
     PreferenceExample,
@@ -61,7 +61,7 @@ def ranked_example(row: Row, source: str, pairing: Pairing) -> PreferenceExample
     places = list(first_place.values())
     ends = preferences([values[k] for k in places], pairing)
     if not ends:
-        return RowFault(NO_PREFERENCE, source, "all completions are ranked alike")
+        return RowFault(TIED, source, "all completions are ranked alike")
     used = sorted({end for pair in ends for end in pair})
     number = {place: new for new, place in enumerate(used)}
     has_scores = row.get("scores") is not None

@@ -1,6 +1,9 @@
 """One entry of data.train or data.evaluation: a local file, a folder of splits, or a hub data set."""
 
+import glob
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from dpo_dist.data.example import (
     fault_of,
 )
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows
+from dpo_dist.data.mapping import ColumnPaths
+from dpo_dist.data.published import as_ranking
 from dpo_dist.data.rows import parse_row
 from dpo_dist.data.saved import saved_files
 from dpo_dist.data.values import without_nulls
@@ -34,7 +39,7 @@ else:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<total>\d{5})\.")
 _DESCRIPTIONS = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
-_FORMATS = f"{', '.join(SUFFIXES)}, each plain or .gz"
+_FORMATS = f"{', '.join(SUFFIXES)}, each plain, .gz or .zst"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Source:
     name: str
     """Its path, for messages."""
     limit: int | None
+    columns: ColumnPaths
+    fraction: float = 1.0
     files: tuple[tuple[Path, str], ...] = ()
     """Local files in order, each with its name in messages."""
     hub_dataset: Dataset | None = None
@@ -55,14 +62,17 @@ class Source:
 
         Names count because they are stored with every row, for messages.
         """
+        # What most sources do not have is left out, so that their data are found again.
+        more = [json.dumps(self.columns.paths, sort_keys=True)] if self.columns.paths else []
+        more += [f"fraction {self.fraction!r}"] if self.fraction < 1 else []
         if self.hub_dataset is not None:
-            return [self.name, self.hub_dataset._fingerprint, str(self.limit)]
+            return [self.name, self.hub_dataset._fingerprint, str(self.limit), *more]
         parts = [part for path, shown in self.files for part in (shown, _digest(path, shown))]
-        return [*parts, str(self.limit)]
+        return [*parts, str(self.limit), *more]
 
     def holds_token_ids(self) -> bool:
         """Whether the rows are already tokenised; the first row with a prompt or completion tells."""
-        kinds = (_is_tokenised(row) for _, row in islice(self._raw_rows(), self.limit))
+        kinds = (_is_tokenised(row) for _, row in self._used_rows())
         return next((kind for kind in kinds if kind is not None), False)
 
     def examples(
@@ -77,7 +87,7 @@ class Source:
             DataError: at a fault of the file that hides the rows behind it, naming file:line.
         """
         tokenised: bool | None = None
-        for where, row in islice(self._raw_rows(), self.limit):
+        for where, row in self._used_rows():
             if isinstance(row, RowFault):
                 yield row
                 continue
@@ -95,27 +105,36 @@ class Source:
             except RowError as error:
                 yield fault_of(error, where)
 
+    def _used_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+        """Those that `limit` and `fraction` leave: evenly spread, so that no order of the rows matters."""
+        for number, found in enumerate(islice(self._raw_rows(), self.limit)):
+            if math.floor((number + 1) * self.fraction) > math.floor(number * self.fraction):
+                yield found
+
     def _raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         if self.hub_dataset is not None:
             for number, row in enumerate(self.hub_dataset, start=1):
                 where = f"{self.name}:{number}"
-                yield where, _checked_row(dict[str, Any](row), where)
+                yield where, _checked_row(dict[str, Any](row), self.columns, where)
             return
         for path, shown in self.files:
-            for line, row in read_rows(path, shown):
+            for line, row in read_rows(path, shown, self.columns):
                 where = f"{shown}:{line}"
-                yield where, row if isinstance(row, RowFault) else _checked_row(row, where)
+                yield where, row if isinstance(row, RowFault) else _checked_row(row, self.columns, where)
 
 
-def _checked_row(row: Row, where: str) -> Row | RowFault:
-    """The row without nulls inside of its columns; or that it cannot be read."""
+def _checked_row(row: Row, columns: ColumnPaths, where: str) -> Row | RowFault:
+    """The row with the columns that we know, and without nulls inside of them; or that it cannot be read."""
     try:
         for name in row:
             name.encode("utf-8")
+        row = as_ranking(columns.renamed(row, where), where)
         return {name: without_nulls(value) if name in COLUMNS else value for name, value in row.items()}
     except UnicodeEncodeError as error:
         what = f"the name of a column holds half of a surrogate pair ({error.object!a})"
         return RowFault(BROKEN_TEXT, where, what, "write the character as UTF-8 or as a complete \\uXXXX\\uXXXX pair")
+    except RowError as error:
+        return fault_of(error, where)
     except RecursionError:
         return RowFault(BROKEN_JSON, where, "values are nested too deep", "repair the row")
 
@@ -137,28 +156,55 @@ def open_source(source: DataSource, key: str) -> Source:
         DataError: if there is nothing to read; says what was looked for.
     """
     path = Path(source.path).expanduser()
-    if path.is_dir():
-        return Source(key, source.path, source.limit, _split_files(path, source, key))
-    if path.exists():
-        return Source(key, source.path, source.limit, (_single_file(path, source, key),))
+    columns = ColumnPaths(f"{key}.columns", source.columns)
+    if unknown := [name for name in source.columns if name not in COLUMNS]:
+        raise DataError(
+            f"{key}.columns.{unknown[0]} is not a column that is read; give the column's path under one of "
+            f"{', '.join(COLUMNS)}"
+        )
+    if path.exists() or glob.has_magic(source.path):
+        _refuse_hub_keys(source, key)
+        if path.is_dir():
+            files = _split_files(path, source, key)
+        else:
+            found = [(path, source.path)] if path.exists() else _matching(source, key)
+            files = tuple(_single_file(*one, source, key) for one in found)
+        return Source(key, source.path, source.limit, columns, source.fraction, files)
     is_hub_id = _HUB_ID.fullmatch(source.path) and data_suffix(path) is None
     if not is_hub_id:
         raise DataError(
             f"{key}.path={source.path} does not exist (looked for {path.absolute()}); "
             f"give a file ({_FORMATS}), a folder of such files named by split, or a hub id such as owner/name"
         )
-    return _open_hub(source, key)
+    return _open_hub(source, columns, key)
 
 
-def _single_file(path: Path, source: DataSource, key: str) -> tuple[Path, str]:
+def _refuse_hub_keys(source: DataSource, key: str) -> None:
+    for name in ("name", "revision"):
+        if (value := getattr(source, name)) is not None:
+            raise DataError(
+                f"{key}.{name}={value} belongs to a hub id, and {source.path} is on this machine; leave it out"
+            )
+
+
+def _matching(source: DataSource, key: str) -> list[tuple[Path, str]]:
+    """The files of a pattern, in the order of their names."""
+    names = sorted(glob.glob(str(Path(source.path).expanduser()), recursive=True))
+    found = [(Path(name), name) for name in names if Path(name).is_file()]
+    if not found:
+        raise DataError(f"{key}.path={source.path} matches no file (looked from {Path.cwd()}); correct the pattern")
+    return found
+
+
+def _single_file(path: Path, shown: str, source: DataSource, key: str) -> tuple[Path, str]:
     if data_suffix(path) is None:
-        raise DataError(f"{key}.path={source.path} is not a file of a known type; give one of {_FORMATS}")
+        raise DataError(f"{key}.path={shown} is not a file of a known type; give one of {_FORMATS}")
     if source.split != "train":
         raise DataError(
-            f"{key}.split={source.split} has no effect on the single file {source.path}; "
+            f"{key}.split={source.split} has no effect on the single file {shown}; "
             "leave split out, or give a folder with a file per split"
         )
-    return path, source.path
+    return path, shown
 
 
 def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path, str], ...]:
@@ -212,10 +258,11 @@ def _require_complete(shards: list[Path], source: DataSource, key: str) -> None:
         )
 
 
-def _open_hub(source: DataSource, key: str) -> Source:
+def _open_hub(source: DataSource, columns: ColumnPaths, key: str) -> Source:
     from dpo_dist.data.hub import load_split  # noqa: PLC0415  (the library behind it takes a second to import)
 
-    return Source(key, f"{source.path}[{source.split}]", source.limit, hub_dataset=load_split(source, key))
+    shown = f"{source.path}[{source.split}]" if source.name is None else f"{source.path}/{source.name}[{source.split}]"
+    return Source(key, shown, source.limit, columns, source.fraction, hub_dataset=load_split(source, key))
 
 
 def _digest(path: Path, shown: str) -> str:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
-from dpo_dist.data.example import OVER_LONG
+from dpo_dist.data.example import OVER_LONG, TIED
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows
@@ -103,7 +103,7 @@ def repeated_data(data: DataConfig, training: TokenizedDataset, held_out: Sequen
         held_out: the data set of each entry of data.evaluation.
     """
     found: list[str] = []
-    first_key: dict[tuple[str, str], str] = {}
+    first_key: dict[tuple[str | None, ...], str] = {}
     for index, source in enumerate(data.train):
         key = f"data.train.{index}"
         first = first_key.setdefault(_place(source), key)
@@ -120,9 +120,10 @@ def repeated_data(data: DataConfig, training: TokenizedDataset, held_out: Sequen
     return found
 
 
-def _place(source: DataSource) -> tuple[str, str]:
+def _place(source: DataSource) -> tuple[str | None, ...]:
     path = Path(source.path).expanduser()
-    return str(path.resolve()) if path.exists() else source.path, source.split
+    where = str(path.resolve()) if path.exists() else source.path
+    return where, source.name, source.revision, source.split
 
 
 def _cache_key(identities: Sequence[list[str]], data: DataConfig, tokenizer: str | None, demonstrations: bool) -> str:
@@ -262,7 +263,9 @@ def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Ite
 
 
 def _is_left_out(fault: RowFault, data: DataConfig) -> bool:
-    return data.on_bad_row == "skip" or (fault.reason == OVER_LONG and data.truncation_mode != "error")
+    # Completions that are all equally good are no mistake of anybody's.
+    is_expected = fault.reason == TIED or (fault.reason == OVER_LONG and data.truncation_mode != "error")
+    return data.on_bad_row == "skip" or is_expected
 
 
 def _grouped(items: Iterable[PreferenceExample | RowFault], size: int) -> Iterator[list[PreferenceExample | RowFault]]:

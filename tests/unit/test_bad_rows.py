@@ -40,7 +40,6 @@ BAD = [
     ({**GOOD, "chosen_probability": 2}, "wrong_number"),
     ({"prompt": "p", "completions": ["a", "b"], "scores": [1]}, "wrong_number"),
     ({"prompt": "p", "completions": ["a", "b"]}, "missing_column"),
-    ({"prompt": "p", "completions": ["a", "b"], "scores": [1, 1]}, "no_preference"),
     ({"prompt": "p", "completions": ["a"], "scores": [1]}, "wrong_type"),
     ({"prompt": [USER], "chosen": [NO], "rejected": [YES]}, "wrong_role"),
     ({"prompt": "p", "completion": "c"}, "no_preference"),
@@ -50,6 +49,7 @@ BAD = [
     ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "mixed_kinds"),
     (LONG, "over_long"),
 ]
+TIED = {"prompt": "p", "completions": ["a", "b"], "scores": [1, 1]}
 
 
 def line_of(row: Any) -> str:
@@ -75,6 +75,13 @@ def run(tmp_path: Path) -> Any:
 def test_every_kind_is_skipped_and_counted(run: Any, row: Any, reason: str) -> None:
     dataset = run([GOOD, row, GOOD], on_bad_row="skip")
     assert (len(dataset), dataset.bad_rows) == (2, {reason: 1})
+
+
+def test_a_tie_is_left_out_and_counted(run: Any) -> None:
+    dataset = run([GOOD, TIED, GOOD])
+    assert (len(dataset), dataset.bad_rows) == (2, {"tied": 1})
+    with pytest.raises(DataError, match=r"none of the 2 rows .* can be used \(tied: 2\)"):
+        run([TIED, TIED])
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)

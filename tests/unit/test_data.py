@@ -113,13 +113,13 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself is out of reach in tests: its client is asked for the right thing, and its rows are read."""
     asked: list[Any] = []
 
-    def load_dataset(path: str, split: str) -> datasets.Dataset:
-        asked.append((path, split))
+    def load_dataset(path: str, name: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((path, name, split, revision))
         return datasets.Dataset.from_list(STRINGS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     examples = read("Anthropic/hh-rlhf", split="test", limit=2)
-    assert asked == [("Anthropic/hh-rlhf", "test")]
+    assert asked == [("Anthropic/hh-rlhf", None, "test", None)]
     assert [e.source for e in examples] == ["Anthropic/hh-rlhf[test]:1", "Anthropic/hh-rlhf[test]:2"]
 
 
@@ -319,7 +319,7 @@ def test_row_faults(row: dict[str, Any], reason: str) -> None:
         ({"prompt": [USER], "chosen": ["c"], "rejected": [BAD]}, "chosen[0]='c' is of the wrong type (str)"),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [BAD]}, "chosen begins with a message of role 'user'"),
         ({"prompt": [{"content": "x"}], "chosen": [GOOD], "rejected": [BAD]}, "prompt[0] has no role"),
-        ({"prompt": [{**USER, "content": [1]}], "chosen": [GOOD], "rejected": [BAD]}, "prompt[0].content=[1] is of"),
+        ({"prompt": [{**USER, "content": 1}], "chosen": [GOOD], "rejected": [BAD]}, "prompt[0].content=1 is of"),
         ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "prompt[0].content=None is of"),
         (
             {"conversations": [{"from": "bot", "value": "x"}], "chosen": GOOD, "rejected": BAD},
@@ -494,7 +494,7 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(path: str, tmp_path: Path, m
 
 
 def test_hub_errors_say_what_was_tried_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(path: str, split: str) -> None:
+    def offline(*names: str | None, **settings: str | None) -> None:
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
@@ -506,7 +506,7 @@ def test_hub_errors_say_what_was_tried_and_the_way_out(monkeypatch: pytest.Monke
         "split x of the hub data set cannot be loaded (ConnectionError: Couldn't reach 'owner/name' on the Hub)"
         in message
     )
-    assert message.endswith("correct path or split, go online, or download the data set and give the local path")
+    assert "correct path, name, revision or split, go online, or download the data set and give the" in message
 
 
 def test_settings_that_do_not_fit_what_is_there(tmp_path: Path) -> None:
@@ -520,9 +520,9 @@ def test_settings_that_do_not_fit_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", STRINGS)
     with pytest.raises(DataError, match=r"holds split train more than once \(train\.jsonl, train\.parquet\)"):
         read(tmp_path)
-    other = tmp_path / "pairs.csv"
+    other = tmp_path / "pairs.xlsx"
     other.write_text("prompt,chosen\n")
-    with pytest.raises(DataError, match=r"pairs\.csv is not a file of a known type; give one of \.jsonl, \.json"):
+    with pytest.raises(DataError, match=r"pairs\.xlsx is not a file of a known type; give one of \.jsonl, \.json"):
         read(other)
 
 

@@ -162,7 +162,7 @@ def test_faults_of_a_file(changes: dict[str, Any], error: str) -> None:
         ({"scores": [1, None, 2]}, "missing_value"),
         ({"scores": None, "ranks": [1, None, 2]}, "missing_value"),
         ({"completions": ["a", None, "b"]}, "missing_value"),
-        ({"scores": [1, 1, 1]}, "no_preference"),
+        ({"scores": [1, 1, 1]}, "tied"),
         ({"completions": ["a", "b", "a"]}, "identical_completions"),
         ({"completions": ["a", " ", "c"]}, "empty_completion"),
         ({"prompt": ""}, "empty_prompt"),

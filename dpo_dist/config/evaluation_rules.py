@@ -15,9 +15,9 @@ def evaluation_keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
     """As `rules.keys_without_effect`, of these sections."""
     found: dict[KeyPath, Unread] = {}
     evaluation = config.evaluation
-    if not config.data.evaluation:
+    if not config.data.has_held_out:
         for key in ("eval_steps", "eval_on_start", "metric_for_best_model"):
-            why = "has no effect without data.evaluation; give held-out data, or leave this out"
+            why = "has no effect without data.evaluation or data.holdout; give held-out data, or leave this out"
             found["evaluation", key] = Unread(("data", "evaluation"), why)
     if evaluation.metric_for_best_model is None:
         for key in _OF_A_BEST_MODEL:
@@ -36,13 +36,13 @@ def _of_health(config: RunConfig) -> dict[KeyPath, Unread]:
         why = "has no effect without health.non_finite=skip; set it, or leave this out"
         found["health", "max_skipped_steps"] = Unread(("health", "non_finite"), why)
     warns_only = config.health.action == "warn"
-    has_held_out_pairs = bool(config.data.evaluation) and not config.trains_on_demonstrations
+    has_held_out_pairs = config.data.has_held_out and not config.trains_on_demonstrations
     if not config.has_reference:
         for key in _OF_TRAINING:
             why = "has no effect without a reference; leave this out"
             found["health", key] = Unread(("reference", "source"), why, warns_only)
     if not has_held_out_pairs:
-        why = "has no effect without held-out pairs (data.evaluation); leave this out"
+        why = "has no effect without held-out pairs (data.evaluation, data.holdout); leave this out"
         found["health", "max_accuracy_gap"] = Unread(("data", "evaluation"), why, warns_only)
     if not config.has_reference and not has_held_out_pairs:
         for key in ("check_pairs", "action"):
@@ -57,7 +57,7 @@ def evaluation_rules(config: RunConfig) -> Iterator[Broken]:
     if config.health.non_finite == "skip" and config.adapter.peft_type == "adalora":
         why = "does not go with adapter.peft_type=adalora, which takes ranks away at certain steps; leave it out"
         yield ("health", "non_finite"), (("adapter", "peft_type"),), why
-    if evaluation.metric_for_best_model is None or not config.data.evaluation:
+    if evaluation.metric_for_best_model is None or not config.data.has_held_out:
         return
     names = config.data.evaluation_names
     chosen = evaluation.best_of(names)

@@ -80,6 +80,9 @@ class DataConfig(Section):
     """Data sets to train on, one after another (mixed by train.shuffle)."""
     evaluation: list[DataSource] = []
     """Held-out data sets; each is evaluated as a whole, and reported under its own name."""
+    holdout: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
+    """Share of the prompts of data.train that is not trained on but evaluated, of each data set as `<name>:holdout`.
+    The text of a prompt decides on which side it is: never on both, and the same in every run."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt plus completion, in tokens. null: no limit except packing.max_tokens."""
     truncation_mode: Literal["drop", "keep_start", "error"] = "error"
@@ -98,17 +101,27 @@ class DataConfig(Section):
     have in common are computed once. All tokens of a data set have to fit into memory for it."""
 
     @property
+    def has_held_out(self) -> bool:
+        """Whether anything is evaluated."""
+        return bool(self.evaluation) or self.holdout > 0
+
+    @property
     def evaluation_names(self) -> tuple[str, ...]:
         """Name of each held-out set in metrics: the shortest end of its path that tells it apart, `:split` if not
-        train."""
-        splits = ["" if source.split == "train" else f":{source.split}" for source in self.evaluation]
-        paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.path), one.name or "") for one in self.evaluation]
+        train. Those of data.evaluation come first, then the parts of data.train that data.holdout holds out."""
+        parted = self.train if self.holdout else []
+        sources = [*self.evaluation, *parted]
+        splits = ["" if source.split == "train" else f":{source.split}" for source in sources]
+        whole = [(source.path, source.name, source.split) for source in parted]
+        for k, one in enumerate(whole):
+            splits[len(self.evaluation) + k] += ":holdout" if whole.index(one) == k else f":holdout{k}"
+        paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.path), one.name or "") for one in sources]
         parts = [path.parts for path in paths]
         for depth in range(1, max((len(part) for part in parts), default=0) + 1):
             names = tuple("/".join(part[-depth:]) + split for part, split in zip(parts, splits, strict=True))
             if len(set(names)) == len(names):
                 return names
-        return tuple(source.path + split for source, split in zip(self.evaluation, splits, strict=True))
+        return tuple(source.path + split for source, split in zip(sources, splits, strict=True))
 
 
 class TrainConfig(Section):

@@ -143,9 +143,9 @@ def _data_rules(config: RunConfig) -> Iterator[Broken]:
                 (("data", "evaluation"),),
                 f"is the same set as data.evaluation.{first}; its metrics could not be told apart; leave one out",
             )
-    if data.evaluation and not config.evaluation.eval_steps and not config.evaluation.eval_on_start:
+    if data.has_held_out and not config.evaluation.eval_steps and not config.evaluation.eval_on_start:
         yield (
-            ("data", "evaluation"),
+            ("data", "evaluation" if data.evaluation else "holdout"),
             (("evaluation", "eval_steps"), ("evaluation", "eval_on_start")),
             "would never be evaluated; set evaluation.eval_steps or evaluation.eval_on_start, or leave this out",
         )

@@ -15,6 +15,7 @@
     ranked.py    rows of many completions       which are compared
     demonstrations.py rows of a supervised run  one completion
     rows.py      one row, of any accepted shape PreferenceExample or RowFault
+    held_out.py  prompts kept out of training   by their own hash
     sources.py   one entry of data.train        local file, folder of splits, or hub data set
     hub.py       a hub data set               by the library datasets, which nothing else imports
 

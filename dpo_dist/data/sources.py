@@ -23,6 +23,7 @@ from dpo_dist.data.example import (
     fault_of,
 )
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows
+from dpo_dist.data.held_out import Part, is_held_out
 from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.data.published import as_ranking
 from dpo_dist.data.rows import parse_row
@@ -56,6 +57,8 @@ class Source:
     files: tuple[tuple[Path, str], ...] = ()
     """Local files in order, each with its name in messages."""
     hub_dataset: Dataset | None = None
+    part: Part = "whole"
+    held_out_share: float = 0.0
 
     def identity(self) -> list[str]:
         """What the rows depend on: names and SHA-256 of all files, or the hub data set's fingerprint.
@@ -65,6 +68,7 @@ class Source:
         # What most sources do not have is left out, so that their data are found again.
         more = [json.dumps(self.columns.paths, sort_keys=True)] if self.columns.paths else []
         more += [f"fraction {self.fraction!r}"] if self.fraction < 1 else []
+        more += [f"{self.part} {self.held_out_share!r}"] if self.part != "whole" else []
         if self.hub_dataset is not None:
             return [self.name, self.hub_dataset._fingerprint, str(self.limit), *more]
         parts = [part for path, shown in self.files for part in (shown, _digest(path, shown))]
@@ -86,6 +90,12 @@ class Source:
         Raises:
             DataError: at a fault of the file that hides the rows behind it, naming file:line.
         """
+        parsed = self._parsed(ignored, pairing, demonstrations)
+        return parsed if self.part == "whole" else filter(self._is_in_part, parsed)
+
+    def _parsed(
+        self, ignored: set[str] | None, pairing: Pairing, demonstrations: bool
+    ) -> Iterator[PreferenceExample | RowFault]:
         tokenised: bool | None = None
         for where, row in self._used_rows():
             if isinstance(row, RowFault):
@@ -104,6 +114,11 @@ class Source:
                 yield parse_row(row, where, pairing, demonstrations)
             except RowError as error:
                 yield fault_of(error, where)
+
+    def _is_in_part(self, parsed: PreferenceExample | RowFault) -> bool:
+        """Faults are told of once, with what is trained on."""
+        held_out = isinstance(parsed, PreferenceExample) and is_held_out(parsed.prompt, self.held_out_share)
+        return held_out == (self.part == "held_out")
 
     def _used_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         """Those that `limit` and `fraction` leave: evenly spread, so that no order of the rows matters."""
@@ -146,12 +161,14 @@ def _is_tokenised(row: Row | RowFault) -> bool | None:
     return holds_token_ids(row)
 
 
-def open_source(source: DataSource, key: str) -> Source:
+def open_source(source: DataSource, key: str, part: Part = "whole", held_out_share: float = 0.0) -> Source:
     """Find the files or the hub data set that an entry names.
 
     Args:
         source: path, split and limit.
         key: the entry's place in the configuration, for messages.
+        part: its prompts that are trained on, those that are held out, or all.
+        held_out_share: how many are held out.
     Raises:
         DataError: if there is nothing to read; says what was looked for.
     """
@@ -162,6 +179,7 @@ def open_source(source: DataSource, key: str) -> Source:
             f"{key}.columns.{unknown[0]} is not a column that is read; give the column's path under one of "
             f"{', '.join(COLUMNS)}"
         )
+    rest = (source.limit, columns, source.fraction)
     if path.exists() or glob.has_magic(source.path):
         _refuse_hub_keys(source, key)
         if path.is_dir():
@@ -169,14 +187,17 @@ def open_source(source: DataSource, key: str) -> Source:
         else:
             found = [(path, source.path)] if path.exists() else _matching(source, key)
             files = tuple(_single_file(*one, source, key) for one in found)
-        return Source(key, source.path, source.limit, columns, source.fraction, files)
+        return Source(key, source.path, *rest, files, part=part, held_out_share=held_out_share)
     is_hub_id = _HUB_ID.fullmatch(source.path) and data_suffix(path) is None
     if not is_hub_id:
         raise DataError(
             f"{key}.path={source.path} does not exist (looked for {path.absolute()}); "
             f"give a file ({_FORMATS}), a folder of such files named by split, or a hub id such as owner/name"
         )
-    return _open_hub(source, columns, key)
+    from dpo_dist.data.hub import load_split  # noqa: PLC0415  (the library behind it takes a second to import)
+
+    shown = f"{source.path}[{source.split}]" if source.name is None else f"{source.path}/{source.name}[{source.split}]"
+    return Source(key, shown, *rest, (), load_split(source, key), part, held_out_share)
 
 
 def _refuse_hub_keys(source: DataSource, key: str) -> None:
@@ -256,13 +277,6 @@ def _require_complete(shards: list[Path], source: DataSource, key: str) -> None:
             f"{key}.path={source.path} does not hold every shard of split {source.split} once ({names}); copy the "
             "folder again, or remove what is left of another version"
         )
-
-
-def _open_hub(source: DataSource, columns: ColumnPaths, key: str) -> Source:
-    from dpo_dist.data.hub import load_split  # noqa: PLC0415  (the library behind it takes a second to import)
-
-    shown = f"{source.path}[{source.split}]" if source.name is None else f"{source.path}/{source.name}[{source.split}]"
-    return Source(key, shown, source.limit, columns, source.fraction, hub_dataset=load_split(source, key))
 
 
 def _digest(path: Path, shown: str) -> str:

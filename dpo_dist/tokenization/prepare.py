@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
 from dpo_dist.data.example import OVER_LONG, TIED
+from dpo_dist.data.held_out import Part
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows
@@ -48,6 +49,7 @@ def prepare_dataset(
     section: str = "data.train",
     first_index: int = 0,
     demonstrations: bool = False,
+    part: Part = "whole",
 ) -> TokenizedDataset:
     """Tokenise all rows of `sources`, one source after another, or find them in the cache.
 
@@ -62,12 +64,16 @@ def prepare_dataset(
         section: where `sources` stand in the configuration, for messages.
         first_index: index of the first of them there.
         demonstrations: read the best completion of each row alone, for a supervised run.
+        part: the prompts that are trained on, or those that data.holdout holds out.
     Raises:
         DataError: at a fault of a file; if there are bad rows, of all of them, unless data.on_bad_row is skip; if a
             source has no usable row.
         ModelError: if text has to be tokenised, and the tokenizer cannot be loaded or lacks what the rows need.
     """
-    opened = [open_source(source, f"{section}.{first_index + index}") for index, source in enumerate(sources)]
+    opened = [
+        open_source(source, f"{section}.{first_index + index}", part, data.holdout)
+        for index, source in enumerate(sources)
+    ]
     needs_tokenizer = not all(source.holds_token_ids() for source in opened)
     loaded = load_tokenizer(tokenizer) if needs_tokenizer else None
     encoder = Encoder(data, loaded, f"{tokenizer.key}={tokenizer.path}")
@@ -100,9 +106,10 @@ def repeated_data(data: DataConfig, training: TokenizedDataset, held_out: Sequen
     Args:
         data: the entries of data.train and data.evaluation.
         training: the data set of all entries of data.train.
-        held_out: the data set of each entry of data.evaluation.
+        held_out: the data set of each entry of data.evaluation, and parts of data.train that are held out.
     """
     found: list[str] = []
+    given = held_out[: len(data.evaluation)]  # no prompt of the others is trained on
     first_key: dict[tuple[str | None, ...], str] = {}
     for index, source in enumerate(data.train):
         key = f"data.train.{index}"
@@ -111,7 +118,7 @@ def repeated_data(data: DataConfig, training: TokenizedDataset, held_out: Sequen
             found.append(
                 f"{key}.path={source.path} names the same data as {first}: its rows are trained on twice in an epoch"
             )
-    for index, (source, dataset) in enumerate(zip(data.evaluation, held_out, strict=True)):
+    for index, (source, dataset) in enumerate(zip(data.evaluation, given, strict=True)):
         key = f"data.evaluation.{index}.path={source.path}"
         if first := first_key.get(_place(source)):
             found.append(f"{key} names the same data as {first}: what it measures was trained on")
@@ -245,14 +252,23 @@ def _write_source(
     counts = left_out.counts
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
     if writer.num_examples == num_before and not refused.total:
-        raise DataError(
-            f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
-            f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"
-        )
+        raise _nothing_left(source, data, num_read, reasons, left_out)
     if counts:
         _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)
     bad_rows.update(counts)
     return num_read
+
+
+def _nothing_left(source: Source, data: DataConfig, num_read: int, reasons: str, left_out: BadRows) -> DataError:
+    """What is wrong with a source of which no row is used."""
+    if num_read == 0:
+        side = "all prompts" if source.part == "trained" else "no prompt"
+        what = f"data.holdout={data.holdout:g} holds out {side} of {source.key}.path={source.name}"
+        return DataError(f"{what}; choose another share, or give held-out data as data.evaluation")
+    return DataError(
+        f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
+        f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"
+    )
 
 
 def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Iterator[TokenizedExample | RowFault]:

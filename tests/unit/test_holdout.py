@@ -1,0 +1,121 @@
+"""A share of the prompts held out of what is trained on: never on both sides, the same in every run."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.cli.data_quality import describe_leaks
+from dpo_dist.cli.datasets import datasets_of
+from dpo_dist.config import RunConfig
+from dpo_dist.data.held_out import is_held_out
+from dpo_dist.errors import DataError
+from dpo_dist.tokenization import TokenizedDataset
+from tests.byte_tokenizer import save_tokenizer
+
+SHARE = 0.25
+
+
+def row(prompt: str, number: int = 0) -> dict[str, Any]:
+    return {"prompt": f"{prompt} ", "chosen": f"yes {number}", "rejected": f"no {number}"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> Any:
+    """Training data and held-out sets of a run on these files."""
+    spec = save_tokenizer(tmp_path / "tokenizer")
+
+    def made(paths: list[Any], **data: Any) -> tuple[TokenizedDataset, dict[str, TokenizedDataset], RunConfig]:
+        sources = [path if isinstance(path, dict) else {"path": path} for path in paths]
+        config = RunConfig.model_validate(
+            {
+                "model": {"model_name_or_path": "demo"},
+                "data": {"train": sources, **data},
+                "train": {"output_dir": "out"},
+                "evaluation": {"eval_steps": 1},
+            }
+        )
+        training, held_out = datasets_of(config, spec, tmp_path / "cache", 10**6)
+        return training, dict(zip(config.data.evaluation_names, held_out.values(), strict=True)), config
+
+    return made
+
+
+def prompts(dataset: TokenizedDataset) -> list[str]:
+    places = (dataset.source_of(k).rpartition(":") for k in range(len(dataset)))
+    return [json.loads(Path(path).read_text().splitlines()[int(line) - 1])["prompt"] for path, _, line in places]
+
+
+def test_every_row_is_on_one_side_and_no_prompt_on_both(sides: Any, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [[row(f"question {draw.randrange(150)}", n) for n in range(200)] for _ in range(2)]
+    paths = [write(tmp_path / f"{name}.jsonl", one) for name, one in zip("ab", rows, strict=True)]
+    training, held_out, _ = sides(paths, holdout=SHARE)
+    assert list(held_out) == ["a:holdout", "b:holdout"]
+    assert len(training) + sum(map(len, held_out.values())) == 400
+    shown = [training, *held_out.values()]
+    trained, *out = ({place.rpartition(":")[::2] for place in map(one.source_of, range(len(one)))} for one in shown)
+    assert [{path for path, _ in one} for one in out] == [{paths[0]}, {paths[1]}]
+    assert trained | out[0] | out[1] == {(path, str(line)) for path in paths for line in range(1, 201)}
+    # Across both files: a prompt that a is tested on is not trained on in b.
+    assert describe_leaks({"data.train": training, **held_out}) == []
+    assert 0.15 < sum(map(len, held_out.values())) / 400 < 0.35
+
+
+def test_a_prompt_decides_by_itself(sides: Any, tmp_path: Path) -> None:
+    rows = [row(f"question {n}") for n in range(100)]
+    alone = prompts(sides([write(tmp_path / "a.jsonl", rows)], holdout=SHARE)[1]["a:holdout"])
+    random.Random(1).shuffle(rows)
+    others = [row(f"other {n}") for n in range(100)]
+    mixed = sides([write(tmp_path / "b.jsonl", rows + others)], holdout=SHARE)[1]["b:holdout"]
+    assert {one for one in prompts(mixed) if one.startswith("question")} == set(alone)
+    wider = sides([str(tmp_path / "a.jsonl")], holdout=0.5)[1]["a:holdout"]
+    assert set(alone) < set(prompts(wider))
+
+
+def test_messages_and_token_ids_decide_too() -> None:
+    def held(prompts: list[Any]) -> float:
+        return sum(is_held_out(prompt, 0.3) for prompt in prompts) / len(prompts)
+
+    assert 0.2 < held([({"role": "user", "content": f"{n}"},) for n in range(500)]) < 0.4
+    assert 0.2 < held([(n, n + 1) for n in range(500)]) < 0.4
+    first, second = {"role": "user", "content": "a"}, {"content": "a", "role": "user"}
+    assert is_held_out((first,), 0.5) == is_held_out((second,), 0.5)
+    assert not is_held_out("anything", 0.0) and is_held_out("anything", 1.0)
+
+
+def test_names_of_entries_that_look_alike(sides: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row(f"question {n}") for n in range(40)])
+    other = write(tmp_path / "held.jsonl", [row("elsewhere")])
+    paths = [path, {"path": path, "limit": 30}]
+    _, held_out, config = sides(paths, holdout=SHARE, evaluation=[{"path": other}])
+    assert list(held_out) == ["held", "a:holdout", "a:holdout1"]
+    assert config.data.has_held_out
+
+
+def test_bad_rows_are_told_of_once(sides: Any, tmp_path: Path) -> None:
+    rows = [row(f"question {n}") for n in range(40)]
+    bad = [{"prompt": "p", "chosen": "a"}, {**row("q"), "rejected": "yes 0"}]
+    path = write(tmp_path / "a.jsonl", [*rows, *bad])
+    training, held_out, _ = sides([path], holdout=SHARE, on_bad_row="skip")
+    assert training.bad_rows == {"missing_column": 1, "identical_completions": 1}
+    assert held_out["a:holdout"].bad_rows == {}
+    with pytest.raises(DataError, match="2 of 32 rows cannot be used"):
+        sides([path], holdout=SHARE)
+
+
+def test_a_share_that_leaves_a_side_empty(sides: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row("the only one")])
+    share = 0.5 if is_held_out("the only one ", 0.5) else 1e-6
+    side = "all prompts" if share == 0.5 else "no prompt"
+    with pytest.raises(
+        DataError, match=rf"data.holdout={share:g} holds out {side} of data.train.0.path=.*a.jsonl; choose"
+    ):
+        sides([path], holdout=share)

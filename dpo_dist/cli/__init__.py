@@ -3,6 +3,7 @@
     starting.py  imports, the cache folder, and how a mistake is shown
     prepare.py   all that can be known before a process group exists
     data_rules.py  settings and data that do not go together
+    datasets.py    what a run trains on, and what it holds out
     remarks.py   what is allowed and seldom meant
     requirements.py  folder and trackers of a run
     sources.py   where its reference log-probabilities come from

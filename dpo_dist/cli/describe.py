@@ -15,6 +15,7 @@ def settings_of(config: RunConfig) -> dict[str, str]:
         del source["path"]
     del values["model"]["model_name_or_path"], values["model"]["reference_name_or_path"]
     del values["model"]["tokenizer_name_or_path"], values["adapter"]["adapter_name_or_path"]
+    del values["data"]["chat_template"]
     del values["reference"]["cache_dir"]  # the first rank's alone is used
     return {
         f"{section}.{key}": json.dumps(value, sort_keys=True)

@@ -266,9 +266,9 @@ def this_device() -> torch.device:
 
 
 def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:
-    model = config.model
+    model, template = config.model, config.data.chat_template
     if model.tokenizer_name_or_path is None:
-        return TokenizerSpec(str(model_folder), None, model.trust_remote_code, "model.model_name_or_path")
+        return TokenizerSpec(str(model_folder), None, model.trust_remote_code, "model.model_name_or_path", template)
     is_demo = model.tokenizer_name_or_path == "demo"
     path = str(demo_model_folder(cache_dir)) if is_demo else model.tokenizer_name_or_path
-    return TokenizerSpec(path, None, model.trust_remote_code, "model.tokenizer_name_or_path")
+    return TokenizerSpec(path, None, model.trust_remote_code, "model.tokenizer_name_or_path", template)

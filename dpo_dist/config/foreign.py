@@ -130,7 +130,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "model_init_kwargs": "options of the model stand in the section model",
     "disable_dropout": "dropout is always off",
     "torch_compile": "the model is not compiled",
-    "chat_template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
+    "chat_template_path": "the name here is data.chat_template",
     "template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
     # ---- adapters and quantisation
     **_ADAPTER_KEYS,

@@ -157,7 +157,11 @@ def _with_found_paths(config: RunConfig, folder: Path) -> RunConfig:
         ),
         "model": model.model_copy(update={key: found(getattr(model, key), ("demo",)) for key in keys}),
         "data": config.data.model_copy(
-            update={"train": sources(config.data.train), "evaluation": sources(config.data.evaluation)}
+            update={
+                "train": sources(config.data.train),
+                "evaluation": sources(config.data.evaluation),
+                "chat_template": found(config.data.chat_template),
+            }
         ),
         "train": config.train.model_copy(update={"output_dir": os.path.expanduser(config.train.output_dir)}),
         "parallel": parallel.model_copy(update={"deepspeed": deepspeed}),

@@ -85,8 +85,15 @@ class DataConfig(Section):
     The text of a prompt decides on which side it is: never on both, and the same in every run."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt plus completion, in tokens. null: no limit except packing.max_tokens."""
-    truncation_mode: Literal["drop", "keep_start", "error"] = "error"
-    """What happens to an example longer than max_length: left out, cut at its end, or the run is refused."""
+    truncation_mode: Literal["drop", "keep_start", "keep_end_of_prompt", "error"] = "error"
+    """What happens to an example longer than max_length: left out; its completions cut at their end; its prompt cut at
+    its beginning (a conversation by whole turns, system messages stay); or the run is refused."""
+    chat_template: Text | None = None
+    """A file with a Jinja template that renders conversations in the place of the tokenizer's own, and is saved with
+    the trained model. null: the tokenizer's."""
+    chat_template_kwargs: dict[Text, bool | int | float | str | None] = {}
+    """What the chat template is given besides the conversation, such as `{enable_thinking: false}`. Give it to whatever
+    serves the trained model too."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be used, whatever is wrong with it (a line that is not JSON, a missing column
     or one of the wrong type, null, equal or empty completions, different prompts, over-long): `error` counts all such

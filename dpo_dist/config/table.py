@@ -49,8 +49,7 @@ def _values(option: dict[str, Any]) -> str:
         return f"list of {_values(option['items'])}"
     if "$ref" in option:
         return f"data sets, see {_SOURCE}"
-    kind = {"string": "text", "boolean": "`true`, `false`", "integer": "whole number"}.get(
-        option["type"], option["type"]
-    )
+    kinds = {"string": "text", "boolean": "`true`, `false`", "integer": "whole number", "object": "mapping"}
+    kind = kinds.get(option["type"], option["type"])
     bounds = ", ".join(f"{sign} {option[bound]}" for bound, sign in _BOUNDS.items() if bound in option)
     return f"{kind} {bounds}".rstrip()

@@ -3,6 +3,7 @@
     tokenizer.py  load a tokenizer; what identifies it
     conversation.py messages               text, by a chat template; what it leaves out
     encode.py     text examples            TokenizedExample or RowFault
+    truncation.py a prompt that is too long the end of it
     notes.py      what a user should know  a line for each
     grouping.py   rows of one prompt       one example
     bad_rows.py   rows without use         counts, and a message

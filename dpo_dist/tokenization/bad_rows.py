@@ -2,7 +2,9 @@
 
 from collections import Counter
 
-from dpo_dist.data import RowFault
+from dpo_dist.config import DataConfig
+from dpo_dist.data import RowFault, Source
+from dpo_dist.errors import DataError
 
 _SHOWN = 3  # rows of each reason
 
@@ -52,3 +54,15 @@ class BadRows:
                 lines.append(f"    {fault.source}: {fault.what}{'' if fault.way_out == said else f'; {fault.way_out}'}")
                 said = fault.way_out
         return "\n".join(lines)
+
+
+def nothing_left(source: Source, data: DataConfig, num_read: int, reasons: str, left_out: BadRows) -> DataError:
+    """What is wrong with a source of which no row is used."""
+    if num_read == 0:
+        side = "all prompts" if source.part == "trained" else "no prompt"
+        what = f"data.holdout={data.holdout:g} holds out {side} of {source.key}.path={source.name}"
+        return DataError(f"{what}; choose another share, or give held-out data as data.evaluation")
+    return DataError(
+        f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
+        f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"
+    )

@@ -6,7 +6,8 @@ rendered (`traces.py`).
 """
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,11 +28,19 @@ class Renderer:
     Args:
         tokenizer: with a chat template, or without: then messages are refused.
         name: the tokenizer as `key=value` of the configuration, for messages.
+        settings: what the template is given besides the conversation, by the names that it reads.
+    Raises:
+        ModelError: the template reads no such name.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self._tokenizer, self._name = tokenizer, name
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, settings: Mapping[str, Any]) -> None:
+        self._tokenizer, self._name, self._settings = tokenizer, name, settings
         self._template = str(tokenizer.chat_template or "")
+        for setting in settings:
+            if not re.search(rf"\b{re.escape(setting)}\b", self._template):
+                raise ModelError(
+                    f"data.chat_template_kwargs.{setting}: the chat template of {name} does not read it; leave it out"
+                )
         self._arguments: Literal["given", "objects", "strings"] | None = None
 
     def texts(self, example: PreferenceExample) -> list[str] | RowFault:
@@ -43,7 +52,8 @@ class Renderer:
         if not self._template:
             raise ModelError(
                 f"{self._name} has no chat template, and {example.source} holds chat messages; "
-                "name the tokenizer of an instruct model in model.tokenizer_name_or_path, or give rows of strings"
+                "name the tokenizer of an instruct model in model.tokenizer_name_or_path, give a template as "
+                "data.chat_template, or give rows of strings"
             )
         prompt: list[Message] = list(example.prompt)  # pyright: ignore[reportArgumentType, reportAssignmentType]
         answers: list[list[Message]] = [list(one) for one in example.completions]  # pyright: ignore
@@ -79,6 +89,7 @@ class Renderer:
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **self._settings,
             )
         )
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config import DataConfig
 from dpo_dist.data import Pair, PreferenceExample, RowFault
 from dpo_dist.data.example import (
+    CUT_ALIKE,
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
     IDENTICAL_COMPLETIONS,
@@ -25,7 +26,8 @@ from dpo_dist.data.example import (
 )
 from dpo_dist.errors import ModelError
 from dpo_dist.tokenization.conversation import Renderer
-from dpo_dist.tokenization.notes import BOUNDARY_MERGED, PROMPT_NOT_A_PREFIX, TRUNCATED
+from dpo_dist.tokenization.notes import BOUNDARY_MERGED, PROMPT_NOT_A_PREFIX, SHORTENED, TRUNCATED
+from dpo_dist.tokenization.truncation import last_tokens, without_oldest_turn
 
 Ids = tuple[int, ...]
 
@@ -67,7 +69,9 @@ class Encoder:
         self._tokenizer = tokenizer
         self._tokenizer_name = tokenizer_name
         self.chat_template = str(getattr(tokenizer, "chat_template", None) or "")
-        self._renderer = Renderer(tokenizer, tokenizer_name) if tokenizer is not None else None
+        self._renderer = None
+        if tokenizer is not None:
+            self._renderer = Renderer(tokenizer, tokenizer_name, data.chat_template_kwargs)
         self._leading_ids = _leading_ids(tokenizer) if tokenizer is not None else ()
 
     def encode(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample | RowFault]:
@@ -80,10 +84,45 @@ class Encoder:
             if isinstance(group, RowFault):
                 results.append(group)
                 continue
+            notes = self.notes.copy()
             prompt, completions = self._spans(example, group, [next(ids) for _ in group])
             rest = (example.pairs, example.source, example.weight, example.is_ranked)
-            results.append(self._checked(TokenizedExample(prompt, completions, *rest)))
+            tokenized = TokenizedExample(prompt, completions, *rest)
+            found = self._checked(tokenized)
+            if self._data.truncation_mode == "keep_end_of_prompt" and isinstance(found, RowFault):
+                found = self._shortened(example, tokenized, found, notes)
+            results.append(found)
         return results
+
+    def _shortened(
+        self, example: PreferenceExample, tokenized: TokenizedExample, fault: RowFault, notes: Counter[str]
+    ) -> TokenizedExample | RowFault:
+        """The example with the end of its prompt, where it is too long and that is possible.
+
+        Args:
+            example: what was too long.
+            tokenized: the same as token ids.
+            fault: what is said of it.
+            notes: what was counted before it, for a conversation is rendered and counted anew.
+        """
+        if fault.reason != OVER_LONG:
+            return fault
+        if isinstance(example.prompt, str) or is_token_ids(example.prompt):
+            assert self._data.max_length is not None
+            room = self._data.max_length - max(len(ids) for ids in tokenized.completion_ids)
+            ids = last_tokens(tokenized.prompt_ids, self._leading_ids, room)
+            if ids is None:
+                return fault
+            found = self._checked(replace(tokenized, prompt_ids=ids))
+        else:
+            shorter = without_oldest_turn(example.prompt)  # pyright: ignore[reportArgumentType]
+            if shorter is None:
+                return fault
+            self.notes = notes.copy()
+            (found,) = self.encode([replace(example, prompt=shorter)])
+        if not isinstance(found, RowFault):
+            self.notes[SHORTENED] = notes[SHORTENED] + 1  # once, however often it was shortened
+        return found
 
     # ---- text
 
@@ -167,8 +206,11 @@ class Encoder:
             return RowFault(EMPTY_COMPLETION, example.source, "a completion has no token")
         for pair in fitted.pairs:
             if fitted.completion_ids[pair.chosen] == fitted.completion_ids[pair.rejected]:
-                how = "identical" if fitted is example else f"identical within data.max_length={self._data.max_length}"
-                return RowFault(IDENTICAL_COMPLETIONS, example.source, f"chosen and rejected are {how} as token ids")
+                if fitted is not example:
+                    what = f"chosen and rejected are identical within data.max_length={self._data.max_length}"
+                    return RowFault(CUT_ALIKE, example.source, what, "raise data.max_length")
+                what = "chosen and rejected are identical as token ids"
+                return RowFault(IDENTICAL_COMPLETIONS, example.source, what)
         # Counted last: only rows that are used.
         if fitted is not example:
             self.notes[TRUNCATED] += 1
@@ -185,7 +227,7 @@ class Encoder:
             cut = tuple(ids[: limit - num_prompt] for ids in example.completion_ids)
             return replace(example, completion_ids=cut)
         what = f"prompt and completion have {longest} tokens (the prompt {num_prompt}), data.max_length={limit}"
-        way_out = "raise data.max_length, set data.truncation_mode=drop or keep_start"
+        way_out = "raise data.max_length, or set data.truncation_mode=drop, keep_start or keep_end_of_prompt"
         return RowFault(OVER_LONG, example.source, what, way_out)
 
 

@@ -3,6 +3,7 @@
 PROMPT_NOT_A_PREFIX = "prompt_not_a_prefix"
 BOUNDARY_MERGED = "boundary_merged"
 TRUNCATED = "truncated"
+SHORTENED = "prompt_shortened"
 MERGED = "merged_by_prompt"
 
 _MEANINGS = {
@@ -11,6 +12,8 @@ _MEANINGS = {
     BOUNDARY_MERGED: "the tokenizer merges text across the border of prompt and completion; the completion was "
     "tokenised on its own",
     TRUNCATED: "completions were cut at data.max_length, without an end-of-sequence token",
+    SHORTENED: "the beginning of the prompt was left out, because of data.max_length: whole turns of a conversation, "
+    "tokens of any other prompt",
     MERGED: "the row became part of an earlier one with the same prompt (data.group_by_prompt)",
 }
 

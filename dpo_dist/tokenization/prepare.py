@@ -22,11 +22,11 @@ from filelock import FileLock, Timeout
 
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
-from dpo_dist.data.example import OVER_LONG, TIED
+from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED
 from dpo_dist.data.held_out import Part
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
-from dpo_dist.tokenization.bad_rows import BadRows
+from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import Encoder, TokenizedExample
 from dpo_dist.tokenization.grouping import PromptGroups
@@ -146,6 +146,8 @@ def _cache_key(identities: Sequence[list[str]], data: DataConfig, tokenizer: str
         "demonstrations": demonstrations,
         "tokenizer": tokenizer,
     }
+    if data.chat_template_kwargs and tokenizer is not None:
+        parts["chat_template_kwargs"] = data.chat_template_kwargs
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -252,23 +254,11 @@ def _write_source(
     counts = left_out.counts
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
     if writer.num_examples == num_before and not refused.total:
-        raise _nothing_left(source, data, num_read, reasons, left_out)
+        raise nothing_left(source, data, num_read, reasons, left_out)
     if counts:
         _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)
     bad_rows.update(counts)
     return num_read
-
-
-def _nothing_left(source: Source, data: DataConfig, num_read: int, reasons: str, left_out: BadRows) -> DataError:
-    """What is wrong with a source of which no row is used."""
-    if num_read == 0:
-        side = "all prompts" if source.part == "trained" else "no prompt"
-        what = f"data.holdout={data.holdout:g} holds out {side} of {source.key}.path={source.name}"
-        return DataError(f"{what}; choose another share, or give held-out data as data.evaluation")
-    return DataError(
-        f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
-        f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"
-    )
 
 
 def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Iterator[TokenizedExample | RowFault]:
@@ -279,8 +269,8 @@ def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Ite
 
 
 def _is_left_out(fault: RowFault, data: DataConfig) -> bool:
-    # Completions that are all equally good are no mistake of anybody's.
-    is_expected = fault.reason == TIED or (fault.reason == OVER_LONG and data.truncation_mode != "error")
+    # Completions that are all equally good, or were cut to the same, are no mistake of the data.
+    is_expected = fault.reason in (TIED, CUT_ALIKE) or (fault.reason == OVER_LONG and data.truncation_mode != "error")
     return data.on_bad_row == "skip" or is_expected
 
 

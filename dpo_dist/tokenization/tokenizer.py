@@ -21,6 +21,7 @@ class TokenizerSpec:
     revision: str | None = None
     trust_remote_code: bool = False
     key: str = "model.tokenizer_name_or_path"
+    chat_template: str | None = None  # a file that takes the place of the tokenizer's own
 
 
 def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
@@ -35,7 +36,7 @@ def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
             f"{spec.key}={spec.path} does not exist; give a folder with tokenizer.json or a hub id such as owner/name"
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(path) if path.exists() else spec.path,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
@@ -52,6 +53,28 @@ def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
             f"{spec.key}={spec.path} holds no tokenizer that can be loaded ({type(error).__name__}: {detail}); "
             "give a folder with tokenizer.json and tokenizer_config.json, or the hub id of a model that has them"
         ) from error
+
+    if spec.chat_template is not None:
+        tokenizer.chat_template = _read_template(spec.chat_template, tokenizer)
+    return tokenizer
+
+
+def _read_template(file: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of a file, of which it is known that it can be parsed."""
+    try:
+        text = Path(os.path.expanduser(file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"data.chat_template={file} cannot be read ({error}); give a file with a template") from error
+    if not text.strip():
+        raise ModelError(f"data.chat_template={file} is empty; give a file with a template")
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
+    except Exception as error:
+        # Jinja is transformers' affair. Which conversations a template refuses is found with the rows.
+        if type(error).__name__ == "TemplateSyntaxError":
+            line = getattr(error, "lineno", 1)
+            raise ModelError(f"data.chat_template={file}:{line}: not a Jinja template ({error}); correct it") from error
+    return text
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -128,7 +128,7 @@ def test_all_of_them_at_once(run: Any, tmp_path: Path) -> None:
     ]
     assert lines[9] == "  1 x over_long:"
     assert lines[10].startswith(f"    {path}:9: prompt and completion have ")
-    assert lines[10].endswith("; raise data.max_length, set data.truncation_mode=drop or keep_start")
+    assert lines[10].endswith("or set data.truncation_mode=drop, keep_start or keep_end_of_prompt")
     assert len(lines) == 11
     assert not list((tmp_path / "cache").glob("*/"))
 

@@ -814,7 +814,7 @@ RUNS = st.fixed_dictionaries(
                 "train": st.lists(SOURCES, min_size=1, max_size=3),
                 "evaluation": st.lists(SOURCES, max_size=2),
                 "max_length": OPTIONAL_COUNT,
-                "truncation_mode": st.sampled_from(["drop", "keep_start", "error"]),
+                "truncation_mode": st.sampled_from(["drop", "keep_start", "keep_end_of_prompt", "error"]),
             }
         ),
         "loss": st.fixed_dictionaries({"beta": NUMBERS, "label_smoothing": st.floats(0, 0.4999)}),

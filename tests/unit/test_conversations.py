@@ -1,6 +1,7 @@
 """Whatever a user wrote reaches the tokens, by any chat template, or the row is refused with a way out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from datasets import Dataset
 
 from dpo_dist.config import DataConfig, DataSource
-from dpo_dist.errors import DataError
-from dpo_dist.tokenization import TokenizedDataset, load_tokenizer, prepare_dataset
+from dpo_dist.errors import DataError, ModelError
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, load_tokenizer, prepare_dataset
 from tests import chat_templates as templates
 from tests.byte_tokenizer import save_tokenizer
 from tests.golden.conversations import TOOL, USER, calls, row, says
@@ -268,3 +269,54 @@ def test_a_turn_that_may_not_end_a_conversation(reader: Reader) -> None:
     call = {**calls({"zone": "UTC"}), "reasoning_content": "I ask."}
     prompt = [USER, call, {"role": "tool", "content": "12:00"}]
     assert len(reader.data(rule + templates.QWEN_3, [row(prompt=prompt)])) == 1
+
+
+# ---- a template of one's own, and what templates are given
+
+THINKING = "{% if not enable_thinking %}/no_think {% endif %}" + templates.SMOLLM2
+
+
+def test_a_template_from_a_file_takes_the_place_of_the_tokenizers(reader: Reader, tmp_path: Path) -> None:
+    expected = reader.texts(templates.SMOLLM2, [row()])
+    file = tmp_path / "template.jinja"
+    file.write_text(templates.SMOLLM2, encoding="utf-8")
+    path = tmp_path / "pairs.jsonl"
+    for own in (templates.FORGETFUL, None):
+        spec = replace(save_tokenizer(tmp_path / "tokenizer", own), chat_template=str(file))
+        data = DataConfig(train=[DataSource(path=str(path))])
+        sample = prepare_dataset(data.train, data, spec, tmp_path / "cache").sample(0, load_tokenizer(spec))
+        assert (sample.prompt, *sample.completions) == expected
+    load_tokenizer(spec).save_pretrained(tmp_path / "trained")  # as a run does
+    assert load_tokenizer(TokenizerSpec(str(tmp_path / "trained"))).chat_template == templates.SMOLLM2
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, r"=.*template.jinja cannot be read"),
+        (" \n", r"=.*template.jinja is empty"),
+        ("a\n{% for m in messages %}\n{% endif %}", r"=.*template.jinja:3: not a Jinja template \(.*endif"),
+    ],
+)
+def test_files_that_are_no_template(tmp_path: Path, content: str | None, error: str) -> None:
+    file = tmp_path / "template.jinja"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=f"data.chat_template{error}"):
+        load_tokenizer(replace(save_tokenizer(tmp_path / "tokenizer"), chat_template=str(file)))
+
+
+def test_what_a_template_is_given_reaches_it_and_makes_other_data(reader: Reader) -> None:
+    def prompt(**settings: Any) -> str:
+        dataset = reader.data(THINKING, [row()], **settings)
+        return dataset.sample(0, load_tokenizer(reader.spec)).prompt
+
+    assert prompt() == "/no_think " + prompt(chat_template_kwargs={"enable_thinking": True})
+    assert prompt(chat_template_kwargs={"enable_thinking": False}) == prompt()
+
+
+def test_what_a_template_does_not_read_is_refused(reader: Reader) -> None:
+    with pytest.raises(
+        ModelError, match=r"kwargs.enable_thoughts: the chat template of .* does not read it"
+    ):
+        reader.data(THINKING, [row()], chat_template_kwargs={"enable_thoughts": True})

@@ -239,7 +239,7 @@ def test_rows_of_token_ids(tmp_path: Path, spec: TokenizerSpec) -> None:
 
 def test_completions_that_are_cut_to_the_same_are_told_apart_no_more(tmp_path: Path, spec: TokenizerSpec) -> None:
     row = {"prompt": "Q", "completions": ["same words, then A", "same words, then B", "other"], "scores": [3, 2, 1]}
-    with pytest.raises(DataError, match=r"identical within data\.max_length=12 as token ids"):
+    with pytest.raises(DataError, match=r"identical within data\.max_length=12; raise"):
         tokenized(tmp_path, spec, [row], max_length=12, truncation_mode="keep_start")
 
 

@@ -220,14 +220,16 @@ def test_keep_start_cuts_completions_at_the_end_and_adds_no_eos(run: Any) -> Non
     assert dataset.notes == {"truncated": 1}
 
 
-def test_keep_start_drops_a_prompt_that_fills_the_limit_and_refuses_what_became_equal(run: Any) -> None:
+def test_keep_start_drops_a_prompt_that_fills_the_limit_and_what_became_equal(run: Any) -> None:
     rows = [{"prompt": "12345", "chosen": "abc", "rejected": "abd"}, *strings(1)]
     dataset = run(rows, max_length=6, truncation_mode="keep_start")
     assert (len(dataset), dataset.bad_rows) == (1, {"over_long": 1})
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .*identical within data\.max_length=8 as token ids; repair"):
-        run(rows, max_length=8, truncation_mode="keep_start")
-    dataset = run(rows, max_length=8, truncation_mode="keep_start", on_bad_row="skip")
-    assert (len(dataset), dataset.bad_rows, dataset.notes) == (1, {"identical_completions": 1}, {})
+    dataset = run(rows, max_length=8, truncation_mode="keep_start")
+    assert (len(dataset), dataset.bad_rows, dataset.notes) == (1, {"cut_alike": 1}, {})
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl:1: .*identical within data\.max_length=8; raise"
+    ):
+        run(rows[:1], max_length=8, truncation_mode="keep_start")
 
 
 # ---- bad rows

@@ -316,7 +316,5 @@ def test_what_a_template_is_given_reaches_it_and_makes_other_data(reader: Reader
 
 
 def test_what_a_template_does_not_read_is_refused(reader: Reader) -> None:
-    with pytest.raises(
-        ModelError, match=r"kwargs.enable_thoughts: the chat template of .* does not read it"
-    ):
+    with pytest.raises(ModelError, match=r"kwargs.enable_thoughts: the chat template of .* does not read it"):
         reader.data(THINKING, [row()], chat_template_kwargs={"enable_thoughts": True})

@@ -226,9 +226,7 @@ def test_keep_start_drops_a_prompt_that_fills_the_limit_and_what_became_equal(ru
     assert (len(dataset), dataset.bad_rows) == (1, {"over_long": 1})
     dataset = run(rows, max_length=8, truncation_mode="keep_start")
     assert (len(dataset), dataset.bad_rows, dataset.notes) == (1, {"cut_alike": 1}, {})
-    with pytest.raises(
-        DataError, match=r"pairs\.jsonl:1: .*identical within data\.max_length=8; raise"
-    ):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .*identical within data\.max_length=8; raise"):
         run(rows[:1], max_length=8, truncation_mode="keep_start")
 
 

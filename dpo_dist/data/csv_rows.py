@@ -11,6 +11,7 @@ from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.data.published import PUBLISHED_VALUES
 from dpo_dist.errors import DataError
 
+_TRUTHS = {"True": "true", "False": "false"}
 csv.field_size_limit(2**31 - 1)  # the library's own is 128 KiB, which a long answer exceeds
 
 
@@ -73,7 +74,8 @@ def _value(text: str, is_text: bool) -> Any:
     if not text.strip():
         return text if is_text else None
     try:
-        value = json.loads(text) if not is_text or text.lstrip().startswith("[") else text
+        # pandas and csv write truth values as Python does.
+        value = json.loads(_TRUTHS.get(text, text)) if not is_text or text.lstrip().startswith("[") else text
     except ValueError:
         return text
     return text if is_text and not _are_objects(value) else value

@@ -1,5 +1,7 @@
 """Rows as a supervised run reads them: a prompt, and one completion that is to be learnt."""
 
+from dataclasses import replace
+
 from dpo_dist.data.columns import (
     SHAPES_OF_DEMONSTRATIONS,
     Messages,
@@ -18,6 +20,8 @@ from dpo_dist.data.columns import (
 from dpo_dist.data.example import (
     NO_ANSWER,
     NO_PREFERENCE,
+    UNREAD_COLUMN,
+    WRONG_NUMBER,
     PreferenceExample,
     RowError,
     RowFault,
@@ -28,15 +32,29 @@ from dpo_dist.data.labels import weight_of
 from dpo_dist.data.values import token_ids_of
 
 
-def refuse_demonstration(row: Row, source: str) -> None:
-    """A run on preferences reads no demonstrations."""
-    if kind_of(row) == "demonstration":
-        _refuse_label(row, source)
+def rated(row: Row, source: str) -> PreferenceExample | RowFault | None:
+    """The completion of a row that is only called good or bad (KTO); None of any other kind of row.
+
+    Raises:
+        RowError: it has no label: a run on preferences reads no demonstrations.
+    """
+    if kind_of(row) != "demonstration":
+        return None
+    label = row.get("label")
+    if label is None:
         raise RowError(
             f"{source}: the row is a demonstration, with nothing that its completion is better than; a supervised run "
-            "reads those (loss.loss_type=sft without a reference), or give chosen and rejected",
+            "reads those (loss.loss_type=sft without a reference), or give chosen and rejected, or a label",
             NO_PREFERENCE,
         )
+
+    if label not in (True, False):
+        raise RowError(f"{source}: label={label!r} is neither true nor false; give one of them", WRONG_NUMBER)
+    if row.get("weight") is not None:
+        what = "belongs to a pair, and the row holds one completion, which becomes part of several"
+        raise RowError(f"{source}: weight {what}; remove the column weight", UNREAD_COLUMN)
+    example = _alone(row, source)
+    return replace(example, rating=bool(label)) if isinstance(example, PreferenceExample) else example
 
 
 def demonstration(row: Row, source: str) -> PreferenceExample | RowFault | None:
@@ -46,6 +64,10 @@ def demonstration(row: Row, source: str) -> PreferenceExample | RowFault | None:
         RowError, MissingValueError: as `parse_row`.
     """
     _refuse_label(row, source)
+    return _alone(row, source)
+
+
+def _alone(row: Row, source: str) -> PreferenceExample | RowFault | None:
     if holds_token_ids(row):
         return _from_token_ids(row, source)
     if (alone := _conversation_column(row)) is not None:
@@ -115,7 +137,7 @@ def _example(prompt: Text, completion: Text, row: Row, source: str) -> Preferenc
 def _refuse_label(row: Row, source: str) -> None:
     if "label" in read_columns(row) and row.get("label") not in (None, True):
         raise RowError(
-            f"{source}: label={row['label']!r}: completions that are only good or bad (KTO) are not supported; give "
-            "the good ones alone for a supervised run, or chosen and rejected for the same prompt",
+            f"{source}: label={row['label']!r}: a supervised run learns every completion, and this one is called bad; "
+            "give the good ones alone, or train on preferences, which pairs good and bad ones of a prompt",
             NO_PREFERENCE,
         )

@@ -20,6 +20,7 @@ MISSING_VALUE = "missing_value"
 TEMPLATE_ERROR = "template_error"
 NO_PREFERENCE = "no_preference"
 TIED = "tied"
+UNPAIRED = "unpaired"
 NO_ANSWER = "no_answer"
 NOT_RENDERED = "not_rendered"
 PROMPT_MOVED = "prompt_moved"
@@ -63,6 +64,7 @@ class PreferenceExample:
     source: str = ""
     weight: float = 1.0
     is_ranked: bool = False  # its row held a list of completions
+    rating: bool | None = None  # of its one completion, where the row says only whether it is good
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dpo_dist.data.columns import (
     tools_of,
     with_system,
 )
-from dpo_dist.data.demonstrations import demonstration, refuse_demonstration
+from dpo_dist.data.demonstrations import demonstration, rated
 from dpo_dist.data.example import (
     IDENTICAL_COMPLETIONS,
     MISSING_VALUE,
@@ -63,7 +63,8 @@ def parse_row(
     try:
         if demonstrations:
             return _demonstrated(row, source)
-        refuse_demonstration(row, source)
+        if (alone := rated(row, source)) is not None:
+            return alone
         if kind_of(row) == "ranking":
             return ranked_example(row, source, pairing)
         example = _parsed(row, source)

@@ -6,6 +6,8 @@
     truncation.py a prompt that is too long the end of it
     notes.py      what a user should know  a line for each
     grouping.py   rows of one prompt       one example
+    ratings.py    rows called good or bad  pairs, by prompt
+    gathering.py  what of that applies     to a source
     bad_rows.py   rows without use         counts, and a message
     writer.py     tokenised examples       Arrow file and its summary
     dataset.py    the same, memory-mapped  any row in constant time

@@ -36,7 +36,8 @@ Ids = tuple[int, ...]
 class TokenizedExample:
     """A prompt, its completions and the preferences among them, as token ids. `source` is `path:line`.
 
-    Without preferences its completion is a demonstration. `is_ranked`: its row held a list of completions.
+    Without preferences its completion is a demonstration, or one that is only called good or bad (`rating`).
+    `is_ranked`: its row held a list of completions.
     """
 
     prompt_ids: Ids
@@ -45,6 +46,7 @@ class TokenizedExample:
     source: str
     weight: float = 1.0
     is_ranked: bool = False
+    rating: bool | None = None
 
     def beginning(self, limit: int | None) -> "TokenizedExample":
         """The same with only the first tokens of its prompt and of every completion; None: all of them."""
@@ -86,7 +88,7 @@ class Encoder:
                 continue
             notes = self.notes.copy()
             prompt, completions = self._spans(example, group, [next(ids) for _ in group])
-            rest = (example.pairs, example.source, example.weight, example.is_ranked)
+            rest = (example.pairs, example.source, example.weight, example.is_ranked, example.rating)
             tokenized = TokenizedExample(prompt, completions, *rest)
             found = self._checked(tokenized)
             if self._data.truncation_mode == "keep_end_of_prompt" and isinstance(found, RowFault):

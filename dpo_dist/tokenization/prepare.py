@@ -22,14 +22,14 @@ from filelock import FileLock, Timeout
 
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
-from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED
+from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED, UNPAIRED
 from dpo_dist.data.held_out import Part
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.encode import Encoder, TokenizedExample
-from dpo_dist.tokenization.grouping import PromptGroups
+from dpo_dist.tokenization.gathering import Gathering
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
@@ -233,8 +233,7 @@ def _write_source(
         How many rows were read.
     """
     left_out = BadRows()
-    groups = PromptGroups() if data.group_by_prompt else None
-    write = writer.write if groups is None else groups.add
+    gathering = Gathering(writer.write, data)
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
     for group in _grouped(rows, _EXAMPLES_PER_CALL):
         inject("tokenise")
@@ -243,15 +242,13 @@ def _write_source(
             if isinstance(result, RowFault):
                 (left_out if _is_left_out(result, data) else refused).add(result)
             elif not refused.total:  # else only the bad ones matter from here on
-                write(result)
+                gathering.add(result)
         if time.monotonic() >= next_log_s:
             next_log_s += _LOG_EVERY_S
             _LOGGER.info("%s: %s rows read, %s tokens", source.key, f"{num_read:,}", f"{writer.num_tokens:,}")
-    if groups is not None:
-        for example in groups.examples():
-            writer.write(example)
-        encoder.notes.update(groups.notes)
-    counts = left_out.counts
+    notes, num_unpaired = gathering.finish()
+    encoder.notes.update(notes)
+    counts = left_out.counts + Counter({UNPAIRED: num_unpaired})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
     if writer.num_examples == num_before and not refused.total:
         raise nothing_left(source, data, num_read, reasons, left_out)

@@ -43,7 +43,7 @@ BAD = [
     ({"prompt": "p", "completions": ["a"], "scores": [1]}, "wrong_type"),
     ({"prompt": [USER], "chosen": [NO], "rejected": [YES]}, "wrong_role"),
     ({"prompt": "p", "completion": "c"}, "no_preference"),
-    ({"prompt": "p", "completion": "c", "label": False}, "no_preference"),
+    ({"prompt": "p", "completion": "c", "label": "bad"}, "wrong_number"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "prompts_differ"),
     ({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, {**YES, "content": "c"}]}, "prompts_differ"),
     ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}, "mixed_kinds"),

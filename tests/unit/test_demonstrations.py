@@ -94,7 +94,7 @@ def test_faults_of_a_row(row: dict[str, Any], reason: str) -> None:
         ({"messages": "Hi"}, "messages='Hi' is of the wrong type"),
         (
             {"prompt": "Q", "completion": "A", "label": False},
-            "label=False: completions that are only good or bad (KTO)",
+            "label=False: a supervised run learns every completion",
         ),
         ({"prompt": "Q", "completion": "A", "weight": 0}, "weight=0 is not above 0"),
         ({"prompt": "Q", "completion": "A", "images": ["x"]}, "images is set"),
@@ -114,11 +114,6 @@ def test_faults_of_a_file(row: dict[str, Any], error: str) -> None:
 def test_a_run_on_preferences_refuses_demonstrations(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"f:1: the row is a demonstration, .*loss\.loss_type=sft"):
         parse_row(row, "f:1")
-
-
-def test_ratings_of_single_completions_are_refused() -> None:
-    with pytest.raises(DataError, match=r"label=True is|label=False: .*KTO"):
-        parse_row({"prompt": "Q", "completion": "A", "label": False}, "f:1")
 
 
 def test_columns_that_mean_nothing_are_named() -> None:

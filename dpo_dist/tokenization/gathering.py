@@ -1,0 +1,42 @@
+"""What becomes of the examples of one source before they are written: nothing, or they wait for others."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from dpo_dist.config import DataConfig
+from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.grouping import PromptGroups
+from dpo_dist.tokenization.ratings import RatedCompletions
+
+
+class Gathering:
+    """Pairs rated completions, and merges prompts where `data.group_by_prompt` says so.
+
+    Args:
+        write: takes what is ready.
+        data: the settings.
+    """
+
+    def __init__(self, write: Callable[[TokenizedExample], None], data: DataConfig) -> None:
+        self._write = write
+        self._groups = PromptGroups() if data.group_by_prompt else None
+        self._take = write if self._groups is None else self._groups.add
+        self._rated = RatedCompletions(data.pairing)
+
+    def add(self, example: TokenizedExample) -> None:
+        """Take the next example."""
+        (self._take if example.rating is None else self._rated.add)(example)
+
+    def finish(self) -> tuple[Counter[str], int]:
+        """Write what has waited.
+
+        Returns:
+            Notes; how many rated completions could not be paired.
+        """
+        for example in self._rated.examples():
+            self._take(example)
+        if self._groups is None:
+            return Counter(), self._rated.num_unpaired
+        for example in self._groups.examples():
+            self._write(example)
+        return self._groups.notes, self._rated.num_unpaired

@@ -19,6 +19,7 @@
     comparing.py `compare`
     ending.py    how a rank ends
     checking.py  `check`
+    feedback.py  `feedback add`, `feedback show`
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
     room.py      what to change where memory runs out
@@ -41,7 +42,7 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__
-from dpo_dist.cli import launch_options, launching
+from dpo_dist.cli import feedback, launch_options, launching
 from dpo_dist.cli.ending import end_rank, leaving_when_asked
 from dpo_dist.cli.redaction import redact_tracebacks, redacted
 from dpo_dist.cli.starting import cache_dir, importing, quiet_imports, user_errors
@@ -53,6 +54,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(feedback.app, name="feedback")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[

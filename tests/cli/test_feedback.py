@@ -1,0 +1,197 @@
+"""Logs of production as preference data: each kind of event, versions, nothing twice, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from dpo_dist.cli import app
+from dpo_dist.config import DataSource
+from dpo_dist.data import PreferenceExample, RowFault, open_source
+from dpo_dist.feedback import FeedbackSet, statements_of
+
+THUMBS = {"prompt": "2 + 2?", "completion": "4", "label": True, "id": 7, "time": "2026-11-01", "model": "m1"}
+EDIT = {"prompt": "Spell color", "completion": "colour", "corrected": "color"}
+CHOICE = {"prompt": "Say hi", "completions": ["Hi", "Hello", "Go away"], "choice": 1}
+AGAIN = {"prompt": "Joke?", "completion": "No.", "regenerated": "Why not?"}
+EVENTS = [THUMBS, {**THUMBS, "completion": "5", "label": False}, EDIT, CHOICE, AGAIN]
+
+
+def write(path: Path, events: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return path
+
+
+def run_command(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.output
+
+
+def said(text: str, role: str = "assistant") -> tuple[dict[str, str], ...]:
+    return ({"role": role, "content": text},)
+
+
+def read(folder: Path) -> list[PreferenceExample]:
+    rows = list(open_source(DataSource(path=str(folder)), "data.train.0").examples())
+    assert not [row for row in rows if isinstance(row, RowFault)]
+    return [row for row in rows if isinstance(row, PreferenceExample)]
+
+
+@pytest.fixture
+def add(tmp_path: Path) -> Any:
+    """`dpo-dist feedback add` of these events: exit code and output."""
+
+    def run(events: list[Any], *options: str, name: str = "log.jsonl") -> tuple[int, str]:
+        log = write(tmp_path / name, events)
+        return run_command("feedback", "add", str(log), "--to", str(tmp_path / "set"), *options)
+
+    return run
+
+
+def test_every_kind_of_event_is_read_as_what_it_says(add: Any, tmp_path: Path) -> None:
+    assert add(EVENTS)[0] == 0
+    asked = {"thumbs": "2 + 2?", "edit": "Spell color", "choice": "Say hi", "again": "Joke?"}
+    found = [(row.prompt, row.completions, row.rating, row.weight) for row in read(tmp_path / "set")]
+    assert found == [
+        (said(asked["thumbs"], "user"), (said("4"),), True, 1.0),
+        (said(asked["thumbs"], "user"), (said("5"),), False, 1.0),
+        (said(asked["edit"], "user"), (said("color"), said("colour")), None, 1.0),
+        (said(asked["choice"], "user"), (said("Hello"), said("Hi")), None, 1.0),
+        (said(asked["choice"], "user"), (said("Hello"), said("Go away")), None, 1.0),
+        (said(asked["again"], "user"), (said("Why not?"), said("No.")), None, 1.0),
+    ]
+    table = pq.read_table(tmp_path / "set" / "train-0001.parquet").to_pylist()
+    first = {name: table[0][f"feedback_{name}"] for name in ("kind", "source", "id", "time", "model")}
+    assert first == {
+        "kind": "thumbs", "source": f"{tmp_path}/log.jsonl:1", "id": "7", "time": "2026-11-01", "model": "m1"
+    }  # fmt: skip
+
+
+def test_conversations_columns_by_other_names_weights_and_plain_text(add: Any, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    events = [{"request": {"messages": talk}, "corrected": "Hello!"}, {"request": {"messages": talk}, "label": False}]
+    assert add(events, "--columns", "messages=request.messages", "--weight", "edit=2")[0] == 0
+    assert [(row.prompt, row.completions, row.pairs[0].weight) for row in read(tmp_path / "set")[:1]] == [
+        (said("Hi", "user"), (said("Hello!"), said("Yo")), 2.0)
+    ]
+    assert add([EDIT], "--text", name="text.jsonl")[0] == 0
+    assert (read(tmp_path / "set")[-1].prompt, read(tmp_path / "set")[-1].completions[0]) == ("Spell color", "color")
+
+
+def test_what_was_said_before_is_not_added_again(add: Any, tmp_path: Path) -> None:
+    assert "version 1 of 6 rows" in add([*EVENTS, EDIT])[1]
+    before = (tmp_path / "set" / "train-0001.parquet").read_bytes()
+    code, output = add([*EVENTS, {**EDIT, "corrected": "Color"}], name="second.jsonl")
+    assert code == 0
+    assert "6 statements said before, and not added again" in output
+    assert "version 2 of 1 row (edit: 1)" in output and "7 rows in 2 versions" in output
+    assert "nothing new for" in add(EVENTS, name="third.jsonl")[1]
+    assert (tmp_path / "set" / "train-0001.parquet").read_bytes() == before
+    versions = FeedbackSet(tmp_path / "set").versions()
+    assert [(one.number, one.num_rows) for one in versions] == [(1, 6), (2, 1)]
+    code, output = run_command("feedback", "show", str(tmp_path / "set"), "--json")
+    assert [one["sources"][0]["events"] for one in json.loads(output)["versions"]] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    "against",
+    [{**EDIT, "completion": "color", "corrected": "colour"}, {**THUMBS, "label": False}],
+    ids=["pair", "thumbs"],
+)
+def test_contradictions_are_counted_and_kept(add: Any, tmp_path: Path, against: dict[str, Any]) -> None:
+    assert "note: " not in add([THUMBS, EDIT])[1]
+    code, output = add([against], name="second.jsonl")
+    assert code == 0
+    assert f"note: rows that contradict another: 1, as in {tmp_path}/second.jsonl:1" in output
+    assert FeedbackSet(tmp_path / "set").versions()[1].num_contradicting == 1
+
+
+def test_a_choice_of_none_is_left_out_and_counted(add: Any) -> None:
+    assert "1 event left out (tied: 1)" in add([{**CHOICE, "choice": None}, EDIT])[1]
+
+
+BAD = [
+    ({"prompt": "Hi"}, "missing_column", "nothing tells what was said (the event has prompt); an event has label"),
+    ({**CHOICE, "choice": 3}, "wrong_number", "choice=3 is no place in completions; give one from 0 to 2"),
+    ({**CHOICE, "choice": True}, "wrong_number", "choice=True is no place in completions"),
+    ({**CHOICE, "completions": ["Hi"]}, "wrong_type", "completions is no list of two or more"),
+    ({**EDIT, "completion": None}, "missing_column", "completion is missing or null"),
+    ({**EDIT, "corrected": "colour"}, "identical_completions", "nothing was changed"),
+    ({**EDIT, "corrected": " "}, "empty_completion", "there is no answer"),
+    ({**THUMBS, "label": "up"}, "wrong_number", "label='up' is neither true nor false"),
+    ({"messages": "Hi", "label": True}, "wrong_type", "messages is no list of messages"),
+    ("no event", "wrong_type", "the row is of type str"),
+]
+
+
+@pytest.mark.parametrize(("event", "reason", "what"), BAD)
+def test_events_that_say_nothing(add: Any, tmp_path: Path, event: Any, reason: str, what: str) -> None:
+    code, output = add([EDIT, event])
+    assert code == 2
+    assert f"log.jsonl:2: {what}" in output
+    assert f"or give --skip-bad ({reason})" in output
+    assert not (tmp_path / "set").exists()  # nothing was added
+    code, output = add([EDIT, event], "--skip-bad")
+    assert code == 0
+    assert f"1 event left out ({reason}: 1)" in output and "version 1 of 1 row" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--weight", "thumbs=2"], "thumbs is no kind of which rows have a weight; give one of choice, edit"),
+        (["--weight", "edit=none"], "'none' is not a number above 0"),
+        (["--weight", "edit=-1"], "'-1' is not a number above 0"),
+        (["--columns", "prompt"], "--columns prompt: give NAME=PATH"),
+    ],
+)
+def test_mistakes_of_options(add: Any, options: list[str], error: str) -> None:
+    code, output = add([EDIT], *options)
+    assert (code, error in output) == (2, True)
+
+
+def test_logs_and_sets_that_are_none(tmp_path: Path) -> None:
+    for name, content, error in (("a.jsonl", None, "is no file"), ("a.csv", "x", "is not JSON by its name")):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        code, output = run_command("feedback", "add", str(tmp_path / name), "--to", str(tmp_path / "set"))
+        assert (code, error in output) == (2, True)
+    code, output = run_command("feedback", "show", str(tmp_path / "set"))
+    assert (code, "holds no feedback; add some with" in output) == (2, True)
+    (tmp_path / "other").mkdir()
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other" / "train-0001.parquet")
+    log = write(tmp_path / "log.jsonl", [EDIT])
+    code, output = run_command("feedback", "add", str(log), "--to", str(tmp_path / "other"))
+    assert (code, "train-0001.parquet is no version of a set of feedback" in output) == (2, True)
+
+
+def test_a_kill_in_the_middle_leaves_the_set_as_it_was(add: Any, tmp_path: Path) -> None:
+    assert add([EDIT])[0] == 0
+    program = (
+        "import os, signal, sys; from dpo_dist.feedback import store; from dpo_dist.cli.feeding import run_add\n"
+        "from pathlib import Path\n"
+        "store._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run_add([Path(sys.argv[1])], Path(sys.argv[2]), [], [], False, False)"
+    )
+    log = write(tmp_path / "second.jsonl", EVENTS)
+    killed = subprocess.run(
+        [sys.executable, "-c", program, str(log), str(tmp_path / "set")], env=dict(os.environ), check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [one.number for one in FeedbackSet(tmp_path / "set").versions()] == [1] and len(read(tmp_path / "set")) == 1
+    assert "version 2 of 5 rows" in add(EVENTS, name="second.jsonl")[1]
+    assert len(read(tmp_path / "set")) == 6
+
+
+def test_statements_are_told_apart_by_what_they_say() -> None:
+    (one,) = statements_of(EDIT, "f:1", False)  # pyright: ignore[reportGeneralTypeIssues]
+    (other,) = statements_of({**EDIT, "id": 5}, "g:9", False)  # pyright: ignore[reportGeneralTypeIssues]
+    assert (one.key, one.opposite) == (other.key, other.opposite) and one.key != one.opposite

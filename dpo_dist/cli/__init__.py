@@ -18,6 +18,7 @@
     comparing.py `compare`
     ending.py    how a rank ends
     checking.py  `check`
+    inspecting.py `inspect` (reading.py: tokenizer and data sets of a configuration)
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
     room.py      what to change where memory runs out
@@ -131,6 +132,35 @@ def check(
             from dpo_dist.cli.checking import print_check
 
         print_check(prepared, cache_dir(), ranks)
+
+
+@app.command()
+def inspect(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    near: Annotated[
+        float, typer.Option(min=0.3, max=1.0, help="Likeness from which on texts are near duplicates.")
+    ] = 0.8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every row.")] = False,
+) -> None:
+    """Say what is wrong with the data: repeats, contradictions, near duplicates, leaks, lengths, rows left out.
+
+    Loads no model; what it tokenises stays in the cache.
+    """
+    with user_errors():
+        run_config = load_config(config, overrides or ())
+        quiet_imports()
+        with importing():
+            from dpo_dist.cli import inspecting
+            from dpo_dist.cli.logs import set_up_logging
+
+        set_up_logging()
+        inspected = inspecting.read(run_config, cache_dir())
+        reports, missing = inspecting.inspect(inspected, near)
+        if as_json:
+            typer.echo(inspecting.as_json(inspected, reports, near, missing))
+        else:
+            typer.echo(inspecting.as_text(inspected, reports, missing))
 
 
 @app.command(help=launch_options.EXAMPLES)

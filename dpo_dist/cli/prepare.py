@@ -14,14 +14,14 @@ from transformers import PretrainedConfig
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.architectures import Architecture, require_positions
 from dpo_dist.cli.data_rules import require_data_for
+from dpo_dist.cli.reading import held_out_sets, tokenizer_of, training_set
 from dpo_dist.cli.requirements import (
     require_no_gpu_meant,
     require_possible_output,
     require_trackers,
     require_usable_output,
 )
-from dpo_dist.config import DataSource, RunConfig, load_deepspeed
-from dpo_dist.demo import demo_model_folder
+from dpo_dist.config import RunConfig, load_deepspeed
 from dpo_dist.errors import ModelError
 from dpo_dist.packing import TOKENS, CostModel, Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.pretrained import (
@@ -35,7 +35,7 @@ from dpo_dist.pretrained import (
     resolve_folder,
 )
 from dpo_dist.sampler import Sampler
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,9 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
             f"{reference_config.vocab_size} tokens, the policy one of {model_config.vocab_size}; "
             "both must score the same token ids"
         )
-    tokenizer = _tokenizer(config, model_folder, cache_dir)
-    dataset = _dataset(config, config.data.train, tokenizer, model_config, cache_dir, "data.train", 0)
-    names = config.data.evaluation_names
-    evaluation_sets = {
-        name: _dataset(config, [source], tokenizer, model_config, cache_dir, "data.evaluation", index)
-        for index, (name, source) in enumerate(zip(names, config.data.evaluation, strict=True))
-    }
+    tokenizer = tokenizer_of(config, model_folder, cache_dir)
+    dataset = training_set(config, tokenizer, model_config, cache_dir)
+    evaluation_sets = held_out_sets(config, tokenizer, model_config, cache_dir)
     places = (f"data.evaluation.{index}" for index in range(len(evaluation_sets)))
     require_data_for(config, {"data.train": dataset, **dict(zip(places, evaluation_sets.values(), strict=True))})
     train = config.train
@@ -267,34 +263,3 @@ def this_device() -> torch.device:
         return torch.device("cuda")
     require_no_gpu_meant(str(torch.__version__))
     return torch.device("cpu")
-
-
-def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:
-    model = config.model
-    if model.tokenizer_name_or_path is None:
-        return TokenizerSpec(str(model_folder), None, model.trust_remote_code, "model.model_name_or_path")
-    is_demo = model.tokenizer_name_or_path == "demo"
-    path = str(demo_model_folder(cache_dir)) if is_demo else model.tokenizer_name_or_path
-    return TokenizerSpec(path, None, model.trust_remote_code, "model.tokenizer_name_or_path")
-
-
-def _dataset(
-    config: RunConfig,
-    sources: list[DataSource],
-    tokenizer: TokenizerSpec,
-    model_config: PretrainedConfig,
-    cache_dir: Path,
-    section: str,
-    first_index: int,
-) -> TokenizedDataset:
-    dataset = prepare_dataset(
-        sources,
-        config.data,
-        tokenizer,
-        cache_dir / "data",
-        section=section,
-        first_index=first_index,
-        demonstrations=config.trains_on_demonstrations,
-    )
-    dataset.check_vocabulary(model_config.vocab_size)
-    return dataset

@@ -1,0 +1,134 @@
+"""`dpo-dist inspect`: planted faults are found where they are, and none in clean data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dpo_dist.cli import app, inspecting
+from tests.cli.test_mistakes import config, refuse
+from tests.planted import clean_rows, planted_rows, write_rows
+
+__all__ = ["config"]
+
+HELD_OUT = ("data.evaluation=[{path: held_out.jsonl}]", "evaluation.eval_steps=1")
+
+
+def inspect(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["inspect", "run.yaml", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def found(*arguments: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """(source, other) of each finding, by data set and kind; kinds with none are left out."""
+    report = json.loads(inspect("--json", *arguments))
+    return {
+        name: {
+            finding["kind"]: [
+                (Path(one["source"]).name, Path(one["other_source"]).name) for one in finding["occurrences"]
+            ]
+            for finding in values["findings"]
+            if finding["count"]
+        }
+        for name, values in report["datasets"].items()
+    }
+
+
+@pytest.fixture
+def planted(config: Path) -> Path:
+    write_rows(config / "pairs.jsonl", planted_rows())
+    write_rows(config / "held_out.jsonl", clean_rows(20, 2))
+    return config
+
+
+def at(row: int, file: str = "pairs") -> str:
+    return f"{file}.jsonl:{row}"
+
+
+def test_planted_faults_are_found_exactly(planted: Path) -> None:
+    assert found(*HELD_OUT) == {
+        "data.train": {
+            "repeated": [(at(41), at(1)), (at(42), at(2))],
+            "contradicting": [(at(3), at(43)), (at(43), at(3))],
+            "near_pairs": [(at(44), at(4))],
+            "near_prompts": [(at(44), at(4))],
+            "near_completions": [(at(44), at(4)), (at(44), at(4))],
+        },
+        "held_out": {
+            "held_out_prompts": [(at(1, "held_out"), at(46))],
+            "near_held_out_prompts": [(at(2, "held_out"), at(47))],
+        },
+    }
+
+
+def test_nothing_is_found_in_clean_data(config: Path) -> None:
+    write_rows(config / "pairs.jsonl", clean_rows(600, 1))
+    write_rows(config / "held_out.jsonl", clean_rows(20, 2))
+    assert found(*HELD_OUT) == {"data.train": {}, "held_out": {}}
+    report = json.loads(inspect("--json"))["datasets"]["data.train"]
+    assert report["remarks"] == []
+    longer, varied = report["rules"]
+    assert (longer["decides"], longer["right"]) == (600, 0.5) and varied["says"] == "the more varied completion"
+    assert report["max_length"] == 64  # 24 + 32 tokens
+    assert report["histograms"]["prompt"] == {"width": 2, "counts": [0] * 12 + [600], "largest": 24}
+
+
+def test_the_text_says_it_too(planted: Path) -> None:
+    said = inspect(*HELD_OUT)
+    for line in (
+        "data.train: 46 examples, 46 pairs of 43 different prompts",
+        f"{planted}/pairs.jsonl:41 beside {planted}/pairs.jsonl:1,",
+        "rows left out: 1 x identical_completions",
+        "note: there are fewer than 512 pairs: no share is judged",
+        "data.max_length=64 would keep 99 % of the examples",
+        "note: a run with data.on_bad_row=error refuses these data:",
+    ):
+        assert line in said, said
+
+
+def test_a_lopsided_rule_is_remarked_on_from_512_pairs_on(config: Path) -> None:
+    for number, is_said in ((511, False), (512, True)):
+        rows = clean_rows(number, 5)
+        write_rows(config / "pairs.jsonl", [{**row, "chosen_ids": row["chosen_ids"] + [9] * 4} for row in rows])
+        remarks = json.loads(inspect("--json"))["datasets"]["data.train"]["remarks"]
+        assert any("the longer completion is chosen so often" in remark for remark in remarks) == is_said
+        assert ("there are fewer than 512 pairs: no share is judged" in remarks) != is_said
+
+
+def test_the_first_of_a_list_is_a_rule(config: Path) -> None:
+    rows = [
+        {"prompt_ids": row["prompt_ids"], "completions_ids": [row["chosen_ids"], row["rejected_ids"]], "scores": [2, 1]}
+        for row in clean_rows(10, 1)
+    ]
+    rows[0]["scores"] = [1, 2]
+    write_rows(config / "pairs.jsonl", rows)
+    rules: list[dict[str, Any]] = json.loads(inspect("--json"))["datasets"]["data.train"]["rules"]
+    assert [rule["right"] for rule in rules if rule["says"] == "the first in the row's list"] == [0.9]
+
+
+def test_without_the_package_the_rest_is_said(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspecting, "is_available", lambda: False)
+    said = inspect()
+    assert "near duplicates are not looked for: pip install 'dpo-dist[inspect]'" in said
+    assert "pairs said before" in said and "nearly an earlier" not in said
+
+
+def test_demonstrations(config: Path) -> None:
+    write_rows(config / "pairs.jsonl", [{"prompt_ids": [5, 6], "completion_ids": [7, row]} for row in range(8, 11)])
+    assert "there are no preferences to judge" in inspect("loss.loss_type=sft")
+
+
+def test_rows_stay_apart(config: Path) -> None:
+    write_rows(config / "pairs.jsonl", planted_rows()[:44])
+    assert found("data.group_by_prompt=true")["data.train"]["repeated"] == [(at(41), at(1)), (at(42), at(2))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [(["loss.bta=1"], "loss.bta"), (["data.train.0.path=none.jsonl"], "none.jsonl does not exist")],
+)
+def test_mistakes(config: Path, overrides: list[str], error: str) -> None:
+    assert error in refuse(config, *overrides, command="inspect")

@@ -142,6 +142,8 @@ def inspect(
         float, typer.Option(min=0.3, max=1.0, help="Likeness from which on texts are near duplicates.")
     ] = 0.8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every row.")] = False,
+    fix: Annotated[Path | None, typer.Option(help="Write data.train without faulty rows: OUT.jsonl.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Say what is wrong with the data: repeats, contradictions, near duplicates, leaks, lengths, rows left out.
 
@@ -155,12 +157,7 @@ def inspect(
             from dpo_dist.cli.logs import set_up_logging
 
         set_up_logging()
-        inspected = inspecting.read(run_config, cache_dir())
-        reports, missing = inspecting.inspect(inspected, near)
-        if as_json:
-            typer.echo(inspecting.as_json(inspected, reports, near, missing))
-        else:
-            typer.echo(inspecting.as_text(inspected, reports, missing))
+        typer.echo(inspecting.report(run_config, cache_dir(), near, as_json, fix, overwrite))
 
 
 @app.command(help=launch_options.EXAMPLES)

@@ -7,11 +7,13 @@ from pathlib import Path
 from dpo_dist.cli.describe import counted
 from dpo_dist.cli.reading import held_out_sets, tokenizer_of, training_set
 from dpo_dist.config import RunConfig
+from dpo_dist.data import Source, open_source
 from dpo_dist.errors import DataError
 from dpo_dist.inspection import DatasetReport, Finding, Settings, inspect_datasets
+from dpo_dist.inspection.cleaning import faulty_examples, judged_rows, output_paths, require_one_form, write_cleaned
 from dpo_dist.near import is_available
 from dpo_dist.pretrained import load_config, resolve_folder
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec
+from dpo_dist.tokenization import Encoder, TokenizedDataset, TokenizerSpec, load_tokenizer
 
 _SHOWN = 3  # places
 _BAR = 40  # letters
@@ -57,19 +59,79 @@ def read(config: RunConfig, cache_dir: Path) -> Inspected:
         return Inspected(config, tokenizer, datasets(on_bad_row="skip"), str(error))
 
 
-def inspect(inspected: Inspected, near: float) -> tuple[list[DatasetReport], str]:
-    """A report of every data set; and what could not be looked for, "" if nothing."""
+def report(config: RunConfig, cache_dir: Path, near: float, in_json: bool, fix: Path | None, overwrite: bool) -> str:
+    """What is printed; the files that were asked for are written.
+
+    Args:
+        config: of the run.
+        cache_dir: where tokenised data are kept.
+        near: likeness from which on texts are near duplicates.
+        in_json: one object instead of text.
+        fix: where the cleaned rows go.
+        overwrite: replace what is there.
+    Raises:
+        DpoDistError: a mistake of the user.
+    """
+    fixing = Fix(config, fix, overwrite) if fix is not None else None
+    inspected = read(config, cache_dir)
     finds_near = is_available()
     missing = "" if finds_near else f"near duplicates are not looked for: {_INSTALL}"
-    return inspect_datasets(inspected.datasets, Settings(near, finds_near)), missing
+    reports = inspect_datasets(inspected.datasets, Settings(near, finds_near))
+    written = fixing.write(inspected, near) if fixing is not None else None
+    if in_json:
+        return as_json(inspected, reports, near, missing, written)
+    return "\n".join([as_text(inspected, reports, missing), *([written] if written else [])])
 
 
-def as_json(inspected: Inspected, reports: list[DatasetReport], near: float, missing: str) -> str:
+class Fix:
+    """The cleaned rows of data.train, to be written; mistakes are found before anything is read.
+
+    Args:
+        config: of the run.
+        out: the file of rows.
+        overwrite: replace what is there.
+    Raises:
+        DpoDistError: the files cannot be written, or the sources are not of one form.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, overwrite: bool) -> None:
+        self._sources = _opened(config, "train")
+        self._out, self._reasons = output_paths(out, [*self._sources, *_opened(config, "evaluation")], overwrite)
+        require_one_form(self._sources)
+
+    def write(self, inspected: Inspected, near: float) -> str:
+        """Write both files; returns what was done, in words."""
+        config, (training, *held_out) = inspected.config, inspected.datasets.values()
+        needs_tokenizer = not self._sources[0].holds_token_ids()
+        spec = inspected.tokenizer
+        encoder = Encoder(config.data, load_tokenizer(spec) if needs_tokenizer else None, f"{spec.key}={spec.path}")
+        faulty = faulty_examples(training, held_out, Settings(near, is_available()))
+        rows = judged_rows(
+            self._sources, training, encoder, faulty, config.data.pairing, config.trains_on_demonstrations
+        )
+        done = write_cleaned(rows, self._out, self._reasons)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in done.dropped.items())
+        dropped = sum(done.dropped.values())
+        left_out = (
+            f"; {counted(dropped, 'row')} left out, with reasons in {done.reasons} ({reasons})" if dropped else ""
+        )
+        return f"{counted(done.kept, 'row')} written to {done.path}{left_out}"
+
+
+def _opened(config: RunConfig, section: str) -> list[Source]:
+    entries = getattr(config.data, section)
+    return [open_source(source, f"data.{section}.{index}") for index, source in enumerate(entries)]
+
+
+def as_json(
+    inspected: Inspected, reports: list[DatasetReport], near: float, missing: str, written: str | None = None
+) -> str:
     """All of it as one object."""
     values = {
         "near_threshold": near,
         "not_looked_for": missing or None,
         "refused_by_a_run": inspected.refusal or None,
+        "written": written,
         "datasets": {report.name: report.as_json() for report in reports},
     }
     return json.dumps(values, indent=1)

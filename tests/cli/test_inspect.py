@@ -132,3 +132,77 @@ def test_rows_stay_apart(config: Path) -> None:
 )
 def test_mistakes(config: Path, overrides: list[str], error: str) -> None:
     assert error in refuse(config, *overrides, command="inspect")
+
+
+# ---- --fix
+
+
+def dropped(path: Path) -> list[tuple[str, str, str | None]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(Path(one["source"]).name, one["reason"], one["other"] and Path(one["other"]).name) for one in lines]
+
+
+def test_fixed_data_have_no_faults(planted: Path) -> None:
+    said = inspect(*HELD_OUT, "--fix", "clean.jsonl")
+    assert "39 rows written to clean.jsonl; 8 rows left out, with reasons in clean.dropped.jsonl" in said
+    assert dropped(planted / "clean.dropped.jsonl") == [
+        (at(3), "contradicting", at(43)),
+        (at(41), "repeated", at(1)),
+        (at(42), "repeated", at(2)),
+        (at(43), "contradicting", at(3)),
+        (at(44), "near_pairs", at(4)),
+        (at(45), "identical_completions", None),
+        (at(46), "held_out_prompt", at(1, "held_out")),
+        (at(47), "near_held_out_prompt", at(2, "held_out")),
+    ]
+    kept = [json.loads(line) for line in (planted / "clean.jsonl").read_text().splitlines()]
+    assert kept == [row for number, row in enumerate(planted_rows()[:40], start=1) if number != 3]
+    assert found(*HELD_OUT, "data.train.0.path=clean.jsonl") == {"data.train": {}, "held_out": {}}
+    assert {path.name for path in planted.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_rows_are_written_as_they_were_read(config: Path) -> None:
+    """Columns by other names, columns that mean nothing, letters of any kind; the same from two files."""
+    rows = [
+        {
+            "a": {"b": row["prompt_ids"]},
+            "yes": row["chosen_ids"],
+            "rejected_ids": row["rejected_ids"],
+            "note": "\u00e4\ud800",
+        }
+        for row in clean_rows(4, 1)
+    ]
+    write_rows(config / "pairs.jsonl", rows[:2])
+    write_rows(config / "more.jsonl", [rows[1], *rows[2:]])
+    columns = "{prompt_ids: a.b, chosen_ids: yes}"
+    sources = ", ".join(f"{{path: {name}.jsonl, columns: {columns}}}" for name in ("pairs", "more"))
+    inspect(f"data.train=[{sources}]", "--fix", "clean.jsonl")
+    assert [json.loads(line) for line in (config / "clean.jsonl").read_bytes().splitlines()] == rows
+    assert dropped(config / "clean.dropped.jsonl") == [(at(1, "more"), "repeated", at(2))]
+
+
+def test_a_row_that_is_too_long_is_told_apart(config: Path) -> None:
+    rows = clean_rows(4, 1)
+    write_rows(config / "pairs.jsonl", [*rows, {**rows[0], "prompt_ids": [7] * 90}])
+    inspect("data.max_length=80", "data.truncation_mode=drop", "--fix", "clean.jsonl")
+    assert dropped(config / "clean.dropped.jsonl") == [(at(5), "over_long", None)]
+
+
+def test_nothing_is_replaced_unasked(config: Path) -> None:
+    (config / "there.jsonl").write_text("mine")
+    (config / "other.dropped.jsonl").write_text("mine")
+    for name in ("there", "other"):
+        assert "or --overwrite" in refuse(config, "--fix", f"{name}.jsonl", command="inspect")
+    inspect("--fix", "there.jsonl", "--overwrite")
+    assert len((config / "there.jsonl").read_text().splitlines()) == 2
+    assert "which is read" in refuse(config, "--fix", "pairs.jsonl", "--overwrite", command="inspect")
+    assert "no JSON Lines file" in refuse(config, "--fix", "out.csv", command="inspect")
+    assert "nothing can be written in" in refuse(config, "--fix", "none/out.jsonl", command="inspect")
+
+
+def test_sources_of_two_forms_are_not_mixed(config: Path) -> None:
+    (config / "text.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    sources = "data.train=[{path: pairs.jsonl}, {path: text.jsonl}]"
+    assert "only one holds token ids" in refuse(config, sources, "--fix", "out.jsonl", command="inspect")
+    sources = "data.train=[{path: pairs.jsonl}, {path: pairs.jsonl, columns: {prompt_ids: x}}]"
+    assert "has other columns than" in refuse(config, sources, "--fix", "out.jsonl", command="inspect")

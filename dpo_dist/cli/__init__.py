@@ -143,6 +143,7 @@ def inspect(
     ] = 0.8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every row.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write data.train without faulty rows: OUT.jsonl.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with histograms and examples: OUT.html.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Say what is wrong with the data: repeats, contradictions, near duplicates, leaks, lengths, rows left out.
@@ -157,7 +158,8 @@ def inspect(
             from dpo_dist.cli.logs import set_up_logging
 
         set_up_logging()
-        typer.echo(inspecting.report(run_config, cache_dir(), near, as_json, fix, overwrite))
+        wanted = inspecting.Wanted(near, as_json, fix, html, overwrite)
+        typer.echo(inspecting.report(run_config, cache_dir(), wanted))
 
 
 @app.command(help=launch_options.EXAMPLES)

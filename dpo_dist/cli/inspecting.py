@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.cli.describe import counted
-from dpo_dist.cli.reading import held_out_sets, tokenizer_of, training_set
+from dpo_dist.cli.reading import held_out_sets, tokenizer_if_any, tokenizer_of, training_set
 from dpo_dist.config import RunConfig
 from dpo_dist.data import Source, open_source
 from dpo_dist.errors import DataError
 from dpo_dist.inspection import DatasetReport, Finding, Settings, inspect_datasets
 from dpo_dist.inspection.cleaning import faulty_examples, judged_rows, output_paths, require_one_form, write_cleaned
+from dpo_dist.inspection.output import require_possible, written
+from dpo_dist.inspection.page import page
 from dpo_dist.near import is_available
 from dpo_dist.pretrained import load_config, resolve_folder
-from dpo_dist.tokenization import Encoder, TokenizedDataset, TokenizerSpec, load_tokenizer
+from dpo_dist.tokenization import Encoder, Sample, TokenizedDataset, TokenizerSpec, load_tokenizer
 
 _SHOWN = 3  # places
 _BAR = 40  # letters
@@ -59,28 +61,57 @@ def read(config: RunConfig, cache_dir: Path) -> Inspected:
         return Inspected(config, tokenizer, datasets(on_bad_row="skip"), str(error))
 
 
-def report(config: RunConfig, cache_dir: Path, near: float, in_json: bool, fix: Path | None, overwrite: bool) -> str:
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asked for.
+
+    Attributes:
+        near: likeness from which on texts are near duplicates.
+        as_json: one object instead of text.
+        fix: where the cleaned rows go.
+        html: where the page goes.
+        overwrite: replace files that are there.
+    """
+
+    near: float
+    as_json: bool
+    fix: Path | None
+    html: Path | None
+    overwrite: bool
+
+
+def report(config: RunConfig, cache_dir: Path, wanted: Wanted) -> str:
     """What is printed; the files that were asked for are written.
 
-    Args:
-        config: of the run.
-        cache_dir: where tokenised data are kept.
-        near: likeness from which on texts are near duplicates.
-        in_json: one object instead of text.
-        fix: where the cleaned rows go.
-        overwrite: replace what is there.
     Raises:
         DpoDistError: a mistake of the user.
     """
-    fixing = Fix(config, fix, overwrite) if fix is not None else None
+    fixing = Fix(config, wanted.fix, wanted.overwrite) if wanted.fix is not None else None
+    if wanted.html is not None:
+        require_possible(f"--html={wanted.html}", wanted.html, _all_opened(config), wanted.overwrite)
     inspected = read(config, cache_dir)
-    finds_near = is_available()
-    missing = "" if finds_near else f"near duplicates are not looked for: {_INSTALL}"
-    reports = inspect_datasets(inspected.datasets, Settings(near, finds_near))
-    written = fixing.write(inspected, near) if fixing is not None else None
-    if in_json:
-        return as_json(inspected, reports, near, missing, written)
-    return "\n".join([as_text(inspected, reports, missing), *([written] if written else [])])
+    settings = Settings(wanted.near, is_available())
+    missing = "" if settings.finds_near else f"near duplicates are not looked for: {_INSTALL}"
+    reports = inspect_datasets(inspected.datasets, settings)
+    done = [fixing.write(inspected, settings)] if fixing is not None else []
+    if wanted.html is not None:
+        _write_page(wanted.html, inspected, reports, missing)
+        done.append(f"page written to {wanted.html}")
+    if wanted.as_json:
+        return as_json(inspected, reports, wanted.near, missing, done)
+    return "\n".join([as_text(inspected, reports, missing), *done])
+
+
+def _write_page(path: Path, inspected: Inspected, reports: list[DatasetReport], missing: str) -> None:
+    tokenizer = tokenizer_if_any(inspected.tokenizer)
+
+    def sample_of(name: str, example: int) -> Sample:
+        return inspected.datasets[name].sample(example, tokenizer)
+
+    refusal = f"A run with data.on_bad_row=error refuses these data: {inspected.refusal}" if inspected.refusal else ""
+    text = page(reports, sample_of, [note for note in (missing, refusal) if note])
+    with written(f"--html={path}", path) as (stream,):
+        stream.write(text.encode("utf-8", errors="replace"))
 
 
 class Fix:
@@ -96,16 +127,16 @@ class Fix:
 
     def __init__(self, config: RunConfig, out: Path, overwrite: bool) -> None:
         self._sources = _opened(config, "train")
-        self._out, self._reasons = output_paths(out, [*self._sources, *_opened(config, "evaluation")], overwrite)
+        self._out, self._reasons = output_paths(out, _all_opened(config), overwrite)
         require_one_form(self._sources)
 
-    def write(self, inspected: Inspected, near: float) -> str:
+    def write(self, inspected: Inspected, settings: Settings) -> str:
         """Write both files; returns what was done, in words."""
         config, (training, *held_out) = inspected.config, inspected.datasets.values()
         needs_tokenizer = not self._sources[0].holds_token_ids()
         spec = inspected.tokenizer
         encoder = Encoder(config.data, load_tokenizer(spec) if needs_tokenizer else None, f"{spec.key}={spec.path}")
-        faulty = faulty_examples(training, held_out, Settings(near, is_available()))
+        faulty = faulty_examples(training, held_out, settings)
         rows = judged_rows(
             self._sources, training, encoder, faulty, config.data.pairing, config.trains_on_demonstrations
         )
@@ -118,20 +149,22 @@ class Fix:
         return f"{counted(done.kept, 'row')} written to {done.path}{left_out}"
 
 
+def _all_opened(config: RunConfig) -> list[Source]:
+    return [*_opened(config, "train"), *_opened(config, "evaluation")]
+
+
 def _opened(config: RunConfig, section: str) -> list[Source]:
     entries = getattr(config.data, section)
     return [open_source(source, f"data.{section}.{index}") for index, source in enumerate(entries)]
 
 
-def as_json(
-    inspected: Inspected, reports: list[DatasetReport], near: float, missing: str, written: str | None = None
-) -> str:
+def as_json(inspected: Inspected, reports: list[DatasetReport], near: float, missing: str, done: list[str]) -> str:
     """All of it as one object."""
     values = {
         "near_threshold": near,
         "not_looked_for": missing or None,
         "refused_by_a_run": inspected.refusal or None,
-        "written": written,
+        "written": done,
         "datasets": {report.name: report.as_json() for report in reports},
     }
     return json.dumps(values, indent=1)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo_dist.config import DataSource, RunConfig
 from dpo_dist.demo import demo_model_folder
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, load_tokenizer, prepare_dataset
 
 
 def tokenizer_of(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:
@@ -17,6 +17,13 @@ def tokenizer_of(config: RunConfig, model_folder: Path, cache_dir: Path) -> Toke
     is_demo = model.tokenizer_name_or_path == "demo"
     path = str(demo_model_folder(cache_dir)) if is_demo else model.tokenizer_name_or_path
     return TokenizerSpec(path, None, model.trust_remote_code, "model.tokenizer_name_or_path")
+
+
+def tokenizer_if_any(spec: TokenizerSpec) -> PreTrainedTokenizerBase | None:
+    """The tokenizer; None where the folder of a model has none, as is enough for token ids."""
+    folder = Path(spec.path)
+    has_one = not folder.is_dir() or (folder / "tokenizer.json").is_file()
+    return load_tokenizer(spec) if has_one else None
 
 
 def training_set(

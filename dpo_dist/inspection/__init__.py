@@ -5,6 +5,7 @@
     lengths.py   lengths and simple rules          histograms, a suggestion, how often a rule is right
     report.py    all of a data set                 as numbers and texts
     cleaning.py  which rows are left out, and why  a file of rows, and one of reasons
+    output.py    the files that are asked for      written whole, and over nothing
     page.py      a report                          HTML
     histogram.py numbers                           SVG
 

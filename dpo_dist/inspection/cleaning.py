@@ -1,11 +1,7 @@
-"""The rows of data.train that are not at fault, in a file; and in another one why the others are not in it.
-
-Both are written under temporary names and renamed when they are on the disk: first the reasons, then the rows.
-"""
+"""The rows of data.train that are not at fault, in a file; and in another one why the others are not in it."""
 
 import json
-import os
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +13,7 @@ from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.inspection import findings
 from dpo_dist.inspection.columns import PairColumns
 from dpo_dist.inspection.findings import Finding
+from dpo_dist.inspection.output import require_possible, written
 from dpo_dist.inspection.report import Settings
 from dpo_dist.tokenization import Encoder, TokenizedDataset
 
@@ -60,14 +57,9 @@ def output_paths(out: Path, sources: Iterable[Source], overwrite: bool) -> tuple
     if out.suffix != _SUFFIX:
         raise ConfigError(f"--fix={out} is no JSON Lines file; give a name that ends with {_SUFFIX}")
     paths = out, out.with_suffix(f".dropped{_SUFFIX}")
-    read = {path.resolve() for source in sources for path, _ in source.files}
+    read = list(sources)
     for path in paths:
-        if path.resolve() in read:
-            raise ConfigError(f"--fix={out} would replace {path}, which is read; give another name")
-        if path.exists() and not (overwrite and path.is_file()):
-            raise ConfigError(f"--fix={out} would replace {path}; give another name, or --overwrite")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"--fix={out}: nothing can be written in {out.parent}; give a folder that is there")
+        require_possible(f"--fix={out}", path, read, overwrite)
     return paths
 
 
@@ -154,35 +146,17 @@ def write_cleaned(rows: Iterable[dict[str, Any] | Dropped], out: Path, reasons: 
     Raises:
         DataError: there is no room for them.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     kept = 0
-    partial: list[Path] = []
-    try:
-        with _temporary(out, partial) as good, _temporary(reasons, partial) as bad:
-            for row in rows:
-                if isinstance(row, Dropped):
-                    counts[row.reason] = counts.get(row.reason, 0) + 1
-                    bad.write(_line(vars(row)))
-                else:
-                    kept += 1
-                    good.write(_line(row))
-            for stream in (good, bad):
-                stream.flush()
-                os.fsync(stream.fileno())
-        partial[1].replace(reasons)
-        partial[0].replace(out)
-    except OSError as error:
-        raise DataError(f"--fix={out} cannot be written ({error.strerror or error}); make room") from error
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+    with written(f"--fix={out}", out, reasons) as (good, bad):
+        for row in rows:
+            if isinstance(row, Dropped):
+                counts[row.reason] += 1
+                bad.write(_line(vars(row)))
+            else:
+                kept += 1
+                good.write(_line(row))
     return Outcome(kept, dict(sorted(counts.items())), out, reasons)
-
-
-def _temporary(path: Path, made: list[Path]) -> Any:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    made.append(Path(name))
-    return os.fdopen(descriptor, "wb")
 
 
 def _line(values: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """`dpo-dist inspect`: planted faults are found where they are, and none in clean data."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_dist.cli import app, inspecting
-from tests.cli.test_mistakes import config, refuse
+from tests.byte_tokenizer import save_tokenizer
+from tests.cli.test_mistakes import GOLDEN, config, refuse
 from tests.planted import clean_rows, planted_rows, write_rows
 
 __all__ = ["config"]
@@ -206,3 +208,63 @@ def test_sources_of_two_forms_are_not_mixed(config: Path) -> None:
     assert "only one holds token ids" in refuse(config, sources, "--fix", "out.jsonl", command="inspect")
     sources = "data.train=[{path: pairs.jsonl}, {path: pairs.jsonl, columns: {prompt_ids: x}}]"
     assert "has other columns than" in refuse(config, sources, "--fix", "out.jsonl", command="inspect")
+
+
+# ---- --html
+
+
+def test_the_page_shows_texts_as_texts(planted: Path) -> None:
+    """In a browser nothing of a row is markup, and nothing is fetched."""
+    text = {"prompt": "<script>alert(1)</script>?", "chosen": "yes & <b>no</b>", "rejected": '"></pre><img src=x>'}
+    write_rows(planted / "pairs.jsonl", [text, dict(text), {**text, "prompt": "</style><script src=//a.b/c>"}])
+    save_tokenizer(planted / "model")
+    values = json.loads((GOLDEN / "tiny_policy/config.json").read_text())
+    (planted / "model/model.safetensors").touch()  # no weights are read
+    (planted / "model/config.json").write_text(json.dumps({**values, "vocab_size": 512}))
+    said = inspect("model.model_name_or_path=model", "--html", "out.html")
+    assert "page written to out.html" in said
+    page = (planted / "out.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;?" in page and "yes &amp; &lt;b&gt;no&lt;/b&gt;" in page
+    parsed = Elements()
+    parsed.feed(page)
+    assert parsed.open == [] and {"svg", "table", "pre", "style"} <= parsed.names
+    assert not parsed.names & {"script", "img", "link", "iframe"}
+    assert not {name for name in parsed.attributes if name.startswith("on") or name in ("src", "href")}
+    assert "prefers-color-scheme: dark" in page and "url(" not in page and "@import" not in page
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and those that are never closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_has_every_finding_and_replaces_nothing(planted: Path) -> None:
+    inspect(*HELD_OUT, "--html", "out.html", "--json")
+    page = (planted / "out.html").read_text(encoding="utf-8")
+    for means in (
+        "pairs said before: 2",
+        "prompts that are trained on too: 1",
+        "rows that are nearly an earlier one: 1",
+    ):
+        assert f"<summary>{means}</summary>" in page
+    assert "identical_completions" in page and page.count("<svg") == 8
+    assert "or --overwrite" in refuse(planted, "--html", "out.html", command="inspect")
+    inspect("--html", "out.html", "--overwrite")

@@ -35,7 +35,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; } tr.found td
 .histogram .quiet { fill: var(--quiet); } .histogram line { stroke: var(--line); }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1em; margin: .5em 0 1.5em; }
 .row { background: var(--box); padding: .6em .8em; min-width: 0; }
-.row b { font-weight: normal; color: var(--quiet); }
+.row p { margin: 0 0 .6em; overflow-wrap: anywhere; } .row b { font-weight: normal; color: var(--quiet); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .6em; font: 13px/1.4 monospace; }
 summary { cursor: pointer; } .note { color: var(--quiet); }
 """
@@ -123,7 +123,7 @@ def _row(sample: Sample) -> str:
         **{f"completion {number}": text for number, text in enumerate(sample.completions, start=1)},
     }
     parts = "".join(f"<b>{name}</b><pre>{escape(_beginning(text))}</pre>" for name, text in texts.items())
-    return f'<div class="row"><b>{escape(sample.source)}</b>{parts}</div>'
+    return f'<div class="row"><p class="note">{escape(sample.source)}</p>{parts}</div>'
 
 
 def _beginning(text: str) -> str:

@@ -3,7 +3,7 @@
     starting.py  imports, the cache folder, and how a mistake is shown
     prepare.py   all that can be known before a process group exists
     data_rules.py  settings and data that do not go together
-    datasets.py    what a run trains on, and what it holds out
+    reading.py   tokenizer and data sets of a configuration
     remarks.py   what is allowed and seldom meant
     requirements.py  folder and trackers of a run
     sources.py   where its reference log-probabilities come from
@@ -20,6 +20,7 @@
     ending.py    how a rank ends
     checking.py  `check`
     feedback.py  `feedback add`, `feedback show`
+    inspecting.py `inspect`
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
     room.py      what to change where memory runs out
@@ -135,6 +136,34 @@ def check(
             from dpo_dist.cli.checking import print_check
 
         print_check(prepared, cache_dir(), ranks)
+
+
+@app.command()
+def inspect(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    near: Annotated[
+        float, typer.Option(min=0.3, max=1.0, help="Likeness from which on texts are near duplicates.")
+    ] = 0.8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every row.")] = False,
+    fix: Annotated[Path | None, typer.Option(help="Write data.train without faulty rows: OUT.jsonl.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with histograms and examples: OUT.html.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Say what is wrong with the data: repeats, contradictions, near duplicates, leaks, lengths, rows left out.
+
+    Loads no model; what it tokenises stays in the cache.
+    """
+    with user_errors():
+        run_config = load_config(config, overrides or ())
+        quiet_imports()
+        with importing():
+            from dpo_dist.cli import inspecting
+            from dpo_dist.cli.logs import set_up_logging
+
+        set_up_logging()
+        wanted = inspecting.Wanted(near, as_json, fix, html, overwrite)
+        typer.echo(inspecting.report(run_config, cache_dir(), wanted))
 
 
 @app.command(help=launch_options.EXAMPLES)

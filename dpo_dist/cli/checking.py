@@ -10,6 +10,7 @@ from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli.data_quality import describe_leaks, describe_quality
 from dpo_dist.cli.describe import counted, describe_adapter
 from dpo_dist.cli.prepare import Prepared
+from dpo_dist.cli.reading import tokenizer_if_any
 from dpo_dist.cli.remarks import remarks
 from dpo_dist.cli.requirements import output_in_use, who_trains
 from dpo_dist.cli.resuming import find_start
@@ -17,7 +18,7 @@ from dpo_dist.cli.sources import Choice, find_source
 from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
-from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, describe_notes, load_tokenizer
+from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, describe_notes
 
 _MAX_SHOWN = 4  # completions of the sample
 
@@ -95,10 +96,7 @@ def _print_data(console: Console, name: str, dataset: TokenizedDataset) -> None:
 def _print_sample(console: Console, prepared: Prepared) -> None:
     row = prepared.sampler.examples_of(0)[0]
     example = prepared.dataset[row]
-    folder = Path(prepared.tokenizer.path)
-    has_tokenizer = not folder.is_dir() or (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(prepared.tokenizer) if has_tokenizer else None
-    sample = prepared.dataset.sample(row, tokenizer)
+    sample = prepared.dataset.sample(row, tokenizer_if_any(prepared.tokenizer))
     console.print(f"first example of the first step: {sample.source}")
     console.print(f"prompt ({len(example.prompt_ids)} tokens): {sample.prompt!r}")
     for kind, index in _shown_completions(example):

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.architectures import Architecture, require_positions
 from dpo_dist.cli.data_rules import require_data_for
-from dpo_dist.cli.datasets import datasets_of
+from dpo_dist.cli.reading import datasets_of, tokenizer_of
 from dpo_dist.cli.requirements import (
     require_no_gpu_meant,
     require_possible_output,
@@ -22,7 +22,6 @@ from dpo_dist.cli.requirements import (
     require_usable_output,
 )
 from dpo_dist.config import RunConfig, load_deepspeed
-from dpo_dist.demo import demo_model_folder
 from dpo_dist.errors import ModelError
 from dpo_dist.packing import TOKENS, CostModel, Packer, StepPlan, longest_example, sizes_of
 from dpo_dist.pretrained import (
@@ -203,7 +202,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
             f"{reference_config.vocab_size} tokens, the policy one of {model_config.vocab_size}; "
             "both must score the same token ids"
         )
-    tokenizer = _tokenizer(config, model_folder, cache_dir)
+    tokenizer = tokenizer_of(config, model_folder, cache_dir)
     dataset, held_out = datasets_of(config, tokenizer, cache_dir / "data", model_config.vocab_size)
     evaluation_sets = dict(zip(config.data.evaluation_names, held_out.values(), strict=True))
     require_data_for(config, {"data.train": dataset, **held_out})
@@ -263,12 +262,3 @@ def this_device() -> torch.device:
         return torch.device("cuda")
     require_no_gpu_meant(str(torch.__version__))
     return torch.device("cpu")
-
-
-def _tokenizer(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:
-    model, template = config.model, config.data.chat_template
-    if model.tokenizer_name_or_path is None:
-        return TokenizerSpec(str(model_folder), None, model.trust_remote_code, "model.model_name_or_path", template)
-    is_demo = model.tokenizer_name_or_path == "demo"
-    path = str(demo_model_folder(cache_dir)) if is_demo else model.tokenizer_name_or_path
-    return TokenizerSpec(path, None, model.trust_remote_code, "model.tokenizer_name_or_path", template)

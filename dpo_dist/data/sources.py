@@ -120,22 +120,26 @@ class Source:
         held_out = isinstance(parsed, PreferenceExample) and is_held_out(parsed.prompt, self.held_out_share)
         return held_out == (self.part == "held_out")
 
-    def _used_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
-        """Those that `limit` and `fraction` leave: evenly spread, so that no order of the rows matters."""
-        for number, found in enumerate(islice(self._raw_rows(), self.limit)):
+    def raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+        """The row of every item of `examples` of the whole, as it stands in the file, with its `path:line`."""
+        for number, found in enumerate(islice(self._file_rows(), self.limit)):
+            # Evenly spread, so that no order of the rows matters.
             if math.floor((number + 1) * self.fraction) > math.floor(number * self.fraction):
                 yield found
 
-    def _raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+    def _used_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+        """Those that `limit` and `fraction` leave, under the names that we know."""
+        for where, row in self.raw_rows():
+            yield where, row if isinstance(row, RowFault) else _checked_row(row, self.columns, where)
+
+    def _file_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         if self.hub_dataset is not None:
             for number, row in enumerate(self.hub_dataset, start=1):
-                where = f"{self.name}:{number}"
-                yield where, _checked_row(dict[str, Any](row), self.columns, where)
+                yield f"{self.name}:{number}", dict[str, Any](row)
             return
         for path, shown in self.files:
             for line, row in read_rows(path, shown, self.columns):
-                where = f"{shown}:{line}"
-                yield where, row if isinstance(row, RowFault) else _checked_row(row, self.columns, where)
+                yield f"{shown}:{line}", row
 
 
 def _checked_row(row: Row, columns: ColumnPaths, where: str) -> Row | RowFault:

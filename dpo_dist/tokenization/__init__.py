@@ -16,14 +16,16 @@
 Rows that hold token ids already pass through unchanged, and no tokenizer is loaded for them. Needs no process group.
 """
 
-from dpo_dist.tokenization.dataset import TokenizedDataset
-from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.dataset import Sample, TokenizedDataset
+from dpo_dist.tokenization.encode import Encoder, TokenizedExample
 from dpo_dist.tokenization.notes import MERGED, describe_notes
 from dpo_dist.tokenization.prepare import prepare_dataset, repeated_data
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer
 
 __all__ = [
     "MERGED",
+    "Encoder",
+    "Sample",
     "TokenizedDataset",
     "TokenizedExample",
     "TokenizerSpec",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.cli.data_quality import describe_leaks
-from dpo_dist.cli.datasets import datasets_of
+from dpo_dist.cli.reading import datasets_of
 from dpo_dist.config import RunConfig
 from dpo_dist.data.held_out import is_held_out
 from dpo_dist.errors import DataError

@@ -86,24 +86,21 @@ class Source:
         Raises:
             DataError: at a fault of the file that hides the rows behind it, naming file:line.
         """
+        for where, row in self.rows():
+            yield row if isinstance(row, RowFault) else example_of(row, where, ignored, pairing, demonstrations)
+
+    def rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+        """Every row up to the limit, with its place; raises as `examples`."""
         tokenised: bool | None = None
         for where, row in self._used_rows():
-            if isinstance(row, RowFault):
-                yield row
-                continue
             kind = _is_tokenised(row)
             tokenised = kind if tokenised is None else tokenised
             if kind is not None and kind != tokenised:
                 kinds = ("text", "token ids") if tokenised else ("token ids", "text")
                 what = f"the row holds {kinds[0]}, earlier rows hold {kinds[1]}"
-                yield RowFault(MIXED_KINDS, where, what, "use one kind per source")
-                continue
-            if ignored is not None:
-                ignored |= ignored_columns(row, demonstrations)
-            try:
-                yield parse_row(row, where, pairing, demonstrations)
-            except RowError as error:
-                yield fault_of(error, where)
+                yield where, RowFault(MIXED_KINDS, where, what, "use one kind per source")
+            else:
+                yield where, row
 
     def _used_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         """Those that `limit` and `fraction` leave: evenly spread, so that no order of the rows matters."""
@@ -121,6 +118,18 @@ class Source:
             for line, row in read_rows(path, shown, self.columns):
                 where = f"{shown}:{line}"
                 yield where, row if isinstance(row, RowFault) else _checked_row(row, self.columns, where)
+
+
+def example_of(
+    row: Row, where: str, ignored: set[str] | None, pairing: Pairing, demonstrations: bool
+) -> PreferenceExample | RowFault:
+    """One row of `Source.rows`; the arguments are those of `Source.examples`."""
+    if ignored is not None:
+        ignored |= ignored_columns(row, demonstrations)
+    try:
+        return parse_row(row, where, pairing, demonstrations)
+    except RowError as error:
+        return fault_of(error, where)
 
 
 def _checked_row(row: Row, columns: ColumnPaths, where: str) -> Row | RowFault:

@@ -3,6 +3,9 @@
     tokenizer.py  load a tokenizer; what identifies it
     conversation.py messages               text, by a chat template; what it leaves out
     encode.py     text examples            TokenizedExample or RowFault
+    row_encoder.py rows as they are read   what each became
+    processes.py the same                  by several processes, in order
+    worker.py    one of them
     notes.py      what a user should know  a line for each
     grouping.py   rows of one prompt       one example
     bad_rows.py   rows without use         counts, and a message

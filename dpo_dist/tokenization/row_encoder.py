@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config import DataConfig
+from dpo_dist.config import DataConfig, Pairing
 from dpo_dist.data import PreferenceExample, RowFault
 from dpo_dist.data.columns import Row
 from dpo_dist.data.sources import example_of
@@ -39,7 +39,7 @@ class RowEncoder:
         self, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None, tokenizer_name: str, demonstrations: bool
     ) -> None:
         self._encoder = Encoder(data, tokenizer, tokenizer_name)
-        self._pairing = data.pairing
+        self._pairing: Pairing = data.pairing
         self._demonstrations = demonstrations
         self.chat_template = self._encoder.chat_template
 

@@ -38,11 +38,12 @@ def serve(connection: Connection) -> None:
     try:
         tokenizer = load_tokenizer(work.tokenizer) if work.tokenizer is not None else None
         encoder = RowEncoder(work.data, tokenizer, work.tokenizer_name, work.demonstrations)
-        first: object = tokenizer_digest(tokenizer) if tokenizer is not None else None
+        digest = tokenizer_digest(tokenizer) if tokenizer is not None else None
     except Exception as error:
-        first = error
-    _answer(connection, -1, first)
-    while not isinstance(first, Exception):
+        _answer(connection, -1, error)
+        return
+    _answer(connection, -1, digest)
+    while True:
         number, rows = groups.get()
         _answer(connection, number, encoder.outcome(rows))
 

@@ -11,6 +11,7 @@
       FolderInUseError          another run trains in the run's folder            exit 1
       RankMismatchError         ranks do not agree on what they compute           exit 1
       PeerLostError             another rank is gone or hangs                     exit 1
+      WorkerLostError           a process that tokenises is gone                  exit 1
 
 A message says what is wrong as `<path>=<value> <what>; <what would be right>`; data errors name file:line. Each class
 also inherits its standard-library type, and carries plain strings only, so that it can be pickled.
@@ -71,5 +72,11 @@ class PeerLostError(DpoDistError, RuntimeError):
 
 class RankMismatchError(DpoDistError, RuntimeError):
     """Ranks disagree on the step, the configuration or the data."""
+
+    exit_code = 1
+
+
+class WorkerLostError(DpoDistError, RuntimeError):
+    """A process that prepares data was ended from outside, most likely for want of memory."""
 
     exit_code = 1

@@ -106,6 +106,9 @@ class DataConfig(Section):
     group_by_prompt: Flag = False
     """Make one example of all rows of a data set that have the same prompt, so that it and the completions that they
     have in common are computed once. All tokens of a data set have to fit into memory for it."""
+    num_proc: Annotated[int, Field(ge=1)] | None = None
+    """Processes that tokenise, where there are more than a few thousand rows. null: as many as there are cores that
+    this process may use, up to 8; one for token ids. Never changes the result. Each holds a tokenizer and some rows."""
 
     @property
     def has_held_out(self) -> bool:

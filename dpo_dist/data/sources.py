@@ -23,7 +23,7 @@ from dpo_dist.data.example import (
     fault_of,
 )
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows
-from dpo_dist.data.held_out import Part, is_held_out
+from dpo_dist.data.held_out import Part, is_in_part
 from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.data.published import as_ranking
 from dpo_dist.data.rows import parse_row
@@ -90,35 +90,23 @@ class Source:
         Raises:
             DataError: at a fault of the file that hides the rows behind it, naming file:line.
         """
-        parsed = self._parsed(ignored, pairing, demonstrations)
-        return parsed if self.part == "whole" else filter(self._is_in_part, parsed)
+        for where, row in self.rows():
+            parsed = row if isinstance(row, RowFault) else example_of(row, where, ignored, pairing, demonstrations)
+            if is_in_part(parsed, self.part, self.held_out_share):
+                yield parsed
 
-    def _parsed(
-        self, ignored: set[str] | None, pairing: Pairing, demonstrations: bool
-    ) -> Iterator[PreferenceExample | RowFault]:
+    def rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+        """Every row up to the limit, of whatever part, with its place; raises as `examples`."""
         tokenised: bool | None = None
         for where, row in self._used_rows():
-            if isinstance(row, RowFault):
-                yield row
-                continue
             kind = _is_tokenised(row)
             tokenised = kind if tokenised is None else tokenised
             if kind is not None and kind != tokenised:
                 kinds = ("text", "token ids") if tokenised else ("token ids", "text")
                 what = f"the row holds {kinds[0]}, earlier rows hold {kinds[1]}"
-                yield RowFault(MIXED_KINDS, where, what, "use one kind per source")
-                continue
-            if ignored is not None:
-                ignored |= ignored_columns(row, demonstrations)
-            try:
-                yield parse_row(row, where, pairing, demonstrations)
-            except RowError as error:
-                yield fault_of(error, where)
-
-    def _is_in_part(self, parsed: PreferenceExample | RowFault) -> bool:
-        """Faults are told of once, with what is trained on."""
-        held_out = isinstance(parsed, PreferenceExample) and is_held_out(parsed.prompt, self.held_out_share)
-        return held_out == (self.part == "held_out")
+                yield where, RowFault(MIXED_KINDS, where, what, "use one kind per source")
+            else:
+                yield where, row
 
     def raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         """The row of every item of `examples` of the whole, as it stands in the file, with its `path:line`."""
@@ -140,6 +128,18 @@ class Source:
         for path, shown in self.files:
             for line, row in read_rows(path, shown, self.columns):
                 yield f"{shown}:{line}", row
+
+
+def example_of(
+    row: Row, where: str, ignored: set[str] | None, pairing: Pairing, demonstrations: bool
+) -> PreferenceExample | RowFault:
+    """One row of `Source.rows`; the arguments are those of `Source.examples`."""
+    if ignored is not None:
+        ignored |= ignored_columns(row, demonstrations)
+    try:
+        return parse_row(row, where, pairing, demonstrations)
+    except RowError as error:
+        return fault_of(error, where)
 
 
 def _checked_row(row: Row, columns: ColumnPaths, where: str) -> Row | RowFault:

@@ -4,6 +4,9 @@
     conversation.py messages               text, by a chat template; what it leaves out
     encode.py     text examples            TokenizedExample or RowFault
     truncation.py a prompt that is too long the end of it
+    row_encoder.py rows as they are read   what each became
+    processes.py the same                  by several processes, in order
+    worker.py    one of them
     notes.py      what a user should know  a line for each
     grouping.py   rows of one prompt       one example
     ratings.py    rows called good or bad  pairs, by prompt

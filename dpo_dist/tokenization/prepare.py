@@ -13,31 +13,33 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from dpo_dist.config import DataConfig, DataSource
-from dpo_dist.data import PreferenceExample, RowFault, Source, open_source
+from dpo_dist.data import RowFault, Source, open_source
 from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED, UNPAIRED
 from dpo_dist.data.held_out import Part
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
 from dpo_dist.tokenization.dataset import TokenizedDataset
-from dpo_dist.tokenization.encode import Encoder, TokenizedExample
 from dpo_dist.tokenization.gathering import Gathering
+from dpo_dist.tokenization.processes import RowProcesses
+from dpo_dist.tokenization.row_encoder import RowEncoder
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
+from dpo_dist.tokenization.worker import Work
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
 # Raise when the same rows would be written as other ids or in another layout.
 DATA_FORMAT = 4
-_EXAMPLES_PER_CALL = 256
 _LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
+_DATED = "the chat template writes today's date into prompts: data tokenised on another day will differ"
 
 
 def prepare_dataset(
@@ -76,8 +78,10 @@ def prepare_dataset(
     ]
     needs_tokenizer = not all(source.holds_token_ids() for source in opened)
     loaded = load_tokenizer(tokenizer) if needs_tokenizer else None
-    encoder = Encoder(data, loaded, f"{tokenizer.key}={tokenizer.path}")
-    digest = tokenizer_digest(loaded) if loaded is not None else None
+    name = f"{tokenizer.key}={tokenizer.path}"
+    encoder = RowEncoder(data, loaded, name, demonstrations, part)
+    digest = tokenizer_digest(loaded) if loaded is not None else None  # an encoder switches a tokenizer's traps off
+    work = Work(data, tokenizer if needs_tokenizer else None, name, demonstrations, part)
     identities = [source.identity() for source in opened]
     folder = cache_dir / _cache_key(identities, data, digest, demonstrations)
     # Looked up without the lock first: a folder under its final name is whole, and most starts find it.
@@ -88,7 +92,10 @@ def prepare_dataset(
             with _locked(folder):
                 if not is_whole(folder):
                     place = section if len(opened) > 1 else opened[0].key
-                    _write(folder, opened, identities, data, encoder, demonstrations, place)
+                    if "strftime_now" in encoder.chat_template:
+                        _LOGGER.warning(_DATED)
+                    with closing(RowProcesses(encoder, work, digest)) as processes:
+                        _write(folder, opened, identities, data, processes, place)
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
@@ -172,8 +179,7 @@ def _write(
     sources: Sequence[Source],
     identities: Sequence[list[str]],
     data: DataConfig,
-    encoder: Encoder,
-    demonstrations: bool,
+    processes: RowProcesses,
     place: str,
 ) -> None:
     """Tokenise into a temporary folder, bring it to the disk, give it its name. Needs the lock."""
@@ -182,21 +188,17 @@ def _write(
     if folder.exists():
         _LOGGER.warning("%s is damaged and is written again", folder)
         shutil.rmtree(folder)
-    if "strftime_now" in encoder.chat_template:
-        _LOGGER.warning("the chat template writes today's date into prompts: data tokenised on another day will differ")
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with closing(ExampleWriter(partial)) as writer:
-            bad_rows: Counter[str] = Counter()
-            ignored: set[str] = set()
-            refused, num_read = BadRows(), 0
+            found = _Found()
             for source in sources:
-                rows = source.examples(ignored, data.pairing, demonstrations)
-                num_read += _write_source(source, rows, data, encoder, writer, bad_rows, refused)
-            if refused.total:
-                raise DataError(refused.refusal(place, num_read))
+                found.num_read += _write_source(source, data, processes, writer, found)
+            if found.refused.total:
+                raise DataError(found.refused.refusal(place, found.num_read))
             _require_unchanged(sources, identities)
-            writer.finish(dict(sorted(bad_rows.items())), dict(sorted(encoder.notes.items())), sorted(ignored))
+            notes = dict(sorted(found.notes.items()))
+            writer.finish(dict(sorted(found.bad_rows.items())), notes, sorted(found.ignored))
         for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
             _sync(partial / name)
         partial.rename(folder)
@@ -218,14 +220,20 @@ def _require_unchanged(sources: Sequence[Source], identities: Sequence[list[str]
             )
 
 
+@dataclass
+class _Found:
+    """What is told of the rows of all sources."""
+
+    num_read: int = 0
+    refused: BadRows = field(default_factory=BadRows)
+    bad_rows: Counter[str] = field(default_factory=Counter[str])
+    """Those left out, by reason."""
+    notes: Counter[str] = field(default_factory=Counter[str])
+    ignored: set[str] = field(default_factory=set[str])
+
+
 def _write_source(
-    source: Source,
-    rows: Iterator[PreferenceExample | RowFault],
-    data: DataConfig,
-    encoder: Encoder,
-    writer: ExampleWriter,
-    bad_rows: Counter[str],
-    refused: BadRows,
+    source: Source, data: DataConfig, processes: RowProcesses, writer: ExampleWriter, found: _Found
 ) -> int:
     """Write the examples of a source, and count its bad rows: those left out, and those that refuse the run.
 
@@ -235,47 +243,35 @@ def _write_source(
     left_out = BadRows()
     gathering = Gathering(writer.write, data)
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
-    for group in _grouped(rows, _EXAMPLES_PER_CALL):
+    for encoded in processes.encoded(source.rows()):
         inject("tokenise")
-        for result in _encoded(group, encoder):
+        found.notes.update(encoded.notes)
+        found.ignored |= encoded.ignored
+        for result in encoded.results:
             num_read += 1
             if isinstance(result, RowFault):
-                (left_out if _is_left_out(result, data) else refused).add(result)
-            elif not refused.total:  # else only the bad ones matter from here on
+                (left_out if _is_left_out(result, data) else found.refused).add(result)
+            elif not found.refused.total:  # else only the bad ones matter from here on
                 gathering.add(result)
         if time.monotonic() >= next_log_s:
             next_log_s += _LOG_EVERY_S
             _LOGGER.info("%s: %s rows read, %s tokens", source.key, f"{num_read:,}", f"{writer.num_tokens:,}")
     notes, num_unpaired = gathering.finish()
-    encoder.notes.update(notes)
+    found.notes.update(notes)
     counts = left_out.counts + Counter({UNPAIRED: num_unpaired})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
-    if writer.num_examples == num_before and not refused.total:
+    if writer.num_examples == num_before and not found.refused.total:
         raise nothing_left(source, data, num_read, reasons, left_out)
     if counts:
         _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)
-    bad_rows.update(counts)
+    found.bad_rows.update(counts)
     return num_read
-
-
-def _encoded(group: list[PreferenceExample | RowFault], encoder: Encoder) -> Iterator[TokenizedExample | RowFault]:
-    """The group in its order, faults in their places, so that the first faults of the file are the ones shown."""
-    encoded = iter(encoder.encode([item for item in group if isinstance(item, PreferenceExample)]))
-    for item in group:
-        yield item if isinstance(item, RowFault) else next(encoded)
 
 
 def _is_left_out(fault: RowFault, data: DataConfig) -> bool:
     # Completions that are all equally good, or were cut to the same, are no mistake of the data.
     is_expected = fault.reason in (TIED, CUT_ALIKE) or (fault.reason == OVER_LONG and data.truncation_mode != "error")
     return data.on_bad_row == "skip" or is_expected
-
-
-def _grouped(items: Iterable[PreferenceExample | RowFault], size: int) -> Iterator[list[PreferenceExample | RowFault]]:
-    """Lists of up to `size` items."""
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from dpo_dist import machine as control_groups
+from dpo_dist import control_groups
 from dpo_dist.attention.packages import FLASH_3
 from dpo_dist.cli import app
 from dpo_dist.cli.doctor import folders, software

@@ -13,7 +13,7 @@ import psutil
 
 from dpo_dist.checkpoint import human_bytes
 from dpo_dist.cli.doctor.findings import Finding
-from dpo_dist.machine import cores_of_container, memory_of_container
+from dpo_dist.control_groups import cores_of_container, memory_of_container
 
 SECTION = "machine"
 INFINIBAND = Path("/sys/class/infiniband")

@@ -262,11 +262,18 @@ def test_few_rows_start_no_process(prepare: Callable[..., Path], monkeypatch: py
     prepare(lines(rows(60)), num_proc=1)
 
 
-@pytest.mark.parametrize(("num_proc", "expected"), [(None, usable_cores()), (5, 5)])
-def test_the_setting_says_how_many(monkeypatch: pytest.MonkeyPatch, num_proc: int | None, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("cores", "num_proc", "is_text", "expected"),
+    [(3, None, True, 3), (64, None, True, 8), (3, None, False, 1), (3, 5, True, 5), (3, 5, False, 5)],
+)
+def test_the_setting_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, cores: int, num_proc: int | None, is_text: bool, expected: int
+) -> None:
+    monkeypatch.setattr(processes, "usable_cores", lambda: cores)
     data = DataConfig(train=[DataSource(path="unread")], num_proc=num_proc)
     encoder: Any = processes.RowEncoder(data, None, "", False)
-    assert processes.RowProcesses(encoder, processes.Work(data, None, "", False), None)._num_proc == expected
+    work = processes.Work(data, TokenizerSpec("unread") if is_text else None, "", False)
+    assert processes.RowProcesses(encoder, work, None)._num_proc == expected
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(None, 6), (2.5, 2), (0.5, 1), (9.0, 6)])

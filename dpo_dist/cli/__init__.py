@@ -19,7 +19,7 @@
     comparing.py `compare`
     ending.py    how a rank ends
     checking.py  `check`
-    feedback.py  `feedback add`, `feedback show`
+    feedback.py  `feedback add`, `feedback show`, `round` (feeding.py, round_running.py)
     inspecting.py `inspect`
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
@@ -57,6 +57,7 @@ app = typer.Typer(
 )
 
 app.add_typer(feedback.app, name="feedback")
+app.command(name="round")(feedback.round_)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[

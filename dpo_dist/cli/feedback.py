@@ -1,11 +1,20 @@
 """`dpo-dist feedback`: what people said of answers in production, as data for the next round."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dpo_dist.cli.starting import quiet_imports, user_errors
+
+
+class Reference(StrEnum):
+    """What a round is compared with."""
+
+    last = "last"
+    first = "first"
+
 
 app = typer.Typer(help="Collect what people said of answers in production, and train on it.", no_args_is_help=True)
 
@@ -42,3 +51,26 @@ def show(
         from dpo_dist.cli.feeding import describe
 
         typer.echo(describe(folder, as_json))
+
+
+def round_(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file whose data.train is a set of feedback.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values in the place of the file's."),
+    ] = None,
+    reference: Annotated[
+        Reference, typer.Option(help="What a round is compared with: the model it begins with, or the first round's.")
+    ] = Reference.last,
+    max_drop: Annotated[
+        float, typer.Option(min=0.0, help="Share of the held-out pairs of old feedback that a round may cost.")
+    ] = 0.02,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of this machine; all.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and start nothing.")] = False,
+) -> None:
+    """Train one round on all feedback so far, from the last round's model, and say whether the old is kept."""
+    with user_errors():
+        from dpo_dist.cli.launch_options import Where
+        from dpo_dist.cli.round_running import run_round
+
+        raise typer.Exit(run_round(config, overrides or (), reference.value, max_drop, Where(gpus=gpus), dry_run))

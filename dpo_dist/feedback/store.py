@@ -4,7 +4,6 @@ What is known of a version stands in its own file, so that one rename makes it b
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from dpo_dist.durable import sync
 from dpo_dist.errors import DataError
 from dpo_dist.feedback.events import PROVENANCE, Statement
 
@@ -133,9 +133,9 @@ class FeedbackSet:
             columns.append(pa.array(values, pa.string()).cast(field.type) if is_text else pa.array(values, field.type))
         partial, path = self.folder / ".partial", self.folder / f"train-{version.number:04d}.parquet"
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), partial)
-        _sync(partial)
+        sync(partial)
         partial.rename(path)
-        _sync(self.folder)
+        sync(self.folder)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("train-*.parquet"))
@@ -168,12 +168,3 @@ def _version_of(path: Path) -> Version:
 def _keys_of(path: Path) -> list[str]:
     _version_of(path)
     return pq.read_table(path, columns=["feedback_key"]).column(0).to_pylist()
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import xxhash
 
+from dpo_dist.durable import sync
 from dpo_dist.errors import ConfigError
 
 IDENTITY_FILE = "reference.json"
@@ -82,15 +83,6 @@ def write_identity(folder: Path, identity: CacheIdentity) -> None:
     sync(staging)
     os.replace(staging, folder / IDENTITY_FILE)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Block until a file's content, or a folder's list of names, is on the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _require_empty(folder: Path, ignored: Collection[str]) -> None:

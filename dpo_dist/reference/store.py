@@ -21,8 +21,9 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float32, UInt64
 
+from dpo_dist.durable import sync
 from dpo_dist.errors import ConfigError
-from dpo_dist.reference.identity import CacheIdentity, check_identity, sync, write_identity
+from dpo_dist.reference.identity import CacheIdentity, check_identity, write_identity
 from dpo_dist.reference.keys import DistinctKeys
 from dpo_dist.reference.rows import SCHEMA, PartReader, has_tokens, keys_of, logps_of
 

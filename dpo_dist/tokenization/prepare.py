@@ -8,7 +8,6 @@ result, and a kill at any moment leaves nothing that could be taken for whole.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import RowFault, Source, open_source
 from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED, UNPAIRED
 from dpo_dist.data.held_out import Part
+from dpo_dist.durable import sync
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
@@ -200,9 +200,9 @@ def _write(
             notes = dict(sorted(found.notes.items()))
             writer.finish(dict(sorted(found.bad_rows.items())), notes, sorted(found.ignored))
         for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
-            _sync(partial / name)
+            sync(partial / name)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -272,12 +272,3 @@ def _is_left_out(fault: RowFault, data: DataConfig) -> bool:
     # Completions that are all equally good, or were cut to the same, are no mistake of the data.
     is_expected = fault.reason in (TIED, CUT_ALIKE) or (fault.reason == OVER_LONG and data.truncation_mode != "error")
     return data.on_bad_row == "skip" or is_expected
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

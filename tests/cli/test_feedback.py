@@ -178,7 +178,7 @@ def test_a_kill_in_the_middle_leaves_the_set_as_it_was(add: Any, tmp_path: Path)
     program = (
         "import os, signal, sys; from dpo_dist.feedback import store; from dpo_dist.cli.feeding import run_add\n"
         "from pathlib import Path\n"
-        "store._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "store.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
         "run_add([Path(sys.argv[1])], Path(sys.argv[2]), [], [], False, False)"
     )
     log = write(tmp_path / "second.jsonl", EVENTS)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.data import Message, PreferenceExample, RowFault
 from dpo_dist.data.example import NOT_RENDERED, PROMPT_MOVED, TEMPLATE_ERROR, WRONG_ROLE, common_prefix_length
 from dpo_dist.errors import ModelError
-from dpo_dist.tokenization.traces import Lost, find_lost, short
+from dpo_dist.tokenization.traces import Lost, Shape, find_lost, has_contents, shape_of, short
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 _CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"alpha": "omega"}}}
@@ -42,6 +42,7 @@ class Renderer:
                     f"data.chat_template_kwargs.{setting}: the chat template of {name} does not read it; leave it out"
                 )
         self._arguments: Literal["given", "objects", "strings"] | None = None
+        self._whole_shapes: set[Shape] = set()  # of rows of which nothing was left out
 
     def texts(self, example: PreferenceExample) -> list[str] | RowFault:
         """The prompt with its generation header, and for each completion the whole conversation.
@@ -67,13 +68,7 @@ class Renderer:
             whole = [self._render(conversation, example.tools) for conversation in conversations]
             if moved := self._moved(prompt, example.tools, asked, whole):
                 return RowFault(PROMPT_MOVED, example.source, *moved)
-            lost = self._lost_tools(prompt, example.tools, asked)
-            lost = lost or find_lost(
-                prompt, len(prompt), asked, lambda m: self._render(m, example.tools, add_generation_prompt=True), True
-            )
-            for conversation, text in zip(conversations, whole, strict=True):
-                render = partial(self._render, tools=example.tools)
-                lost = lost or find_lost(conversation, len(prompt), text, render, is_prompt=False)
+            lost = self._lost(example.tools, prompt, asked, conversations, whole)
         # It may raise anything on a conversation that it does not expect.
         except Exception as error:
             what = f"the chat template refuses the conversation ({type(error).__name__}: {error})"
@@ -81,6 +76,34 @@ class Renderer:
         if lost:
             return RowFault(NOT_RENDERED, example.source, *lost)
         return [asked, *whole]
+
+    def _lost(
+        self,
+        tools: Sequence[Any] | None,
+        prompt: list[Message],
+        asked: str,
+        conversations: list[list[Message]],
+        whole: list[str],
+    ) -> Lost | None:
+        """What of the row the template leaves out.
+
+        To find that takes as many renderings again. They are saved where a row of the same shape lost nothing, and the
+        text has every content in its place, word by word: then a template that looks at words has not left any out.
+        """
+        shape = shape_of([prompt, *conversations]) if not tools else None
+        texts = zip([prompt, *conversations], [asked, *whole], strict=True)
+        if shape in self._whole_shapes and all(has_contents(text, messages) for messages, text in texts):
+            return None
+        lost = self._lost_tools(prompt, tools, asked)
+        lost = lost or find_lost(
+            prompt, len(prompt), asked, lambda m: self._render(m, tools, add_generation_prompt=True), True
+        )
+        for conversation, text in zip(conversations, whole, strict=True):
+            render = partial(self._render, tools=tools)
+            lost = lost or find_lost(conversation, len(prompt), text, render, is_prompt=False)
+        if shape is not None and lost is None:
+            self._whole_shapes.add(shape)
+        return lost
 
     def _render(self, messages: list[Message], tools: Sequence[Any] | None, add_generation_prompt: bool = False) -> str:
         return str(

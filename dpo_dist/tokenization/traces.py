@@ -12,6 +12,7 @@ from dpo_dist.data import Message
 
 Render = Callable[[list[Message]], str]
 Lost = tuple[str, str]  # what is wrong, and a way out
+Shape = tuple[tuple[tuple[str, bool], ...], ...]
 
 # Parts of a message beside its content and its tool calls. A template may leave out what an earlier turn thought, and
 # many do; then it must show it while that turn is the last one.
@@ -40,6 +41,25 @@ def find_lost(messages: list[Message], num_prompt: int, text: str, render: Rende
         if not is_prompt and (lost := _lost_thought(messages, index, render)):
             return lost
     return None
+
+
+def shape_of(conversations: Sequence[Sequence[Message]]) -> Shape | None:
+    """Who speaks, and whether they say anything; None where a message holds more than its content."""
+    if any(message.keys() - {"role", "content"} for messages in conversations for message in messages):
+        return None
+    return tuple(tuple((message["role"], bool(message["content"].strip())) for message in one) for one in conversations)
+
+
+def has_contents(text: str, messages: Sequence[Message]) -> bool:
+    """Whether all contents stand in a text, word by word and one behind the other."""
+    place = 0
+    for message in messages:
+        content = message["content"].strip()
+        found = text.find(content, place)
+        if found < 0:
+            return False
+        place = found + len(content)
+    return True
 
 
 def _lost_thought(messages: list[Message], index: int, render: Render) -> Lost | None:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.errors import DataError, ModelError
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, load_tokenizer, prepare_dataset
+from dpo_dist.tokenization.conversation import Renderer
 from tests import chat_templates as templates
 from tests.byte_tokenizer import save_tokenizer
 from tests.golden.conversations import TOOL, USER, calls, row, says
@@ -318,3 +319,34 @@ def test_what_a_template_is_given_reaches_it_and_makes_other_data(reader: Reader
 def test_what_a_template_does_not_read_is_refused(reader: Reader) -> None:
     with pytest.raises(ModelError, match=r"kwargs.enable_thoughts: the chat template of .* does not read it"):
         reader.data(THINKING, [row()], chat_template_kwargs={"enable_thoughts": True})
+
+
+# ---- what is not looked for again
+
+NO_SECRETS = (
+    "{% for m in messages if not m['content'].startswith('secret') %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_leaves_out_certain_words(reader: Reader) -> None:
+    """Rows of the same shape lose nothing, and are not looked through again; this one is."""
+    rows = [row(prompt=[SYSTEM, {"role": "user", "content": text}]) for text in ("a", "b", "secret words")]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3: the chat template leaves out message 2 .*not_rendered"):
+        reader.data(NO_SECRETS, rows)
+
+
+def test_rows_of_one_shape_are_rendered_once_each(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    stock = Renderer._render
+
+    def counted(self: Renderer, *arguments: Any, **settings: Any) -> str:
+        counts.append(1)
+        return stock(self, *arguments, **settings)
+
+    monkeypatch.setattr(Renderer, "_render", counted)
+    reader.data(templates.SMOLLM2, [row()])
+    first = len(counts)
+    reader.data(templates.SMOLLM2, [row()] * 11)
+    assert len(counts) - 2 * first == 3 * 10  # prompt, chosen, rejected

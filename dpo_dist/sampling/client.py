@@ -89,6 +89,13 @@ class Client:
         )
 
 
+def text_of(choice: dict[str, Any]) -> str | None:
+    """What a choice says, as UTF-8 can hold it; None: nothing."""
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else choice.get("text")
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """urllib would send the key to wherever a server points."""
 

@@ -180,4 +180,5 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     rest = text.removeprefix(before).lstrip().removeprefix(answer)
     ids = tokenizer(rest, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
-    return ids[0] if len(rest) < len(text) and ids and ids[0] in tokenizer.all_special_ids else None
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return ids[0] if len(rest) < len(text) and ids and ids[0] in special else None

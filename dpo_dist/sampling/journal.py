@@ -1,5 +1,6 @@
 """What has been sampled and judged so far: a file of lines that only grows, so that a kill loses one line at most."""
 
+import errno
 import fcntl
 import json
 import os
@@ -53,7 +54,7 @@ class Journal:
         self._verdicts: dict[tuple[str, str], dict[tuple[int, int], Verdict]] = defaultdict(dict)
         self._lock = threading.Lock()
         try:
-            self._file = path.open("a+b")
+            self._file = path.open("a+b", buffering=0)  # what cannot be written must not wait in memory
         except OSError as error:
             raise _cannot_write(path, error) from error
         try:
@@ -137,11 +138,14 @@ class Journal:
             self.completions[record["key"]][record["k"]] = Completion(record["text"], record["is_cut"])
 
     def _write(self, records: Sequence[dict[str, Any]]) -> None:
-        """All at once, so that what belongs together is there together, but for a kill in the middle of the write."""
+        """All at once; where there is no room for all, none of it stays."""
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        size = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-            self._file.flush()
+            if self._file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            self._file.truncate(size)
             raise _cannot_write(self.path, error) from error
 
 

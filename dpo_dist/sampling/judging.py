@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import permutations
 
-from dpo_dist.sampling.client import Client, all_of
+from dpo_dist.sampling.client import Client, all_of, text_of
 from dpo_dist.sampling.journal import Journal, Verdict
 from dpo_dist.sampling.prompts import Prompt
 
@@ -55,8 +55,7 @@ def judge(
         better = None
         for _ in range(2):  # once more where it makes no sense
             body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": text}]}
-            content = (client.post("chat/completions", body).get("message") or {}).get("content")
-            better = better_of(content) if isinstance(content, str) else None
+            better = better_of(text_of(client.post("chat/completions", body)) or "")
             if better is not None:
                 break
         journal.add_verdict(key, model, shown, Verdict(better or "tie", better is None))

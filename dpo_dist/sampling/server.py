@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dpo_dist.sampling.client import Client, all_of
+from dpo_dist.sampling.client import Client, all_of, text_of
 from dpo_dist.sampling.journal import Completion, Journal
 from dpo_dist.sampling.prompts import Prompt, Settings
 
@@ -41,11 +41,9 @@ def sample_from_server(
         }
         if isinstance(prompt.text, str):
             choice = client.post("completions", {**body, "prompt": prompt.text})
-            text = choice.get("text")
         else:
             choice = client.post("chat/completions", {**body, "messages": list(prompt.text)})
-            text = (choice.get("message") or {}).get("content")
-        completion = Completion(text if isinstance(text, str) else "", choice.get("finish_reason") == "length")
+        completion = Completion(text_of(choice) or "", choice.get("finish_reason") == "length")
         journal.add_completions([(key, k, completion)])
 
     calls: list[Callable[[], None]] = []

@@ -3,12 +3,13 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from typer.testing import CliRunner
 from dpo_dist.cli import app
 from dpo_dist.config import DataSource
 from dpo_dist.data import PreferenceExample, RowFault, open_source
-from dpo_dist.sampling import client
+from dpo_dist.sampling import Completion, LocalSampler, Prompt, Settings, client, prompt_ids
 from dpo_dist.sampling.generation import SeededSampling
 from dpo_dist.sampling.journal import Verdict
 from dpo_dist.sampling.judging import JUDGE_PROMPT, better_of, scores_of
-from tests.byte_tokenizer import CHATML, save_tokenizer
+from dpo_dist.tokenization import TokenizerSpec, load_tokenizer
+from tests.byte_tokenizer import CHATML, EOS, IM_END, save_tokenizer
 from tests.openai_server import Server, longer, serving
 from tests.pages import ROOT
 
@@ -162,6 +164,67 @@ def test_killed_in_the_middle_and_begun_again(sample: Any, model: Path, tmp_path
     (tmp_path / "out.jsonl").unlink()
     assert sample(ROWS, *options)[0] == 0
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_no_room_on_the_disk(sample: Any, model: Path, tmp_path: Path) -> None:
+    """A file may have 700 bytes, as on a full disk: what does not fit leaves no half line."""
+    assert sample(ROWS, *local(model, "--batch-size", "1"), out="whole.jsonl")[0] == 0
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))\n"
+    program += "import sys; from dpo_dist.cli import app; app(sys.argv[1:])"
+    words = ["sample", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    command = [sys.executable, "-c", program, *words, *local(model, "--batch-size", "1")]
+    full = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert full.returncode == 2 and "out.jsonl.partial cannot be written (" in full.stderr, full.stderr
+    assert (tmp_path / "out.jsonl.partial").read_bytes().endswith(b"}\n")
+    assert sample(ROWS, *local(model, "--batch-size", "1"))[0] == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_completion_is_that_of_a_plain_loop(model: Path, tmp_path: Path) -> None:
+    """One token after another, without padding, cache and batches; and penalties of the model's folder are not read."""
+    settings = Settings("m", 2, 12, 0.8, 0.9, 5)
+    prompts = [Prompt(text, "") for text in ("Hi", "A longer prompt")]
+    tokenizer = load_tokenizer(TokenizerSpec(str(model)))
+    ids = cast("list[tuple[int, ...]]", prompt_ids(prompts, tokenizer, "m", None))
+    policy = LlamaForCausalLM.from_pretrained(model).eval()
+    folder = shutil.copytree(model, tmp_path / "with_penalties")
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 5.0, "do_sample": true, "top_k": 1}')
+    sampled = LocalSampler(folder, tokenizer, settings, False).sample(prompts, ids)
+    for prompt, start, found in zip(prompts, ids, sampled, strict=True):
+        for k in range(2):
+            generator = torch.Generator().manual_seed(prompt.seed(settings, k))
+            said: list[int] = []
+            for uniform in torch.rand(12, generator=generator, dtype=torch.float64):
+                with torch.no_grad():
+                    logits = policy(torch.tensor([[*start, *said]])).logits[0, -1].double()
+                probs = torch.softmax(logits / 0.8, -1)
+                kept: set[int] = set()
+                for token in probs.argsort(descending=True).tolist():
+                    if sum(float(probs[one]) for one in kept) < 0.9:
+                        kept.add(token)
+                probs = torch.tensor([p if token in kept else 0.0 for token, p in enumerate(probs.tolist())])
+                place = float(uniform) * float(probs.sum())
+                token = next(one for one in range(264) if float(probs[: one + 1].sum()) > place)
+                if token in (EOS, IM_END):  # the template ends an answer with the second
+                    break
+                said.append(token)
+            assert found[k] == Completion(tokenizer.decode(said, skip_special_tokens=True), len(said) == 12)
+
+
+def test_an_answer_ends_as_the_template_ends_it(model: Path, tmp_path: Path) -> None:
+    """A base model that was trained with a template of its own says the template's last word, and then no EOS."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    always = LlamaForCausalLM(LlamaConfig(vocab_size=264, **sizes))
+    with torch.no_grad():
+        always.model.norm.weight.zero_()
+    always.lm_head = torch.nn.Linear(32, 264, bias=True)
+    with torch.no_grad():
+        always.lm_head.bias.zero_()[IM_END] = 50
+    sampler = LocalSampler(model, load_tokenizer(TokenizerSpec(str(model))), Settings("m", 2, 9, 1.0, 1.0, 0), False)
+    always.generation_config = sampler._model.generation_config
+    sampler._model = always.eval()
+    assert sampler.sample([Prompt("Hi", "")], [(5, 6)]) == [[Completion("", False)] * 2]
 
 
 def test_text_goes_on_from_the_prompt(sample: Any, model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@
     checking.py  `check`
     feedback.py  `feedback add`, `feedback show`, `round` (feeding.py, round_running.py)
     inspecting.py `inspect`
+    sample.py    `sample` (generating.py: the work)
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
     room.py      what to change where memory runs out
@@ -43,7 +44,7 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__
-from dpo_dist.cli import feedback, launch_options, launching
+from dpo_dist.cli import feedback, launch_options, launching, sample
 from dpo_dist.cli.ending import end_rank, leaving_when_asked
 from dpo_dist.cli.redaction import redact_tracebacks, redacted
 from dpo_dist.cli.starting import cache_dir, importing, quiet_imports, user_errors
@@ -58,6 +59,7 @@ app = typer.Typer(
 
 app.add_typer(feedback.app, name="feedback")
 app.command(name="round")(feedback.round_)
+app.command()(sample.sample)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[

@@ -74,7 +74,7 @@ class Encoder:
         self._renderer = None
         if tokenizer is not None:
             self._renderer = Renderer(tokenizer, tokenizer_name, data.chat_template_kwargs)
-        self._leading_ids = _leading_ids(tokenizer) if tokenizer is not None else ()
+        self._leading_ids = leading_ids(tokenizer) if tokenizer is not None else ()
 
     def encode(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample | RowFault]:
         """Token ids of every example, in order, within `data.max_length`, or why it is of no use."""
@@ -233,7 +233,7 @@ class Encoder:
         return RowFault(OVER_LONG, example.source, what, way_out)
 
 
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """What the tokenizer puts before a text (BOS, if any); what it puts after one, such as EOS, is not the prompt's."""
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]
     with_special = tokenizer("a")["input_ids"]

@@ -70,6 +70,10 @@ class PeerLostError(DpoDistError, RuntimeError):
     exit_code = 1
 
 
+class NothingHeldOutError(DataError):
+    """One side of a data set that `data.holdout` divides is empty."""
+
+
 class RankMismatchError(DpoDistError, RuntimeError):
     """Ranks disagree on the step, the configuration or the data."""
 

@@ -158,6 +158,7 @@ class Rounds:
                 _accuracy(lines, name, exported),
             )
             for place, name in enumerate(names)
+            if any(line.get("dataset") == name for line in lines)  # one may have had no prompt to hold out
         ]
 
 

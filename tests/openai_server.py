@@ -41,13 +41,16 @@ def serving(reply: Reply) -> Iterator[Server]:
     server = Server(reply)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # what a redirect would become
+            self.do_POST()
+
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
             status, answer = server.answer(self.path, body, dict(self.headers))
             content = json.dumps(answer).encode()
             try:
                 self.send_response(status)
-                if status == 307:
+                if status == 302:
                     self.send_header("Location", f"{server.url}/elsewhere")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from dpo_dist.data.example import TIED, RowError, fault_of
 from dpo_dist.data.files import data_suffix, read_rows
 from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.errors import DataError
-from dpo_dist.feedback import KINDS, Added, FeedbackSet, Version, statements_of
+from dpo_dist.feedback import EVENT_COLUMNS, KINDS, Added, FeedbackSet, Version, statements_of
 from dpo_dist.feedback.store import Entry
 from dpo_dist.tokenization.bad_rows import BadRows
 
@@ -29,7 +30,9 @@ def run_add(logs: list[Path], to: Path, columns: list[str], weight: list[str], a
     """
     weights, paths = _weights(weight), _paths(columns)
     entries, left_out, sources = _read(logs, paths, as_text, skip_bad)
-    return "\n".join(_told(to, FeedbackSet(to).add(entries, sources, weights), left_out))
+    unread = sorted({name for entry in entries for name in entry.event} - EVENT_COLUMNS)
+    lines = [f"columns not read: {', '.join(unread)}"] if unread else []
+    return "\n".join([*lines, *_told(to, FeedbackSet(to).add(entries, sources, weights), left_out)])
 
 
 def describe(folder: Path, as_json: bool) -> str:
@@ -70,6 +73,11 @@ def _paths(given: list[str]) -> list[ColumnPaths]:
         name, equals, path = one.partition("=")
         if not (name and equals and path):
             raise DataError(f"--columns {one}: give NAME=PATH, such as prompt=request.messages")
+        if name not in EVENT_COLUMNS:
+            raise DataError(
+                f"--columns {one}: {name} is nothing that an event has; give the path of one of "
+                f"{', '.join(sorted(EVENT_COLUMNS))}"
+            )
         found.append(ColumnPaths("--columns", {name: path}))
     return found
 
@@ -95,7 +103,7 @@ def _read(
                 entries += [Entry(statement, where, event) for statement in found]
         with log.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        sources.append({"name": str(log), "sha256": digest, "events": num_events - before})
+        sources.append({"name": _shown(log), "sha256": digest, "events": num_events - before})
     if refused.total:
         text = refused.refusal("LOG", num_events).replace("set data.on_bad_row=skip", "give --skip-bad")
         raise DataError(text)
@@ -107,12 +115,17 @@ def _events(log: Path, paths: list[ColumnPaths]) -> Iterator[tuple[str, dict[str
         raise DataError(f"LOG={log} is no file; give logs as .jsonl or .json, plain, .gz or .zst")
     if data_suffix(log) not in (".jsonl", ".json"):
         raise DataError(f"LOG={log} is not JSON by its name; give logs as .jsonl or .json, plain, .gz or .zst")
-    for line, event in read_rows(log, str(log)):
-        where = f"{log}:{line}"
+    for line, event in read_rows(log, _shown(log)):
+        where = f"{_shown(log)}:{line}"
         try:
             yield where, event if isinstance(event, RowFault) else _renamed(event, paths, where)
         except RowError as error:
             yield where, fault_of(error, where)
+
+
+def _shown(log: Path) -> str:
+    """Its name as text, whatever bytes it has."""
+    return os.fsencode(log).decode("utf-8", "replace")
 
 
 def _renamed(event: dict[str, Any], paths: list[ColumnPaths], where: str) -> dict[str, Any]:

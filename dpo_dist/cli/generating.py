@@ -9,12 +9,14 @@ from typing import Any
 import typer
 
 from dpo_dist.cli.describe import counted
+from dpo_dist.cli.ending import advising
 from dpo_dist.config import DataSource
 from dpo_dist.data import RowFault, open_source
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.pretrained import identity, load_config, resolve_folder
 from dpo_dist.sampling import (
     Client,
+    Group,
     Journal,
     LocalSampler,
     Prompt,
@@ -23,7 +25,6 @@ from dpo_dist.sampling import (
     prompt_ids,
     read_prompts,
     sample_from_server,
-    scores_of,
 )
 from dpo_dist.sampling.journal import write_rows
 from dpo_dist.tokenization import TokenizerSpec, load_tokenizer
@@ -96,7 +97,7 @@ def run_sample(wanted: Wanted, cache_dir: Path) -> str:
     partial = wanted.out.with_name(f"{wanted.out.name}.partial")
     with Journal(partial, sampling.settings) as journal:
         sampling.sample(prompts, journal)
-        groups = [_Group.of(prompt, sampling.settings, journal) for prompt in prompts]
+        groups = [Group.of(prompt, sampling.settings, journal) for prompt in prompts]
         if ranking is not None:
             _rank(ranking, wanted, groups, journal)
         rows = [row for group in groups if (row := group.row(journal, servers.judge_model)) is not None]
@@ -179,7 +180,8 @@ class _Local:
         sampler = LocalSampler(self._folder, self._tokenizer, self.settings, self._wanted.trust_remote_code)
         num_done = len(prompts) - sum(len(batch) for batch in missing)
         for batch in missing:
-            found = sampler.sample(batch, [self._ids[prompt] for prompt in batch])  # pyright: ignore
+            with advising("lower --batch-size or --max-new-tokens; with another --batch-size it goes on from here"):
+                found = sampler.sample(batch, [self._ids[prompt] for prompt in batch])  # pyright: ignore
             keys = [prompt.key(self.settings) for prompt in batch]
             journal.add_completions(
                 [(key, k, one) for key, group in zip(keys, found, strict=True) for k, one in enumerate(group)]
@@ -202,44 +204,7 @@ class _Remote:
         sample_from_server(self._client, self._wanted.model, prompts, self.settings, journal, size, told)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A prompt and its completions that say something, each once."""
-
-    prompt: Prompt
-    key: str
-    texts: list[str]
-    num_empty: int
-    num_cut: int
-
-    @classmethod
-    def of(cls, prompt: Prompt, settings: Settings, journal: Journal) -> "_Group":
-        key = prompt.key(settings)
-        found = [completion for _, completion in sorted(journal.completions[key].items())]
-        said = [completion.text for completion in found if completion.text.strip()]
-        # Many chat templates trim what is said.
-        once = {text if isinstance(prompt.text, str) else text.strip(): text for text in reversed(said)}
-        num_cut = sum(completion.is_cut for completion in found)
-        return cls(prompt, key, list(reversed(once.values())), len(found) - len(said), num_cut)
-
-    def scores(self, journal: Journal, judge_model: str) -> list[float]:
-        """What the judge makes of them."""
-        return scores_of(len(self.texts), journal.verdicts(self.key, judge_model))
-
-    def row(self, journal: Journal, judge_model: str | None) -> dict[str, Any] | None:
-        """As training reads it; None where there is nothing to compare."""
-        if len(self.texts) < 2:
-            return None
-        text = self.prompt.text
-        if isinstance(text, str):
-            row: dict[str, Any] = {"prompt": text, "completions": self.texts}
-        else:
-            answers = [[{"role": "assistant", "content": one}] for one in self.texts]
-            row = {"prompt": list(text), "completions": answers}
-        return row if judge_model is None else {**row, "scores": self.scores(journal, judge_model)}
-
-
-def _rank(client: Client, wanted: Wanted, groups: Sequence[_Group], journal: Journal) -> None:
+def _rank(client: Client, wanted: Wanted, groups: Sequence[Group], journal: Journal) -> None:
     model = str(wanted.servers.judge_model)
     asked = [(group.key, group.prompt, group.texts) for group in groups if len(group.texts) > 1]
     num_there = sum(len(journal.verdicts(key, model)) for key, _, _ in asked)
@@ -270,7 +235,7 @@ def _left_out(left_out: BadRows, num_repeated: int) -> list[str]:
     return lines
 
 
-def _told(wanted: Wanted, groups: Sequence[_Group], rows: Sequence[dict[str, Any]], journal: Journal) -> list[str]:
+def _told(wanted: Wanted, groups: Sequence[Group], rows: Sequence[dict[str, Any]], journal: Journal) -> list[str]:
     num_sampled = len(groups) * wanted.how.num_completions
     num_empty, num_cut = sum(group.num_empty for group in groups), sum(group.num_cut for group in groups)
     num_same = num_sampled - num_empty - sum(len(group.texts) for group in groups)

@@ -49,8 +49,8 @@ def read(config: RunConfig, cache_dir: Path) -> Inspected:
     def datasets(**changes: object) -> dict[str, TokenizedDataset]:
         data = config.data.model_copy(update={"group_by_prompt": False, **changes})
         changed = config.model_copy(update={"data": data})
-        training, held_out = datasets_of(changed, tokenizer, cache_dir / "data", model_config.vocab_size)
-        return {"data.train": training, **dict(zip(data.evaluation_names, held_out.values(), strict=True))}
+        found = datasets_of(changed, tokenizer, cache_dir / "data", model_config.vocab_size)
+        return {"data.train": found.training, **found.held_out}
 
     try:
         return Inspected(config, tokenizer, datasets(), "")

@@ -203,9 +203,9 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
             "both must score the same token ids"
         )
     tokenizer = tokenizer_of(config, model_folder, cache_dir)
-    dataset, held_out = datasets_of(config, tokenizer, cache_dir / "data", model_config.vocab_size)
-    evaluation_sets = dict(zip(config.data.evaluation_names, held_out.values(), strict=True))
-    require_data_for(config, {"data.train": dataset, **held_out})
+    found = datasets_of(config, tokenizer, cache_dir / "data", model_config.vocab_size)
+    dataset, evaluation_sets = found.training, found.held_out
+    require_data_for(config, found.places)
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(

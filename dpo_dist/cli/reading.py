@@ -1,5 +1,7 @@
 """The tokenizer and the data sets of a configuration."""
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -7,7 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config import DataSource, RunConfig
 from dpo_dist.data.held_out import Part
 from dpo_dist.demo import demo_model_folder
+from dpo_dist.errors import NothingHeldOutError
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, load_tokenizer, prepare_dataset
+
+logger = logging.getLogger(__name__)
 
 
 def tokenizer_of(config: RunConfig, model_folder: Path, cache_dir: Path) -> TokenizerSpec:
@@ -27,15 +32,27 @@ def tokenizer_if_any(spec: TokenizerSpec) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(spec) if has_one else None
 
 
-def datasets_of(
-    config: RunConfig, tokenizer: TokenizerSpec, cache_dir: Path, vocab_size: int
-) -> tuple[TokenizedDataset, dict[str, TokenizedDataset]]:
-    """The training data, and the held-out sets by their place in the configuration, in the order of their names.
+@dataclass(frozen=True)
+class DataSets:
+    """All data sets of a run."""
+
+    training: TokenizedDataset
+    held_out: dict[str, TokenizedDataset]
+    """By their names in metrics."""
+    places: dict[str, TokenizedDataset]
+    """All of them by their place in the configuration, the training data first."""
+
+
+def datasets_of(config: RunConfig, tokenizer: TokenizerSpec, cache_dir: Path, vocab_size: int) -> DataSets:
+    """Tokenise all data of a run, or find them in the cache.
+
+    A part of data.train of which data.holdout holds out no prompt is passed over, with a warning, as long as there is
+    another held-out set, and nothing is decided by that one.
 
     Raises:
         DataError, ModelError: as `prepare_dataset`; a token id that the model does not have.
     """
-    data = config.data
+    data, names = config.data, config.data.evaluation_names
 
     def one(sources: list[DataSource], section: str, index: int, part: Part) -> TokenizedDataset:
         dataset = prepare_dataset(
@@ -52,11 +69,20 @@ def datasets_of(
         return dataset
 
     training = one(data.train, "data.train", 0, "trained" if data.holdout else "whole")
-    held_out = {
-        f"data.evaluation.{index}": one([source], "data.evaluation", index, "whole")
-        for index, source in enumerate(data.evaluation)
-    }
-    if data.holdout:
-        for index, source in enumerate(data.train):
-            held_out[f"data.train.{index}:holdout"] = one([source], "data.train", index, "held_out")
-    return training, held_out
+    held_out: dict[str, TokenizedDataset] = {}
+    places = {"data.train": training}
+    for index, source in enumerate(data.evaluation):
+        place = f"data.evaluation.{index}"
+        held_out[names[index]] = places[place] = one([source], "data.evaluation", index, "whole")
+    best, empty = config.evaluation.best_of(names), None
+    for index, (source, name) in enumerate(zip(data.train, names[len(data.evaluation) :], strict=False)):
+        try:
+            held_out[name] = places[f"data.train.{index}:holdout"] = one([source], "data.train", index, "held_out")
+        except NothingHeldOutError as error:
+            if best is not None and best[0] == name:
+                raise
+            empty = error
+            logger.warning("%s; it is not evaluated on its own", str(error).partition("; ")[0])
+    if empty is not None and not held_out:
+        raise empty
+    return DataSets(training, held_out, places)

@@ -79,7 +79,8 @@ def kind_of(row: Row) -> Kind:
         for kind, columns in _KINDS.items():
             if any(f"{column}{suffix}" in there for column in columns):
                 return kind
-    return "pair"
+    # A whole conversation is rated where it has a label; else it is the prompt of a pair.
+    return "demonstration" if {"conversations", "label"} <= filled else "pair"
 
 
 def ignored_columns(row: Row, demonstrations: bool = False) -> set[str]:
@@ -105,7 +106,7 @@ def read_columns(row: Row) -> tuple[str, ...]:
     if not suffix and row.get("completion") is None:
         for column in ("messages", "conversations"):
             if row.get(column) is not None:
-                return (column,)
+                return (column, "label")
     return (f"prompt{suffix}", f"completion{suffix}", "label")
 
 

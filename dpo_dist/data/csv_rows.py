@@ -11,7 +11,7 @@ from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.data.published import PUBLISHED_VALUES
 from dpo_dist.errors import DataError
 
-_TRUTHS = {"True": "true", "False": "false"}
+_SAYS = {"role", "from"}  # one of them has every message
 csv.field_size_limit(2**31 - 1)  # the library's own is 128 KiB, which a long answer exceeds
 
 
@@ -74,8 +74,9 @@ def _value(text: str, is_text: bool) -> Any:
     if not text.strip():
         return text if is_text else None
     try:
-        # pandas and csv write truth values as Python does.
-        value = json.loads(_TRUTHS.get(text, text)) if not is_text or text.lstrip().startswith("[") else text
+        # Python writes truth values as True, spreadsheets as TRUE.
+        truth = text.strip().lower() in ("true", "false")
+        value = json.loads(text.lower() if truth else text) if not is_text or text.lstrip().startswith("[") else text
     except ValueError:
         return text
     return text if is_text and not _are_objects(value) else value
@@ -83,4 +84,6 @@ def _value(text: str, is_text: bool) -> Any:
 
 def _are_objects(value: Any) -> bool:
     """Whether a text is messages: an answer may well be a list of something else."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and _SAYS & item.keys() for item in value)

@@ -27,6 +27,7 @@ ROWS_PER_BATCH = 1024
 _LFS_POINTER = b"version https://git-lfs"
 _PROMPTS = HOLDING_TEXT - {"chosen", "rejected"}  # with one of these, a row says what its prompt is
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream; pyarrow takes one without it for whole
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _AS_THEY_ARE = ColumnPaths("columns", {})
 
@@ -229,8 +230,12 @@ def _arrow_batches(path: Path, shown: str, paths: ColumnPaths) -> Iterator[tuple
             for index in range(reader.num_record_batches):
                 yield checked_batch(reader.get_batch(index).select(columns)), unread
             return
+        stream.seek(max(0, stream.size() - len(_END_OF_STREAM)))
+        has_end = stream.read() == _END_OF_STREAM
         stream.seek(0)
         reader = pa.ipc.open_stream(stream)
+        if not has_end:
+            raise DataError(f"{shown}:1: the stream has no end: cut off? Copy the file again, or write it again")
         columns, unread = _columns(reader.schema, shown, paths)
         for batch in reader:
             yield checked_batch(batch.select(columns)), unread

@@ -1,33 +1,19 @@
 """Which prompts are held out of the data that are trained on.
 
-A prompt decides by its own hash, so that it is on the same side in every file, at every share up to its own, for every
-seed and number of processes, and whatever rows stand around it.
+A prompt decides by the hash of its token ids, as the model sees them, so that it is on the same side in every file, for
+every seed and number of processes, and whatever rows stand around it; and a larger share only adds some.
 """
 
 import hashlib
-import json
+from collections.abc import Sequence
 from typing import Literal
 
-from dpo_dist.data.example import PreferenceExample, RowFault, Text
+import numpy as np
 
 Part = Literal["whole", "trained", "held_out"]
 
 
-def is_held_out(prompt: Text, share: float) -> bool:
-    """Whether a prompt is among the `share` of all prompts that is not trained on.
-
-    Args:
-        prompt: text, messages or token ids.
-        share: 0 to 1.
-    """
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=True)
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+def is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
+    """Whether a prompt is among the `share` of all prompts (0 to 1) that is not trained on."""
+    digest = hashlib.blake2b(np.asarray(prompt_ids, dtype="<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
-
-
-def is_in_part(parsed: PreferenceExample | RowFault, part: Part, share: float) -> bool:
-    """Whether a row belongs to a part of its source. Faults are told of once, with what is trained on."""
-    if part == "whole":
-        return True
-    held_out = isinstance(parsed, PreferenceExample) and is_held_out(parsed.prompt, share)
-    return held_out == (part == "held_out")

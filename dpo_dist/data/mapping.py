@@ -21,6 +21,8 @@ class ColumnPaths:
     """The setting's place in the configuration, such as `data.train.0.columns`."""
     paths: Mapping[str, str]
     """Paths by the names that they are read under; empty: each column under its own name."""
+    kept: frozenset[str] = frozenset()
+    """Columns that are read under their own names as well, where a path only leads into them."""
 
     def roots(self, names: Iterable[str]) -> set[str]:
         """Those of a file's columns in which the paths begin.
@@ -44,7 +46,9 @@ class ColumnPaths:
         except KeyError as error:
             raise RowError(self.nowhere(error.args[0], f"{source}: ", row), MISSING_COLUMN) from None
         found = {name: self._value(name, row, source) for name in self.paths}
-        return {**{name: value for name, value in row.items() if name not in roots}, **found}
+        # A column of which only a part is read elsewhere may be one of its own.
+        gone = {root for root in roots if root in self.paths.values() or root not in self.kept}
+        return {**{name: value for name, value in row.items() if name not in gone}, **found}
 
     def nowhere(self, name: str, place: str, names: Iterable[str]) -> str:
         """What is wrong with the path of a column, of which a file or row has other names."""

@@ -5,9 +5,11 @@
     HelpSteer 3     context: messages, response1, response2, overall_preference  the same
     Nectar          prompt, answers: [{answer, rank}]                            1 is the best
 
-Nothing is done to a row of any other form.
+Dialogues in one text (HelpSteer 2's after the first question, Nectar's) become messages. Nothing is done to a row of
+any other form.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ _SIGNED = (
     ("response_1", "response_2", "preference_strength", "prompt"),
     ("response1", "response2", "overall_preference", "context"),
 )
+_TURNS = re.compile(r"\s*(?:<extra_id_1>(User|Assistant)\n|\n\n(Human|Assistant):)")
+_ROLES = {"User": "user", "Human": "user", "Assistant": "assistant"}
 # Columns that a file of such rows has, and other files do not.
 PUBLISHED_COLUMNS = frozenset(("instruction", "answers", *(name for names in _SIGNED for name in names)))
 PUBLISHED_VALUES = frozenset(("answers", "context", *(names[2] for names in _SIGNED)))  # those that are no text
@@ -30,6 +34,8 @@ def as_ranking(row: _Row, source: str) -> _Row:
     Raises:
         RowError: it has such a form, and a value in it is of another type.
     """
+    if "chosen" in row or "rejected" in row:
+        return row
     for is_such, converted in _FORMS:
         if is_such(row):
             return converted(row, source)
@@ -47,7 +53,7 @@ def _ultrafeedback(row: _Row, source: str) -> _Row:
     answers = [_field(item, "response", f"completions[{k}]", source) for k, item in enumerate(row["completions"])]
     scores = [item.get("overall_score") for item in row["completions"]]
     rest = _without(row, "instruction", "completions")
-    return {**rest, **_chat(row["instruction"], answers), "scores": scores}
+    return {"scores": scores, **rest, **_chat(row["instruction"], answers)}  # scores of `columns` come first
 
 
 def _is_nectar(row: _Row) -> bool:
@@ -57,7 +63,7 @@ def _is_nectar(row: _Row) -> bool:
 def _nectar(row: _Row, source: str) -> _Row:
     answers = [_field(item, "answer", f"answers[{k}]", source) for k, item in enumerate(row["answers"])]
     ranks = [_whole(item.get("rank")) for item in row["answers"]]
-    return {**_without(row, "answers"), "completions": answers, "ranks": ranks}
+    return {**_without(row, "answers"), **_chat(row["prompt"], answers), "ranks": ranks}
 
 
 _FORMS: tuple[tuple[Callable[[_Row], bool], Callable[[_Row, str], _Row]], ...] = (
@@ -78,9 +84,23 @@ def _signed(row: _Row, names: tuple[str, str, str, str], source: str) -> _Row:
 
 
 def _chat(prompt: Any, answers: list[str]) -> _Row:
-    """A question and its answers as messages."""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    """A question, or a dialogue that ends with one, and its answers as messages."""
+    asked = _messages(prompt) if isinstance(prompt, str) else prompt
     return {"prompt": asked, "completions": [[{"role": "assistant", "content": answer}] for answer in answers]}
+
+
+def _messages(dialogue: str) -> list[dict[str, str]]:
+    """The turns of a dialogue; the first one is the user's, and the name of who is to answer is none."""
+    first, *rest = _TURNS.split(dialogue)
+    said = [("user", first)] if first.strip() else []
+    for place in range(0, len(rest), 3):
+        said.append((_ROLES[rest[place] or rest[place + 1]], rest[place + 2]))
+    if len(said) > 1 and said[-1][0] == "assistant" and not said[-1][1].strip():
+        said.pop()
+    is_dialogue = len(rest) > 0
+    return [{"role": role, "content": text.strip() if is_dialogue else text} for role, text in said] or [
+        {"role": "user", "content": dialogue}
+    ]
 
 
 def _are_objects(value: Any, field: str) -> bool:

@@ -23,7 +23,7 @@ from dpo_dist.data.example import (
     fault_of,
 )
 from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows
-from dpo_dist.data.held_out import Part, is_in_part
+from dpo_dist.data.held_out import Part
 from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.data.published import as_ranking
 from dpo_dist.data.rows import parse_row
@@ -68,7 +68,7 @@ class Source:
         # What most sources do not have is left out, so that their data are found again.
         more = [json.dumps(self.columns.paths, sort_keys=True)] if self.columns.paths else []
         more += [f"fraction {self.fraction!r}"] if self.fraction < 1 else []
-        more += [f"{self.part} {self.held_out_share!r}"] if self.part != "whole" else []
+        more += [f"{self.part} by ids {self.held_out_share!r}"] if self.part != "whole" else []
         if self.hub_dataset is not None:
             return [self.name, self.hub_dataset._fingerprint, str(self.limit), *more]
         parts = [part for path, shown in self.files for part in (shown, _digest(path, shown))]
@@ -91,9 +91,7 @@ class Source:
             DataError: at a fault of the file that hides the rows behind it, naming file:line.
         """
         for where, row in self.rows():
-            parsed = row if isinstance(row, RowFault) else example_of(row, where, ignored, pairing, demonstrations)
-            if is_in_part(parsed, self.part, self.held_out_share):
-                yield parsed
+            yield row if isinstance(row, RowFault) else example_of(row, where, ignored, pairing, demonstrations)
 
     def rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         """Every row up to the limit, of whatever part, with its place; raises as `examples`."""
@@ -177,7 +175,7 @@ def open_source(source: DataSource, key: str, part: Part = "whole", held_out_sha
         DataError: if there is nothing to read; says what was looked for.
     """
     path = Path(source.path).expanduser()
-    columns = ColumnPaths(f"{key}.columns", source.columns)
+    columns = ColumnPaths(f"{key}.columns", source.columns, frozenset(COLUMNS))
     if unknown := [name for name in source.columns if name not in COLUMNS]:
         raise DataError(
             f"{key}.columns.{unknown[0]} is not a column that is read; give the column's path under one of "

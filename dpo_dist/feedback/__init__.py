@@ -6,7 +6,7 @@
 A set is a folder of splits as any other: `data.train.0.path` names it.
 """
 
-from dpo_dist.feedback.events import KINDS, Statement, statements_of
+from dpo_dist.feedback.events import EVENT_COLUMNS, KINDS, Statement, statements_of
 from dpo_dist.feedback.store import Added, FeedbackSet, Version
 
-__all__ = ["KINDS", "Added", "FeedbackSet", "Statement", "Version", "statements_of"]
+__all__ = ["EVENT_COLUMNS", "KINDS", "Added", "FeedbackSet", "Statement", "Version", "statements_of"]

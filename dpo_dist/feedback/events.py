@@ -26,14 +26,21 @@ from dpo_dist.data.example import (
     fault_of,
 )
 from dpo_dist.data.rows import parse_row
+from dpo_dist.data.values import check_text
 
 Event = dict[str, Any]
 # An event is what the first of these says of which it has a value.
 _TELLS = {"choice": "completions", "edit": "corrected", "regeneration": "regenerated", "thumbs": "label"}
 KINDS = tuple(_TELLS)
+_ASSISTANT = ("assistant", "gpt")
 _SHAPES = "an event has label (thumbs), corrected (edit), completions and choice, or regenerated"
 # Where and when it was said; kept beside the rows under these names.
 PROVENANCE = ("id", "time", "model")
+# What else a row may say of its prompt, and how much it counts.
+_BESIDE = ("system", "tools", "weight")
+EVENT_COLUMNS = frozenset(
+    ("prompt", "messages", "completion", "completions", "choice", "corrected", "regenerated", "label")
+) | {*PROVENANCE, *_BESIDE}
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,13 @@ def statements_of(event: Event, source: str, as_text: bool) -> list[Statement] |
     """
     try:
         kind = _kind(event, source)
+        for name in PROVENANCE:
+            check_text(str(event.get(name, "")), name, source)
+        beside = {name: event[name] for name in _BESIDE if event.get(name) is not None}
         rows = _READERS[kind](_with_prompt(event, source), source)
-        found = [_statement(kind, {name: _said(name, row[name], as_text) for name in row}, source) for row in rows]
+        found = [
+            _statement(kind, beside | {name: _said(name, row[name], as_text) for name in row}, source) for row in rows
+        ]
     except RowError as error:
         return fault_of(error, source)
     faults = [one for one in found if isinstance(one, RowFault)]
@@ -71,6 +83,8 @@ def _kind(event: Event, source: str) -> str:
     for kind, column in _TELLS.items():
         if event.get(column) is not None:
             return kind
+    if "label" in event:
+        raise RowError(f"{source}: label is null: nobody said whether it is good", TIED)
     there = ", ".join(event) or "nothing"
     raise RowError(f"{source}: nothing tells what was said (the event has {there}); {_SHAPES}", MISSING_COLUMN)
 
@@ -82,8 +96,9 @@ def _with_prompt(event: Event, source: str) -> Event:
         return event
     if not isinstance(messages, list) or not messages:
         raise RowError(f"{source}: messages is no list of messages; give the conversation up to the answer", WRONG_TYPE)
+    answered = isinstance(messages[-1], dict) and messages[-1].get("role", messages[-1].get("from")) in _ASSISTANT
     if event.get("completion") is not None or event.get("completions") is not None:
-        return {**event, "prompt": messages}
+        return {**event, "prompt": messages[:-1] if answered else messages}
     return {**event, "prompt": messages[:-1], "completion": [messages[-1]]}
 
 
@@ -110,7 +125,11 @@ def _choice(event: Event, source: str) -> list[Event]:
     if type(choice) is not int or not 0 <= choice < len(completions):
         what = f"{source}: choice={choice!r} is no place in completions"
         raise RowError(f"{what}; give one from 0 to {len(completions) - 1}", WRONG_NUMBER)
-    return [_pair(event, completions[choice], other, source) for k, other in enumerate(completions) if k != choice]
+    chosen = completions[choice]
+    others = [other for other in completions if other != chosen]
+    if not others:
+        raise RowError(f"{source}: all completions are identical", IDENTICAL_COMPLETIONS)
+    return [_pair(event, chosen, other, source) for other in others]
 
 
 def _regeneration(event: Event, source: str) -> list[Event]:
@@ -126,7 +145,9 @@ def _pair(event: Event, chosen: Any, rejected: Any, source: str) -> Event:
 
 def _said(name: str, value: Any, as_text: bool) -> Any:
     """A string as the message of who said it."""
-    if name == "label" or not isinstance(value, str) or as_text:
+    if name == "label":
+        return bool(value) if value in (True, False) else value
+    if not isinstance(value, str) or as_text:
         return value
     return [{"role": "user" if name == "prompt" else "assistant", "content": value}]
 
@@ -137,11 +158,14 @@ def _statement(kind: str, row: Event, source: str) -> Statement | RowFault:
         known = {IDENTICAL_COMPLETIONS: "nothing was changed", EMPTY_COMPLETION: "there is no answer"}
         return RowFault(example.reason, source, known.get(example.reason, example.what), example.way_out)
     assert isinstance(example, PreferenceExample)
+    # The system message is part of the prompt from here on; what tools there are belongs to it as well.
+    row = {**{name: value for name, value in row.items() if name != "system"}, "prompt": example.prompt}
     if example.rating is not None:
-        good, bad = (_key([example.prompt, example.completions[0], rating]) for rating in (True, False))
+        good, bad = (_key([example.prompt, example.tools, example.completions[0], say]) for say in (True, False))
         return Statement(kind, row, *((good, bad) if example.rating else (bad, good)))
     first, second = example.completions
-    return Statement(kind, row, _key([example.prompt, first, second]), _key([example.prompt, second, first]))
+    asked = [example.prompt, example.tools]
+    return Statement(kind, row, _key([*asked, first, second]), _key([*asked, second, first]))
 
 
 def _key(said: list[Any]) -> str:

@@ -20,7 +20,7 @@ from dpo_dist.errors import DataError
 from dpo_dist.feedback.events import PROVENANCE, Statement
 
 _METADATA = b"dpo_dist_feedback"
-_TEXTS = ("prompt", "chosen", "rejected", "completion")
+_TEXTS = ("prompt", "chosen", "rejected", "completion", "tools")
 _SCHEMA = pa.schema(
     [
         *((name, pa.json_()) for name in _TEXTS),
@@ -145,7 +145,7 @@ def _row(entry: Entry, weights: dict[str, float]) -> dict[str, Any]:
     statement = entry.statement
     texts = {name: json.dumps(statement.row[name]) if name in statement.row else None for name in _TEXTS}
     known = {name: entry.event.get(name) for name in PROVENANCE}
-    weight = weights.get(statement.kind, 1.0)
+    weight = weights.get(statement.kind, 1.0) * statement.row.get("weight", 1.0)
     return {
         **texts,
         "label": statement.row.get("label"),

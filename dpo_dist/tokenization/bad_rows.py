@@ -4,7 +4,7 @@ from collections import Counter
 
 from dpo_dist.config import DataConfig
 from dpo_dist.data import RowFault, Source
-from dpo_dist.errors import DataError
+from dpo_dist.errors import DataError, NothingHeldOutError
 
 _SHOWN = 3  # rows of each reason
 
@@ -58,10 +58,12 @@ class BadRows:
 
 def nothing_left(source: Source, data: DataConfig, num_read: int, reasons: str, left_out: BadRows) -> DataError:
     """What is wrong with a source of which no row is used."""
+    if num_read == 0 and source.part == "whole":
+        return DataError(f"{source.key}.fraction={source.fraction:g} leaves no row of {source.name}; raise it")
     if num_read == 0:
         side = "all prompts" if source.part == "trained" else "no prompt"
         what = f"data.holdout={data.holdout:g} holds out {side} of {source.key}.path={source.name}"
-        return DataError(f"{what}; choose another share, or give held-out data as data.evaluation")
+        return NothingHeldOutError(f"{what}; choose another share, or give held-out data as data.evaluation")
     return DataError(
         f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
         f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"

@@ -19,6 +19,8 @@ from dpo_dist.errors import ModelError
 from dpo_dist.tokenization.traces import Lost, Shape, find_lost, has_contents, shape_of, short
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
+# What a caller of a chat template says itself.
+_GIVEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 _CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"alpha": "omega"}}}
 
 
@@ -37,6 +39,8 @@ class Renderer:
         self._tokenizer, self._name, self._settings = tokenizer, name, settings
         self._template = str(tokenizer.chat_template or "")
         for setting in settings:
+            if setting in _GIVEN:
+                raise ModelError(f"data.chat_template_kwargs.{setting} is given to every chat template; leave it out")
             if not re.search(rf"\b{re.escape(setting)}\b", self._template):
                 raise ModelError(
                     f"data.chat_template_kwargs.{setting}: the chat template of {name} does not read it; leave it out"

@@ -27,7 +27,7 @@ from dpo_dist.data.example import (
 from dpo_dist.errors import ModelError
 from dpo_dist.tokenization.conversation import Renderer
 from dpo_dist.tokenization.notes import BOUNDARY_MERGED, PROMPT_NOT_A_PREFIX, SHORTENED, TRUNCATED
-from dpo_dist.tokenization.truncation import last_tokens, without_oldest_turn
+from dpo_dist.tokenization.truncation import last_tokens, shorter_prompts
 
 Ids = tuple[int, ...]
 
@@ -67,6 +67,8 @@ class Encoder:
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase | None, tokenizer_name: str) -> None:
         self.notes: Counter[str] = Counter()
+        self.notes_of_rows: list[Counter[str]] = []
+        """Those of each example of the last call."""
         self._data = data
         self._tokenizer = tokenizer
         self._tokenizer_name = tokenizer_name
@@ -82,48 +84,76 @@ class Encoder:
         flat = [text for group in texts if isinstance(group, list) for text in group]
         ids = iter(self._tokenize(flat))
         results: list[TokenizedExample | RowFault] = []
+        self.notes_of_rows = []
         for example, group in zip(examples, texts, strict=True):
+            notes = self.notes.copy()
             if isinstance(group, RowFault):
                 results.append(group)
-                continue
-            notes = self.notes.copy()
-            prompt, completions = self._spans(example, group, [next(ids) for _ in group])
-            rest = (example.pairs, example.source, example.weight, example.is_ranked, example.rating)
-            tokenized = TokenizedExample(prompt, completions, *rest)
-            found = self._checked(tokenized)
-            if self._data.truncation_mode == "keep_end_of_prompt" and isinstance(found, RowFault):
-                found = self._shortened(example, tokenized, found, notes)
-            results.append(found)
+            else:
+                tokenized = self._tokenized(example, group, [next(ids) for _ in group])
+                found = self._checked(tokenized)
+                # Completions that are paired with others' must keep the prompt that these have.
+                if self._data.truncation_mode == "keep_end_of_prompt" and example.rating is None:
+                    found = self._shortened(example, tokenized, found, notes)
+                results.append(found)
+            self.notes_of_rows.append(self.notes - notes)
         return results
 
+    def _tokenized(self, example: PreferenceExample, texts: list[str], ids: list[list[int]]) -> TokenizedExample:
+        prompt, completions = self._spans(example, texts, ids)
+        rest = (example.pairs, example.source, example.weight, example.is_ranked, example.rating)
+        return TokenizedExample(prompt, completions, *rest)
+
     def _shortened(
-        self, example: PreferenceExample, tokenized: TokenizedExample, fault: RowFault, notes: Counter[str]
+        self,
+        example: PreferenceExample,
+        tokenized: TokenizedExample,
+        found: TokenizedExample | RowFault,
+        notes: Counter[str],
     ) -> TokenizedExample | RowFault:
         """The example with the end of its prompt, where it is too long and that is possible.
 
         Args:
-            example: what was too long.
+            example: as text.
             tokenized: the same as token ids.
-            fault: what is said of it.
+            found: what is said of it as a whole.
             notes: what was counted before it, for a conversation is rendered and counted anew.
         """
-        if fault.reason != OVER_LONG:
-            return fault
+        if not isinstance(found, RowFault) or found.reason != OVER_LONG:
+            return found
         if isinstance(example.prompt, str) or is_token_ids(example.prompt):
             assert self._data.max_length is not None
             room = self._data.max_length - max(len(ids) for ids in tokenized.completion_ids)
             ids = last_tokens(tokenized.prompt_ids, self._leading_ids, room)
-            if ids is None:
-                return fault
-            found = self._checked(replace(tokenized, prompt_ids=ids))
+            found = found if ids is None else self._checked(replace(tokenized, prompt_ids=ids))
         else:
-            shorter = without_oldest_turn(example.prompt)  # pyright: ignore[reportArgumentType]
-            if shorter is None:
-                return fault
-            self.notes = notes.copy()
-            (found,) = self.encode([replace(example, prompt=shorter)])
+            found = self._with_fewer_turns(example, found, notes)
         if not isinstance(found, RowFault):
-            self.notes[SHORTENED] = notes[SHORTENED] + 1  # once, however often it was shortened
+            self.notes[SHORTENED] += 1
+        return found
+
+    def _with_fewer_turns(
+        self, example: PreferenceExample, found: TokenizedExample | RowFault, notes: Counter[str]
+    ) -> TokenizedExample | RowFault:
+        """The conversation with as many of its last turns as fit."""
+        prompts = list(shorter_prompts(example.prompt))  # pyright: ignore[reportArgumentType]
+        low, high = 0, len(prompts)  # the first that fits lies between; a shorter one fits as well
+        counted = notes
+        while low < high:
+            middle = (low + high) // 2
+            self.notes = notes.copy()
+            shorter = replace(example, prompt=prompts[middle])
+            texts = self._texts(shorter)
+            attempt = (
+                texts
+                if isinstance(texts, RowFault)
+                else self._checked(self._tokenized(shorter, texts, self._tokenize(texts)))
+            )
+            if isinstance(attempt, RowFault) and attempt.reason == OVER_LONG:
+                low = middle + 1
+            else:
+                found, high, counted = attempt, middle, self.notes
+        self.notes = counted.copy()
         return found
 
     # ---- text

@@ -15,28 +15,29 @@ class Gathering:
     Args:
         write: takes what is ready.
         data: the settings.
+        rated: completions that are called good or bad, of this source and those before it.
     """
 
-    def __init__(self, write: Callable[[TokenizedExample], None], data: DataConfig) -> None:
+    def __init__(self, write: Callable[[TokenizedExample], None], data: DataConfig, rated: RatedCompletions) -> None:
         self._write = write
         self._groups = PromptGroups() if data.group_by_prompt else None
         self._take = write if self._groups is None else self._groups.add
-        self._rated = RatedCompletions(data.pairing)
+        self._rated = rated
 
     def add(self, example: TokenizedExample) -> None:
         """Take the next example."""
         (self._take if example.rating is None else self._rated.add)(example)
 
-    def finish(self) -> tuple[Counter[str], int]:
-        """Write what has waited.
+    def finish(self, is_last: bool) -> Counter[str]:
+        """Write what has waited; rated completions wait for those of further sources.
 
         Returns:
-            Notes; how many rated completions could not be paired.
+            Notes.
         """
-        for example in self._rated.examples():
+        for example in self._rated.examples() if is_last else ():
             self._take(example)
         if self._groups is None:
-            return Counter(), self._rated.num_unpaired
+            return Counter()
         for example in self._groups.examples():
             self._write(example)
-        return self._groups.notes, self._rated.num_unpaired
+        return self._groups.notes

@@ -30,6 +30,7 @@ from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.gathering import Gathering
 from dpo_dist.tokenization.processes import RowProcesses
+from dpo_dist.tokenization.ratings import RatedCompletions
 from dpo_dist.tokenization.row_encoder import RowEncoder
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
 from dpo_dist.tokenization.worker import Work
@@ -191,9 +192,9 @@ def _write(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with closing(ExampleWriter(partial)) as writer:
-            found = _Found()
+            found = _Found(RatedCompletions(data.pairing))
             for source in sources:
-                found.num_read += _write_source(source, data, processes, writer, found)
+                found.num_read += _write_source(source, data, processes, writer, found, source is sources[-1])
             if found.refused.total:
                 raise DataError(found.refused.refusal(place, found.num_read))
             _require_unchanged(sources, identities)
@@ -222,8 +223,9 @@ def _require_unchanged(sources: Sequence[Source], identities: Sequence[list[str]
 
 @dataclass
 class _Found:
-    """What is told of the rows of all sources."""
+    """What is told of the rows of all sources, and those of them that wait for others."""
 
+    rated: RatedCompletions
     num_read: int = 0
     refused: BadRows = field(default_factory=BadRows)
     bad_rows: Counter[str] = field(default_factory=Counter[str])
@@ -233,7 +235,7 @@ class _Found:
 
 
 def _write_source(
-    source: Source, data: DataConfig, processes: RowProcesses, writer: ExampleWriter, found: _Found
+    source: Source, data: DataConfig, processes: RowProcesses, writer: ExampleWriter, found: _Found, is_last: bool
 ) -> int:
     """Write the examples of a source, and count its bad rows: those left out, and those that refuse the run.
 
@@ -241,7 +243,7 @@ def _write_source(
         How many rows were read.
     """
     left_out = BadRows()
-    gathering = Gathering(writer.write, data)
+    gathering = Gathering(writer.write, data, found.rated)
     num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
     for encoded in processes.encoded(source.rows()):
         inject("tokenise")
@@ -256,11 +258,12 @@ def _write_source(
         if time.monotonic() >= next_log_s:
             next_log_s += _LOG_EVERY_S
             _LOGGER.info("%s: %s rows read, %s tokens", source.key, f"{num_read:,}", f"{writer.num_tokens:,}")
-    notes, num_unpaired = gathering.finish()
-    found.notes.update(notes)
-    counts = left_out.counts + Counter({UNPAIRED: num_unpaired})
+    found.notes.update(gathering.finish(is_last))
+    counts = left_out.counts + Counter({UNPAIRED: found.rated.num_unpaired})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
-    if writer.num_examples == num_before and not found.refused.total:
+    has_some = writer.num_examples > num_before or bool(found.refused.total)
+    waits = not found.rated.is_empty if not is_last else writer.num_examples > 0
+    if not has_some and not waits and not (source.part == "trained" and num_read == 0 and writer.num_examples):
         raise nothing_left(source, data, num_read, reasons, left_out)
     if counts:
         _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)

@@ -6,11 +6,12 @@ from dataclasses import replace
 from dpo_dist.config import Pairing
 from dpo_dist.data import Pair
 from dpo_dist.data.ranked import preferences
+from dpo_dist.errors import DataError
 from dpo_dist.tokenization.encode import Ids, TokenizedExample
 
 
 class RatedCompletions:
-    """The rated completions of one source, by the token ids of their prompts. Holds all of them in memory."""
+    """The rated completions of a data set, by the token ids of their prompts. Holds all of them in memory."""
 
     def __init__(self, pairing: Pairing) -> None:
         self.num_unpaired = 0
@@ -19,8 +20,22 @@ class RatedCompletions:
         self._of_prompt: dict[Ids, list[TokenizedExample]] = {}
 
     def add(self, example: TokenizedExample) -> None:
-        """Take the next one; it has a rating."""
+        """Take the next one; it has a rating.
+
+        Raises:
+            DataError: two kinds are no ranking.
+        """
+        if self._pairing == "list":
+            raise DataError(
+                f"{example.source}: data.pairing=list asks for rankings, and the row only calls its completion good or "
+                "bad; use another pairing, or give scores or ranks"
+            )
         self._of_prompt.setdefault(example.prompt_ids, []).append(example)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return not self._of_prompt
 
     def examples(self) -> Iterator[TokenizedExample]:
         """For each prompt with both kinds its completions, once each, and every good one over every bad one.
@@ -35,7 +50,7 @@ class RatedCompletions:
             ends = preferences(list(sure.values()), self._pairing)
             used = sorted({end for pair in ends for end in pair})
             ids = [list(sure)[end] for end in used]
-            self.num_unpaired += sum(example.completion_ids[0] not in ids for example in rated)
+            self.num_unpaired += sum(not ends or example.completion_ids[0] not in sure for example in rated)
             if ends:
                 pairs = tuple(Pair(used.index(better), used.index(worse)) for better, worse in ends)
                 yield replace(rated[0], completion_ids=tuple(ids), pairs=pairs, rating=None)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config import DataConfig, Pairing
 from dpo_dist.data import PreferenceExample, RowFault
 from dpo_dist.data.columns import Row
-from dpo_dist.data.held_out import Part, is_in_part
+from dpo_dist.data.held_out import Part, is_held_out
 from dpo_dist.data.sources import example_of
 from dpo_dist.errors import DpoDistError
 from dpo_dist.tokenization.encode import Encoder, TokenizedExample
@@ -59,11 +59,23 @@ class RowEncoder:
             row if isinstance(row, RowFault) else example_of(row, where, ignored, self._pairing, self._demonstrations)
             for where, row in rows
         ]
-        parsed = [item for item in parsed if is_in_part(item, self._part, self._held_out_share)]
-        self._encoder.notes.clear()
-        encoded = iter(self._encoder.encode([item for item in parsed if isinstance(item, PreferenceExample)]))
-        results = [item if isinstance(item, RowFault) else next(encoded) for item in parsed]
-        return EncodedRows(results, self._encoder.notes.copy(), ignored)
+        examples = self._encoder.encode([item for item in parsed if isinstance(item, PreferenceExample)])
+        encoded = zip(examples, self._encoder.notes_of_rows, strict=True)
+        results: list[TokenizedExample | RowFault] = []
+        notes: Counter[str] = Counter()
+        for item in parsed:
+            result, own_notes = (item, {}) if isinstance(item, RowFault) else next(encoded)
+            if self._is_in_part(result):
+                results.append(result)
+                notes.update(own_notes)
+        return EncodedRows(results, notes, ignored)
+
+    def _is_in_part(self, result: TokenizedExample | RowFault) -> bool:
+        """Faults are told of once, with what is trained on."""
+        if self._part == "whole":
+            return True
+        held_out = isinstance(result, TokenizedExample) and is_held_out(result.prompt_ids, self._held_out_share)
+        return held_out == (self._part == "held_out")
 
     def outcome(self, rows: Sequence[RawRow]) -> EncodedRows | Exception:
         """The same, or what was raised, for another place to raise it."""

@@ -1,6 +1,6 @@
 """What is cut of a prompt that is too long: its beginning, for the end is what the completions answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dpo_dist.data import Message
 
@@ -8,13 +8,21 @@ from dpo_dist.data import Message
 def without_oldest_turn(prompt: Sequence[Message]) -> tuple[Message, ...] | None:
     """A conversation without its first question and what followed it; None where no other question is left.
 
-    System messages at its beginning stay.
+    System messages at its beginning stay; of messages of the user's that follow one another all go, or none.
     """
     begin = next((k for k, message in enumerate(prompt) if message["role"] != "system"), len(prompt))
     for k in range(begin + 1, len(prompt)):
-        if prompt[k]["role"] == "user":
+        if prompt[k]["role"] == "user" and prompt[k - 1]["role"] != "user":
             return (*prompt[:begin], *prompt[k:])
     return None
+
+
+def shorter_prompts(prompt: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
+    """A conversation without its oldest turn, without its two oldest, and so on; the last one has one question."""
+    shorter = without_oldest_turn(prompt)
+    while shorter is not None:
+        yield shorter
+        shorter = without_oldest_turn(shorter)
 
 
 def last_tokens(prompt_ids: tuple[int, ...], bos: tuple[int, ...], room: int) -> tuple[int, ...] | None:

@@ -118,6 +118,46 @@ def test_a_choice_of_none_is_left_out_and_counted(add: Any) -> None:
     assert "1 event left out (tied: 1)" in add([{**CHOICE, "choice": None}, EDIT])[1]
 
 
+def test_what_a_prompt_has_beside_it_is_kept(add: Any, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    events = [{**CHOICE, "system": "Be brief."}, {**EDIT, "tools": tools}, {**EDIT, "prompt": "Other", "weight": 3}]
+    assert add(events, "--weight", "edit=0.5")[0] == 0
+    first, _, second, third = read(tmp_path / "set")
+    assert first.prompt[0] == {"role": "system", "content": "Be brief."}
+    assert (second.tools, second.pairs[0].weight, third.pairs[0].weight) == (tuple(tools), 0.5, 1.5)
+    # Another system message makes another statement.
+    assert "version 2 of 2 rows" in add([{**CHOICE, "system": "Be long."}, *events], name="second.jsonl")[1]
+
+
+@pytest.mark.parametrize("event", [{"completions": ["A", "B"], "choice": 1}, {"completion": "A", "regenerated": "B"}])
+def test_the_answer_at_the_end_of_a_conversation_is_no_part_of_the_prompt(
+    add: Any, tmp_path: Path, event: dict[str, Any]
+) -> None:
+    talk = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert add([{"messages": talk, **event}])[0] == 0
+    (row,) = read(tmp_path / "set")
+    assert (row.prompt, row.completions) == (said("Q", "user"), (said("B"), said("A")))
+
+
+def test_votes_as_numbers_no_votes_and_answers_that_are_there_twice(add: Any, tmp_path: Path) -> None:
+    events = [{**THUMBS, "label": 1}, {**THUMBS, "completion": "5", "label": 0}, {**THUMBS, "label": None}]
+    code, output = add([*events, {**CHOICE, "completions": ["x", "y", "x"], "choice": 0}])
+    assert (code, "1 event left out (tied: 1)" in output) == (0, True)
+    rows = read(tmp_path / "set")
+    assert [row.rating for row in rows] == [True, False, None]
+    assert rows[2].completions == (said("x"), said("y"))
+
+
+def test_columns_that_are_not_read_are_named(add: Any) -> None:
+    assert "columns not read: session, user" in add([{**EDIT, "user": "u1", "session": 3}])[1]
+
+
+def test_a_log_whose_name_is_no_text(tmp_path: Path) -> None:
+    log = write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/lat\xe9n.jsonl")), [EDIT])
+    code, output = run_command("feedback", "add", str(log), "--to", str(tmp_path / "set"))
+    assert code == 0, output
+
+
 BAD = [
     ({"prompt": "Hi"}, "missing_column", "nothing tells what was said (the event has prompt); an event has label"),
     ({**CHOICE, "choice": 3}, "wrong_number", "choice=3 is no place in completions; give one from 0 to 2"),
@@ -129,6 +169,8 @@ BAD = [
     ({**THUMBS, "label": "up"}, "wrong_number", "label='up' is neither true nor false"),
     ({"messages": "Hi", "label": True}, "wrong_type", "messages is no list of messages"),
     ("no event", "wrong_type", "the row is of type str"),
+    ({**EDIT, "id": "\ud800"}, "broken_text", "id holds half of a surrogate pair"),
+    ({**THUMBS, "weight": 2}, "unread_column", "weight belongs to a pair"),
 ]
 
 
@@ -151,6 +193,7 @@ def test_events_that_say_nothing(add: Any, tmp_path: Path, event: Any, reason: s
         (["--weight", "edit=none"], "'none' is not a number above 0"),
         (["--weight", "edit=-1"], "'-1' is not a number above 0"),
         (["--columns", "prompt"], "--columns prompt: give NAME=PATH"),
+        (["--columns", "promt=a"], "--columns promt=a: promt is nothing that an event has; give the path of one of"),
     ],
 )
 def test_mistakes_of_options(add: Any, options: list[str], error: str) -> None:

@@ -166,6 +166,15 @@ def test_killed_in_the_middle_and_begun_again(sample: Any, model: Path, tmp_path
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_no_room_in_memory(sample: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(LocalSampler, "sample", full)
+    code, output = sample(ROWS, *local(model))
+    assert code == 1 and "out of memory; lower --batch-size or --max-new-tokens; with another" in output
+
+
 def test_no_room_on_the_disk(sample: Any, model: Path, tmp_path: Path) -> None:
     """A file may have 700 bytes, as on a full disk: what does not fit leaves no half line."""
     assert sample(ROWS, *local(model, "--batch-size", "1"), out="whole.jsonl")[0] == 0
@@ -399,7 +408,7 @@ def test_a_server_that_answers_no_more(sample: Any, server: Server, tmp_path: Pa
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("status", [401, 307])
+@pytest.mark.parametrize("status", [401, 302])
 def test_a_refusal_is_not_repeated_and_shows_no_key(
     sample: Any, server: Server, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:

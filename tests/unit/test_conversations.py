@@ -321,6 +321,12 @@ def test_what_a_template_does_not_read_is_refused(reader: Reader) -> None:
         reader.data(THINKING, [row()], chat_template_kwargs={"enable_thoughts": True})
 
 
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "tools"])
+def test_what_every_template_is_given_is_not_given_twice(reader: Reader, name: str) -> None:
+    with pytest.raises(ModelError, match=rf"data.chat_template_kwargs.{name} is given to every chat template; leave"):
+        reader.data(THINKING, [row()], chat_template_kwargs={name: True})
+
+
 # ---- what is not looked for again
 
 NO_SECRETS = (

@@ -111,6 +111,16 @@ def test_columns_and_fraction_are_part_of_what_data_are_found_by(tmp_path: Path)
     assert all(one != other for k, one in enumerate(found) for other in found[:k])
 
 
+def test_a_column_that_a_path_leads_into_keeps_its_own_name(tmp_path: Path) -> None:
+    """UltraFeedback's completions are read as well, and so is the text that a path takes a part of."""
+    row = PUBLISHED["UltraFeedback"][0]
+    fine = [item | {"fine": k} for k, item in enumerate(row["completions"])]
+    path = write(tmp_path / "rows.jsonl", [row | {"completions": fine}])
+    (example,) = read(path, columns={"scores": "completions.*.fine"})
+    assert isinstance(example, PreferenceExample)
+    assert (example.pairs[0].chosen, example.pairs[0].margin) == (1, 1.0)
+
+
 # ---- files
 
 
@@ -135,6 +145,9 @@ def test_csv_tells_text_from_what_is_none(tmp_path: Path) -> None:
     as_json = {"prompt": messages, "chosen": answers[0], "rejected": answers[1], "weight": 3}
     rows = [{name: json.dumps(value) for name, value in as_json.items()}]
     assert bare(read(write_csv(tmp_path / "chat.csv", rows))) == bare(read(write(tmp_path / "chat.jsonl", [as_json])))
+    json_answers = [{"prompt": "p", "chosen": '[{"a": 1}]', "rejected": '[{"a": 2}]'}]
+    expected = bare(read(write(tmp_path / "json.jsonl", json_answers)))
+    assert bare(read(write_csv(tmp_path / "json.csv", json_answers))) == expected
     plain = [{"q": "1", "chosen": "[1, 2]", "rejected": "null", "weight": ""}]
     (example,) = read(write_csv(tmp_path / "plain.csv", plain), columns={"prompt": "q"})
     assert isinstance(example, PreferenceExample)
@@ -175,6 +188,16 @@ def test_zstd(tmp_path: Path, suffix: str) -> None:
     assert bare(read(path)) == bare(read(plain))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=rf"{path}:\d+: cannot be read from here on .*the file is damaged"):
+        read(path)
+
+
+def test_an_arrow_stream_that_was_cut_between_two_batches(tmp_path: Path) -> None:
+    table, path = pa.Table.from_pylist(STRINGS), tmp_path / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    assert len(read(path)) == 3
+    path.write_bytes(path.read_bytes()[:-8])  # as a writer leaves it that was killed
+    with pytest.raises(DataError, match=r"rows.arrow:1: the stream has no end: cut off\?"):
         read(path)
 
 
@@ -251,7 +274,7 @@ PUBLISHED = {
             "answers": [{"answer": "four", "model": "a", "rank": 2.0}, {"answer": "4", "model": "b", "rank": 1.0},
                         {"answer": "5", "model": "c", "rank": 3.0}],
         },
-        {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant: ", "completions": ["four", "4", "5"], "ranks": [2, 1, 3]},
+        {**asked("2 + 2?", "four", "4", "5"), "ranks": [2, 1, 3]},
     ),
 }  # fmt: skip
 
@@ -290,6 +313,35 @@ def test_faults_of_published_rows(tmp_path: Path, name: str, changes: dict[str, 
     assert isinstance(row, RowFault)
     assert row.reason == reason
     assert what in row.what
+
+
+DIALOGUE = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "2 + 2?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("HelpSteer 2", "Hi\n\n<extra_id_1>Assistant\nHello\n\n<extra_id_1>User\n2 + 2?"),
+        ("HelpSteer 2", "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\n2 + 2?\n"),
+        ("Nectar", "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2 + 2?\n\nAssistant: "),
+    ],
+)
+def test_dialogues_in_one_text_become_turns(tmp_path: Path, name: str, text: str) -> None:
+    (example,) = read(write(tmp_path / "rows.jsonl", [PUBLISHED[name][0] | {"prompt": text}]))
+    assert isinstance(example, PreferenceExample)
+    assert list(example.prompt) == DIALOGUE
+
+
+def test_scores_that_a_path_names_come_before_the_published_ones(tmp_path: Path) -> None:
+    row = PUBLISHED["UltraFeedback"][0]
+    path = write(tmp_path / "rows.jsonl", [row | {"fine": [1, 2]}])
+    (example,) = read(path, columns={"scores": "fine"})
+    assert isinstance(example, PreferenceExample)
+    assert (example.pairs[0].chosen, example.pairs[0].margin) == (1, 1.0)
 
 
 # ---- content in parts

@@ -42,8 +42,8 @@ def sides(tmp_path: Path) -> Any:
                 "evaluation": {"eval_steps": 1},
             }
         )
-        training, held_out = datasets_of(config, spec, tmp_path / "cache", 10**6)
-        return training, dict(zip(config.data.evaluation_names, held_out.values(), strict=True)), config
+        found = datasets_of(config, spec, tmp_path / "cache", 10**6)
+        return found.training, found.held_out, config
 
     return made
 
@@ -80,15 +80,53 @@ def test_a_prompt_decides_by_itself(sides: Any, tmp_path: Path) -> None:
     assert set(alone) < set(prompts(wider))
 
 
-def test_messages_and_token_ids_decide_too() -> None:
-    def held(prompts: list[Any]) -> float:
-        return sum(is_held_out(prompt, 0.3) for prompt in prompts) / len(prompts)
+@pytest.mark.parametrize("share", [0.02, 0.3])
+def test_the_share_is_kept(share: float) -> None:
+    assert abs(sum(is_held_out((n, n + 1), share) for n in range(4000)) / 4000 - share) < 0.02
+    assert not is_held_out((1, 2), 0.0) and is_held_out((1, 2), 1.0)
 
-    assert 0.2 < held([({"role": "user", "content": f"{n}"},) for n in range(500)]) < 0.4
-    assert 0.2 < held([(n, n + 1) for n in range(500)]) < 0.4
-    first, second = {"role": "user", "content": "a"}, {"content": "a", "role": "user"}
-    assert is_held_out((first,), 0.5) == is_held_out((second,), 0.5)
-    assert not is_held_out("anything", 0.0) and is_held_out("anything", 1.0)
+
+def chat(*said: str, **more: Any) -> dict[str, Any]:
+    """A row whose prompt is a conversation, the user's turns and the assistant's in turn."""
+    roles = ("user", "assistant")
+    prompt = [{"role": roles[k % 2], "content": text, **more} for k, text in enumerate(said)]
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    return {"prompt": prompt, **answers}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        ([[chat(f"q{n}"), chat("older " * 30, "fine", f"q{n}")] for n in range(60)], {"max_length": 90}),
+        ([[row(f"{'x' * 9}q{n}"), row(f"{'y' * 9}q{n}")] for n in range(60)], {"max_length": 17}),
+        ([[chat(f"q{n}"), chat(f"q{n}", id="m1")] for n in range(60)], {}),
+    ],
+    ids=["fewer turns", "the same end", "another key"],
+)
+def test_prompts_that_are_the_same_to_the_model_are_on_one_side(
+    sides: Any, tmp_path: Path, rows: list[list[dict[str, Any]]], settings: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "a.jsonl", [one for both in rows for one in both])
+    training, held_out, _ = sides([path], holdout=0.3, truncation_mode="keep_end_of_prompt", **settings)
+    assert describe_leaks({"data.train": training, **held_out}) == []
+    total = [training, *held_out.values()]
+    assert sum(map(len, total)) == 120 and len(held_out["a:holdout"]) > 5
+    # What was decided for a row is told where the row is.
+    shortened = [dataset.notes.get("prompt_shortened", 0) for dataset in total]
+    assert all(0 <= count <= len(dataset) for count, dataset in zip(shortened, total, strict=True))
+
+
+def test_an_entry_without_a_held_out_prompt_is_passed_over(
+    sides: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = [n for n in range(3, 99) if not is_held_out((n,), 0.3)][:2]
+    rows = [{"prompt_ids": [n], "chosen_ids": [1], "rejected_ids": [2]} for n in kept]
+    paths = [write(tmp_path / "large.jsonl", [row(f"question {n}") for n in range(60)])]
+    paths.append(write(tmp_path / "small.jsonl", rows))
+    training, held_out, _ = sides(paths, holdout=0.3)
+    assert list(held_out) == ["large:holdout"]
+    assert "holds out no prompt of data.train.1.path" in caplog.text
+    assert len(training) + len(held_out["large:holdout"]) == 62
 
 
 def test_names_of_entries_that_look_alike(sides: Any, tmp_path: Path) -> None:
@@ -111,11 +149,15 @@ def test_bad_rows_are_told_of_once(sides: Any, tmp_path: Path) -> None:
         sides([path], holdout=SHARE)
 
 
-def test_a_share_that_leaves_a_side_empty(sides: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [row("the only one")])
-    share = 0.5 if is_held_out("the only one ", 0.5) else 1e-6
-    side = "all prompts" if share == 0.5 else "no prompt"
-    with pytest.raises(
-        DataError, match=rf"data.holdout={share:g} holds out {side} of data.train.0.path=.*a.jsonl; choose"
-    ):
+@pytest.mark.parametrize(("held_out", "share", "side"), [(False, 0.3, "no prompt"), (True, 0.3, "all prompts")])
+def test_a_share_that_leaves_a_side_empty(sides: Any, tmp_path: Path, held_out: bool, share: float, side: str) -> None:
+    one = next(n for n in range(3, 99) if is_held_out((n,), share) == held_out)
+    path = write(tmp_path / "a.jsonl", [{"prompt_ids": [one], "chosen_ids": [1], "rejected_ids": [2]}])
+    with pytest.raises(DataError, match=rf"data.holdout={share} holds out {side} of data.train.0.path=.*; choose"):
         sides([path], holdout=share)
+
+
+def test_a_fraction_that_leaves_nothing(sides: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row(f"{n}") for n in range(10)])
+    with pytest.raises(DataError, match=r"data.train.0.fraction=0.05 leaves no row of .*a.jsonl; raise it"):
+        sides([{"path": path, "fraction": 0.05}], evaluation=[{"path": path}])

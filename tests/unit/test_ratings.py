@@ -108,6 +108,42 @@ def test_they_are_merged_with_pairs_of_their_prompt(run: Any) -> None:
     assert said(run, run(rows, group_by_prompt=True)) == {"p": {("a", "b"), ("a", "c")}}
 
 
+def test_they_are_paired_across_all_entries(tmp_path: Path) -> None:
+    """Two versions of feedback: the thumb up is in one, the thumb down in the other."""
+    spec, sources = save_tokenizer(tmp_path / "tokenizer"), []
+    for name, rows in (("a", [rated("p", "good", True)]), ("b", [rated("p", "bad", False), rated("q", "x", True)])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append(DataSource(path=str(path)))
+    dataset = prepare_dataset(sources, DataConfig(train=sources), spec, tmp_path / "cache")
+    assert (len(dataset), dataset.bad_rows) == (1, {"unpaired": 1})
+
+
+@pytest.mark.parametrize("pairing", ["all", "best_vs_rest", "best_vs_worst", "adjacent"])
+def test_what_the_pairing_passes_over_is_not_unpaired(run: Any, pairing: str) -> None:
+    rows = [rated("p", text, text < "c") for text in "abcd"]
+    dataset = run(rows, pairing=pairing)
+    assert (len(dataset), dataset.bad_rows) == (1, {})
+
+
+def test_two_kinds_are_no_ranking(run: Any) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:1: data.pairing=list asks for rankings"):
+        run([rated("p", "a", True), rated("p", "b", False)], pairing="list")
+
+
+def test_they_are_not_shortened(run: Any) -> None:
+    """Each would lose another part of the prompt that they have in common."""
+    rows = [rated("word " * 9 + "Q:", " good good", True), rated("word " * 9 + "Q:", " bad", False)]
+    short = [rated("Q:", " a", True), rated("Q:", " b", False)]
+    dataset = run([*rows, *short], max_length=40, truncation_mode="keep_end_of_prompt")
+    assert (len(dataset), dataset.bad_rows) == (1, {"over_long": 2})
+
+
+def test_truth_values_of_a_spreadsheet(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\np,a,TRUE\np,b,FALSE\np,c,false\n")
+    assert said(run, run(tmp_path / "rows.csv")) == {"p": {("a", "b"), ("a", "c")}}
+
+
 def test_where_nothing_can_be_paired(run: Any) -> None:
     with pytest.raises(DataError, match=r"none of the 2 rows .* can be used \(unpaired: 2\)"):
         run([rated("p", "a", True), rated("q", "b", False)])

@@ -64,7 +64,7 @@ def test_chosen_and_rejected_come_first_in_both_kinds_of_run(
 @pytest.mark.parametrize(
     ("row", "ignored"),
     [
-        ({"messages": [USER, A], "label": 0}, {"label"}),
+        ({"messages": [USER, A], "label": 1}, set()),
         ({"prompt": "Hi", "messages": [USER, A]}, {"prompt"}),
         ({"conversations": [USER, A], "weight": 2.0}, set()),
         ({**RANKED, "margin": 1.0, "chosen_probability": 0.5}, {"margin", "chosen_probability"}),
@@ -175,3 +175,13 @@ def test_the_sample_shows_the_best_in_order(pairs: list[tuple[int, int]], order:
     shown = [index for _, index in _shown_completions(example)]
     assert len(set(shown)) == len(shown) == (4 if pairs else 5)
     assert order is None or shown == order
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_supervised_run_learns_no_conversation_that_is_called_bad(column: str) -> None:
+    row = {column: [USER, A], "label": False}
+    with pytest.raises(DataError, match=r"f:1: label=False: a supervised run learns every completion"):
+        parse_row(row, "f:1", demonstrations=True)
+    rated = parsed(row)
+    assert (rated.rating, rated.completions) == (False, ((A,),))
+    assert ignored_columns(row) == ignored_columns(row, demonstrations=True) == set()

@@ -96,3 +96,20 @@ def test_notes_of_attempts_do_not_count(run: Any, monkeypatch: pytest.MonkeyPatc
     assert run([row], 10_000).notes == merged
     last = length_of(run, {**row, "prompt": TURNS[-1:]})
     assert run([row], last).notes == {**merged, "prompt_shortened": 1}
+
+
+def test_messages_of_the_user_that_follow_one_another_stay_together(run: Any) -> None:
+    question = [user("Here is the document: a b c"), user("Summarise it.")]
+    row = {"prompt": [user("one"), says("first"), *question], **ANSWERS}
+    fits = length_of(run, {"prompt": question, **ANSWERS})
+    assert run([row], fits)[0] == run([{"prompt": question, **ANSWERS}], 10_000)[0]
+    with pytest.raises(DataError, match="over_long: 1"):
+        run([row], fits - 1)
+
+
+def test_a_very_long_conversation(run: Any) -> None:
+    """Found without trying every number of turns, each of which renders what is left."""
+    turns = [turn for k in range(400) for turn in (user(f"q{k}"), says(f"a{k}"))]
+    whole = {"prompt": [SYSTEM, *turns, user("last")], **ANSWERS}
+    expected = {"prompt": [SYSTEM, *turns[-6:], user("last")], **ANSWERS}
+    assert run([whole], length_of(run, expected))[0] == run([expected], 10_000)[0]

@@ -262,7 +262,7 @@ def _write_source(
     counts = left_out.counts + Counter({UNPAIRED: found.rated.num_unpaired})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
     has_some = writer.num_examples > num_before or bool(found.refused.total)
-    waits = not found.rated.is_empty if not is_last else writer.num_examples > 0
+    waits = not found.rated.is_empty and (not is_last or writer.num_examples > 0)
     if not has_some and not waits and not (source.part == "trained" and num_read == 0 and writer.num_examples):
         raise nothing_left(source, data, num_read, reasons, left_out)
     if counts:

@@ -164,6 +164,19 @@ def test_rows_of_several_sources_in_one_message(tmp_path: Path) -> None:
     assert "a.jsonl:2: " in str(caught.value) and "b.jsonl:2: " in str(caught.value)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_source_without_a_usable_row_is_an_error_beside_others(tmp_path: Path, place: int) -> None:
+    spec = save_tokenizer(tmp_path / "tokenizer")
+    rows = [[GOOD, GOOD], [{**GOOD, "rejected": "yes"}]]
+    sources = []
+    for k, one in enumerate(rows if place else reversed(rows)):
+        (tmp_path / f"{k}.jsonl").write_text("".join(line_of(row) + "\n" for row in one))
+        sources.append(DataSource(path=str(tmp_path / f"{k}.jsonl")))
+    data = DataConfig(train=sources, on_bad_row="skip")
+    with pytest.raises(DataError, match=rf"data.train.{place}: none of the 1 rows of .* \(identical_completions: 1\)"):
+        prepare_dataset(sources, data, spec, tmp_path / "cache")
+
+
 def test_a_file_that_breaks_off_is_never_skipped(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl.gz"
     rows = "".join(line_of({**GOOD, "rejected": str(n) * 50}) + "\n" for n in range(500))

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,22 +238,30 @@ def test_a_tokenizer_that_changes_meanwhile(
         prepare(lines(rows(60)), num_proc=2)
 
 
+PARENT = """
+import sys
+from pathlib import Path
+from dpo_dist.config import DataConfig, DataSource
+from dpo_dist.tokenization import TokenizerSpec, prepare_dataset, processes
+
+processes.ROWS_PER_GROUP, processes.ROWS_ALONE = 7, 14
+rows, tokenizer, cache = sys.argv[1:]
+source = DataSource(path=rows)
+prepare_dataset([source], DataConfig(train=[source], num_proc=2), TokenizerSpec(tokenizer), Path(cache))
+"""
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path, spec: TokenizerSpec) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(line + "\n" for line in lines(rows(20_000))))
-    source = DataSource(path=str(path))
-    child = os.fork()
-    if child == 0:
-        try:
-            prepare_dataset([source], DataConfig(train=[source], num_proc=2), spec, tmp_path / "cache")
-        finally:
-            os._exit(0)
-    parent, deadline = psutil.Process(child), time.monotonic() + 60
+    # A fresh process: a test process that has run for long is too large to be forked.
+    child = subprocess.Popen([sys.executable, "-c", PARENT, str(path), spec.path, str(tmp_path / "cache")])
+    parent, deadline = psutil.Process(child.pid), time.monotonic() + 120
     while len(workers := parent.children()) < 2 or not list((tmp_path / "cache").glob(".*/*.arrow")):
-        assert time.monotonic() < deadline and parent.is_running()
+        assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.01)
-    parent.kill()
-    os.waitpid(child, 0)
+    child.kill()
+    child.wait()
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert len(gone) == 2 and not alive
 

@@ -71,7 +71,7 @@ class PeerLostError(DpoDistError, RuntimeError):
 
 
 class NothingHeldOutError(DataError):
-    """One side of a data set that `data.holdout` divides is empty."""
+    """Of a data set that `data.holdout` divides, one side has nothing that can be used."""
 
 
 class RankMismatchError(DpoDistError, RuntimeError):

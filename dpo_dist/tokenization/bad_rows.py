@@ -64,7 +64,8 @@ def nothing_left(source: Source, data: DataConfig, num_read: int, reasons: str, 
         side = "all prompts" if source.part == "trained" else "no prompt"
         what = f"data.holdout={data.holdout:g} holds out {side} of {source.key}.path={source.name}"
         return NothingHeldOutError(f"{what}; choose another share, or give held-out data as data.evaluation")
-    return DataError(
-        f"{source.key}: none of the {num_read} rows of {source.name} can be used ({reasons}); "
+    kind, those = (NothingHeldOutError, "held out of") if source.part == "held_out" else (DataError, "of")
+    return kind(
+        f"{source.key}: none of the {num_read} rows {those} {source.name} can be used ({reasons}); "
         f"repair the data, or change the setting that leaves the rows out\n{left_out.listing()}"
     )

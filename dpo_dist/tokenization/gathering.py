@@ -23,10 +23,17 @@ class Gathering:
         self._groups = PromptGroups() if data.group_by_prompt else None
         self._take = write if self._groups is None else self._groups.add
         self._rated = rated
+        self.num_taken = self.num_rated = 0
+        """Examples of this source: those that are used as they are, and those that wait for others of their prompt."""
 
     def add(self, example: TokenizedExample) -> None:
         """Take the next example."""
-        (self._take if example.rating is None else self._rated.add)(example)
+        if example.rating is None:
+            self.num_taken += 1
+            self._take(example)
+        else:
+            self.num_rated += 1
+            self._rated.add(example)
 
     def finish(self, is_last: bool) -> Counter[str]:
         """Write what has waited; rated completions wait for those of further sources.

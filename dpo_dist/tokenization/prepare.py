@@ -244,7 +244,7 @@ def _write_source(
     """
     left_out = BadRows()
     gathering = Gathering(writer.write, data, found.rated)
-    num_before, num_read, next_log_s = writer.num_examples, 0, time.monotonic() + _LOG_EVERY_S
+    num_read, next_log_s = 0, time.monotonic() + _LOG_EVERY_S
     for encoded in processes.encoded(source.rows()):
         inject("tokenise")
         found.notes.update(encoded.notes)
@@ -261,9 +261,10 @@ def _write_source(
     found.notes.update(gathering.finish(is_last))
     counts = left_out.counts + Counter({UNPAIRED: found.rated.num_unpaired})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
-    has_some = writer.num_examples > num_before or bool(found.refused.total)
-    waits = not found.rated.is_empty and (not is_last or writer.num_examples > 0)
-    if not has_some and not waits and not (source.part == "trained" and num_read == 0 and writer.num_examples):
+    has_some = gathering.num_taken > 0 or found.refused.total > 0
+    waits = gathering.num_rated > 0 and (not is_last or writer.num_examples > 0)
+    is_held_out = source.part == "trained" and num_read == 0 and writer.num_examples > 0
+    if not (has_some or waits or is_held_out):
         raise nothing_left(source, data, num_read, reasons, left_out)
     if counts:
         _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)

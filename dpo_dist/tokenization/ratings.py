@@ -32,11 +32,6 @@ class RatedCompletions:
             )
         self._of_prompt.setdefault(example.prompt_ids, []).append(example)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are none."""
-        return not self._of_prompt
-
     def examples(self) -> Iterator[TokenizedExample]:
         """For each prompt with both kinds its completions, once each, and every good one over every bad one.
 

@@ -177,6 +177,16 @@ def test_a_source_without_a_usable_row_is_an_error_beside_others(tmp_path: Path,
         prepare_dataset(sources, data, spec, tmp_path / "cache")
 
 
+def test_ratings_of_another_source_hide_no_source_without_a_usable_row(tmp_path: Path) -> None:
+    spec, sources = save_tokenizer(tmp_path / "tokenizer"), []
+    rated = [{"prompt": "p", "completion": text, "label": text == "a"} for text in "ab"]
+    for k, one in enumerate([rated, [{**GOOD, "rejected": "yes"}]]):
+        (tmp_path / f"{k}.jsonl").write_text("".join(line_of(row) + "\n" for row in one))
+        sources.append(DataSource(path=str(tmp_path / f"{k}.jsonl")))
+    with pytest.raises(DataError, match=r"data.train.1: none of the 1 rows"):
+        prepare_dataset(sources, DataConfig(train=sources, on_bad_row="skip"), spec, tmp_path / "cache")
+
+
 def test_a_file_that_breaks_off_is_never_skipped(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl.gz"
     rows = "".join(line_of({**GOOD, "rejected": str(n) * 50}) + "\n" for n in range(500))

@@ -129,6 +129,21 @@ def test_an_entry_without_a_held_out_prompt_is_passed_over(
     assert len(training) + len(held_out["large:holdout"]) == 62
 
 
+def test_held_out_ratings_that_nothing_is_paired_with_refuse_no_run(
+    sides: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version of feedback whose held-out thumbs are all up."""
+    ids = [n for n in range(3, 99) if is_held_out((n,), 0.3)][:3]
+    thumbs = [{"prompt_ids": [n], "completion_ids": [1], "label": True} for n in ids]
+    kept = next(n for n in range(3, 99) if not is_held_out((n,), 0.3))
+    thumbs += [{"prompt_ids": [kept], "completion_ids": [k], "label": k == 1} for k in (1, 2)]
+    paths = [write(tmp_path / "large.jsonl", [row(f"question {n}") for n in range(60)])]
+    paths.append(write(tmp_path / "thumbs.jsonl", thumbs))
+    _, held_out, _ = sides(paths, holdout=0.3)
+    assert list(held_out) == ["large:holdout"]
+    assert "none of the 3 rows held out of" in caplog.text and "unpaired: 3" in caplog.text
+
+
 def test_names_of_entries_that_look_alike(sides: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row(f"question {n}") for n in range(40)])
     other = write(tmp_path / "held.jsonl", [row("elsewhere")])

@@ -6,13 +6,13 @@ on with the same data, whatever was added since.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_dist.config import RunConfig
+from dpo_dist.checkpoint.files import replace_text
+from dpo_dist.config import DataSource, RunConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.feedback import FeedbackSet
 
@@ -88,6 +88,10 @@ class Rounds:
                 "`dpo-dist feedback add` has made"
             )
         self._set = Path(config.data.train[0].path)
+        if config.data.train[0] != DataSource(path=config.data.train[0].path):
+            raise ConfigError(
+                "data.train.0 has more than a path, and a round reads every version whole; leave the rest out"
+            )
         if not config.data.holdout:
             raise ConfigError("data.holdout=0 leaves nothing to judge a round by; set it, say to 0.1")
         if not (config.evaluation.eval_on_start and config.evaluation.eval_steps):
@@ -104,9 +108,15 @@ class Rounds:
         """Every round that was begun, the first one first."""
         found = []
         for path in sorted(self.folder.glob("round-*.json")):
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values["verdicts"] = [Verdict(**one) for one in values["verdicts"]]
-            found.append(Round(**values))
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                values["verdicts"] = [Verdict(**one) for one in values["verdicts"]]
+                found.append(Round(**values))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{path} is not what a round has written ({type(error).__name__}: {error}); restore it, or name "
+                    "another train.output_dir to begin anew"
+                ) from error
         return found
 
     def next(self, reference: Literal["last", "first"]) -> tuple[Round, bool]:
@@ -136,10 +146,7 @@ class Rounds:
     def write(self, one: Round) -> None:
         """Write a round down, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"round-{one.number:03d}.json"
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(json.dumps(asdict(one), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(self.folder / f"round-{one.number:03d}.json", json.dumps(asdict(one), indent=2) + "\n")
 
     def judge(self, one: Round, names: Sequence[str]) -> list[Verdict]:
         """The held-out accuracy of each version before the first update, and of the exported model's.

@@ -11,6 +11,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from dpo_dist.durable import sync
 from dpo_dist.errors import CheckpointError, ConfigError, FolderInUseError, StorageError
 
 REPLACED_PREFIX = ".replaced-"
@@ -25,15 +26,6 @@ _FULL_DISK_TEXTS = (
     "File too large",
     "quota exceeded",
 )
-
-
-def sync(path: Path) -> None:
-    """Block until a file's content, or a folder's list of names, is on the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_folders(root: Path) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dpo_dist.checkpoint.files import sync
 from dpo_dist.checkpoint.pickles import require_harmless
 from dpo_dist.checkpoint.state import STATE_FILE, RunState
 from dpo_dist.checkpoint.strict_json import parse
+from dpo_dist.durable import sync
 from dpo_dist.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"

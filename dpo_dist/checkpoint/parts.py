@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_dist.checkpoint.files import sync
 from dpo_dist.checkpoint.manifest import hash_file
 from dpo_dist.checkpoint.pickles import require_harmless
+from dpo_dist.durable import sync
 from dpo_dist.phases import inject
 
 

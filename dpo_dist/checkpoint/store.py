@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo_dist.checkpoint.agreeing import on_every_rank, on_first_rank
 from dpo_dist.checkpoint.export import ASSETS_FOLDER
-from dpo_dist.checkpoint.files import free_bytes, human_bytes, publish, remove_path, replace_text, sync, sync_folders
+from dpo_dist.checkpoint.files import free_bytes, human_bytes, publish, remove_path, replace_text, sync_folders
 from dpo_dist.checkpoint.listing import STAGING_PREFIX, apply_limit, by_age, candidates, clean_up
 from dpo_dist.checkpoint.manifest import (
     LATEST_FILE,
@@ -35,6 +35,7 @@ from dpo_dist.checkpoint.manifest import (
 from dpo_dist.checkpoint.parts import Part, Writing, settled
 from dpo_dist.checkpoint.state import STATE_FILE, RunState, read_rng, write_rng
 from dpo_dist.distributed import Ranks, all_gather_json, broadcast_json
+from dpo_dist.durable import sync
 from dpo_dist.errors import CheckpointError, NoUsableCheckpointError, StorageError
 from dpo_dist.phases import inject, reach
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_dist.checkpoint.files import claim_staging, publish, remove_path, sync, sync_folders
+from dpo_dist.checkpoint.files import claim_staging, publish, remove_path, sync_folders
+from dpo_dist.durable import sync
 from dpo_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

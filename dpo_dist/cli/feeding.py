@@ -30,7 +30,8 @@ def run_add(logs: list[Path], to: Path, columns: list[str], weight: list[str], a
     """
     weights, paths = _weights(weight), _paths(columns)
     entries, left_out, sources = _read(logs, paths, as_text, skip_bad)
-    unread = sorted({name for entry in entries for name in entry.event} - EVENT_COLUMNS)
+    led_into = {path.split(".")[0] for one in paths for path in one.paths.values()}
+    unread = sorted({name for entry in entries for name in entry.event} - EVENT_COLUMNS - led_into)
     lines = [f"columns not read: {', '.join(unread)}"] if unread else []
     return "\n".join([*lines, *_told(to, FeedbackSet(to).add(entries, sources, weights), left_out)])
 

@@ -78,7 +78,8 @@ def test_every_kind_of_event_is_read_as_what_it_says(add: Any, tmp_path: Path) -
 def test_conversations_columns_by_other_names_weights_and_plain_text(add: Any, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     events = [{"request": {"messages": talk}, "corrected": "Hello!"}, {"request": {"messages": talk}, "label": False}]
-    assert add(events, "--columns", "messages=request.messages", "--weight", "edit=2")[0] == 0
+    code, output = add(events, "--columns", "messages=request.messages", "--weight", "edit=2")
+    assert (code, "not read" in output) == (0, False)
     assert [(row.prompt, row.completions, row.pairs[0].weight) for row in read(tmp_path / "set")[:1]] == [
         (said("Hi", "user"), (said("Hello!"), said("Yo")), 2.0)
     ]

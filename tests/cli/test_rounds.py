@@ -141,6 +141,7 @@ def test_a_look_writes_nothing(folder: Path) -> None:
     [
         ("data.train=[{path: first.jsonl}]", "data.train does not name one set of feedback"),
         ("data.train=[{path: feedback}, {path: feedback}]", "data.train does not name one set of feedback"),
+        ("data.train=[{path: feedback, limit: 3}]", "data.train.0 has more than a path"),
         ("data.holdout=0", "data.holdout=0 leaves nothing to judge a round by"),
         ("evaluation.eval_on_start=false", "set evaluation.eval_on_start=true"),
         ("adapter.peft_type=lora", "adapter.peft_type=lora: a round hands a whole model to the next"),
@@ -152,6 +153,14 @@ def test_mistakes(folder: Path, override: str, error: str) -> None:
         overrides.append("data.evaluation=[{path: first.jsonl}]")
     code, said = run("round", "rounds.yaml", *overrides)
     assert (code, error in said) == (2, True), said
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"number": 1'])
+def test_a_damaged_record_of_a_round(folder: Path, text: str) -> None:
+    (folder / "rounds").mkdir()
+    (folder / "rounds" / "round-001.json").write_text(text)
+    code, said = run("round", "rounds.yaml")
+    assert (code, "round-001.json is not what a round has written" in said) == (2, True), said
 
 
 def test_a_set_without_feedback(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path, path: str, error: str) -> None:
     for row in rows:
         assert isinstance(row, RowFault)
         assert row.reason in ("missing_column", "wrong_type")
-    with pytest.raises(DataError, match=error):
-        raise DataError(f"{rows[0].what}; {rows[0].way_out}")  # pyright: ignore[reportAttributeAccessIssue]
+        assert re.search(error, f"{row.what}; {row.way_out}")
 
 
 def test_a_path_that_no_row_of_a_file_can_follow_is_the_files_fault(tmp_path: Path) -> None:

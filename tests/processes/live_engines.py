@@ -1,6 +1,7 @@
 """Policy and live reference on two small models, as a run builds them; what tests of the reference look at."""
 
 import gc
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,25 @@ def plain_model(parameters: dict[str, Tensor], dtype: torch.dtype) -> PreTrained
     return model
 
 
-def live_bytes() -> int:
-    """What all tensors of this process take together, every storage once."""
+def live_bytes(at_rest: float = 0.5) -> int:
+    """What all tensors of this process take together, every storage once, when it is at rest.
+
+    A thread of gloo holds the tensors of a collective a moment longer than its caller waits: counted at once, they are
+    now and then among what stays. So it counts until nothing was let go for `at_rest` seconds.
+    """
+    least, since = _live_bytes(), time.monotonic()
+    while time.monotonic() - since < at_rest:
+        time.sleep(at_rest / 10)
+        if (now := _live_bytes()) < least:
+            least, since = now, time.monotonic()
+    return least
+
+
+def _live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.device.type == "cpu" and type(thing).__name__ != "FakeTensor":
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and type(thing).__name__ != "FakeTensor":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -1,16 +1,19 @@
 """The reference holds its parameters and nothing else: no gradient, no optimizer, no graph, no activations."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.forking import fork_ranks
 from tests.golden.trajectories import base_config
 from tests.launching import succeeded
-from tests.processes.live_engines import save_models
+from tests.processes import live_engines
+from tests.processes.live_engines import live_bytes, save_models
 
 STAGES = ("0", "3")
 STEPS = 3
@@ -24,6 +27,25 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     save_models(folder / "models")
     succeeded(fork_ranks(2, "tests.processes.live_worker", str(folder), "memory", cwd=folder))
     return json.loads((folder / "memory.json").read_text())
+
+
+def test_what_another_thread_is_about_to_let_go_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, kept, counted_once = live_bytes(), torch.zeros(5), threading.Event()
+    count = live_engines._live_bytes
+
+    def hold(tensor: torch.Tensor) -> None:
+        counted_once.wait()
+
+    def counting() -> int:
+        found = count()
+        counted_once.set()
+        return found
+
+    monkeypatch.setattr(live_engines, "_live_bytes", counting)
+    holder = threading.Thread(target=hold, args=(torch.zeros(1000),))
+    holder.start()
+    assert live_bytes() - before == kept.untyped_storage().nbytes()
+    holder.join()
 
 
 @pytest.mark.parametrize("stage", STAGES)

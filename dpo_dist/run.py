@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dpo_dist.baseline import Baseline
 from dpo_dist.checkpoint import CheckpointStore, RunState, Weights
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, raise_together
@@ -19,7 +20,7 @@ from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError, StorageError
 from dpo_dist.health import Health, restored
 from dpo_dist.losses import Objective
-from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, Window
+from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, RewardMean, Window
 from dpo_dist.pace import Pace
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
@@ -56,6 +57,11 @@ class Run:
     pace: Pace
     more_room: str  # what to change where memory runs out; empty where nothing was measured
 
+    @property
+    def baseline(self) -> Baseline:
+        """What rewards of single completions are held against."""
+        return Baseline(self.loss, self.policy, self.reference, self.packer, self.config.data.max_length)
+
     def plan(self, step: int) -> StepPlan:
         """The plan of a global step; every rank computes the same one."""
         rows = self.sampler.examples_of(step)
@@ -83,6 +89,7 @@ class Progress:
     pairs_seen: int = 0
     window: Window = field(default_factory=Window)
     health: Health = field(default_factory=Health)
+    rewards: RewardMean = field(default_factory=RewardMean)
     window_started: float = field(default_factory=time.perf_counter)
     saving: int = 0  # the step of the checkpoint that was begun last
     stopped: bool = False  # somebody asked for it, and all ranks agreed
@@ -111,6 +118,7 @@ def save(run: Run, progress: Progress) -> None:
         pairs_seen=progress.pairs_seen,
         metrics_window=progress.window.to_json(),
         health=progress.health.to_json(),
+        rewards=progress.rewards.to_json(),
         reference_identity=run.reference_identity,
         data_fingerprint=run.dataset.fingerprint,
         world_size=run.ranks.world_size,
@@ -183,7 +191,8 @@ def restore(run: Run, folder: Path) -> Progress:
         run.metrics_file.keep_until(state.step, folder, evaluated=state.health.get("evaluated") == state.step)
         logger.info("resuming after step %d (%d examples) from %s", state.step, state.examples_seen, folder)
     window, health = Window.from_json(state.metrics_window), restored(state.health, state.config, run.config)
-    return Progress(state.step, state.num_tokens, state.pairs_seen, window, health)
+    rewards = RewardMean.from_json(state.rewards)
+    return Progress(state.step, state.num_tokens, state.pairs_seen, window, health, rewards)
 
 
 def peak_memory_gib(device: torch.device) -> float:

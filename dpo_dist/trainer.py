@@ -43,6 +43,9 @@ def train(run: Run, progress: Progress) -> None:
         # Where a loss compares the step's pairs with each other: what each is matched with.  (no gradient; AOT only)
         batches = matched(run.loss, run.policy, plan, work.micro_batches(), reference_logps)
 
+        # Where a loss is of single completions: what their rewards are held against.  (no gradient; KTO and BCO only)
+        batches = run.baseline.given_to(batches, plan, work, reference_logps, progress.rewards, learns=True)
+
         for batch in run.policy.accumulate(batches):
             # 2. How likely is it under the policy?
             tokens = run.policy.token_scores(batch, run.statistics_of(progress.step))
@@ -156,9 +159,7 @@ def _evaluated(run: Run, progress: Progress) -> dict[str, dict[str, float]]:
     found, config = {}, run.config
     reach("evaluation")
     for name, dataset in run.evaluation_sets.items():
-        values = evaluate(
-            run.policy, run.reference, dataset, run.packer, run.loss, config.loss.beta, config.has_reference, run.stop
-        )
+        values = evaluate(run.baseline, dataset, progress.rewards, config.loss.beta, config.has_reference, run.stop)
         if (gap := accuracy_gap(progress.health, values)) is not None:
             values["accuracy_gap"] = gap
         found[name] = values

@@ -38,9 +38,11 @@ class MicroBatch:
     pair_weight_B: Float[Tensor, " B"]
     pair_margin_B: Float[Tensor, " B"]  # by how much chosen is better, in the data's own unit
     pair_probability_B: Float[Tensor, " B"]  # that it is better
-    # Of each completion, the weights of the pairs that it is chosen in; of a demonstration, its example's weight.
+    # Of each completion, the weights of the pairs that it is chosen in; of a demonstration, or one that is called good,
+    # its example's weight.
     chosen_weight_C: Float[Tensor, " C"]
     example_weight_C: Float[Tensor, " C"]  # of the example that it belongs to
+    rating_C: Float[Tensor, " C"]  # 1 of one that is called good, -1 of a bad one, 0 where the data do not say
     example_weight: float  # sum over examples
     num_tokens: int  # T, or 0 for a filler
     num_unshared_tokens: int  # every pair on its own, nothing shared: sum of 2 P + C + R; P + C of a demonstration
@@ -48,6 +50,9 @@ class MicroBatch:
     # What each pair is matched with (`matching.py`), nats, made on the device: instead of its own the reference's
     # chosen - rejected, the log-ratio of a rejected, and of a chosen completion.
     partners_3B: Float[Tensor, "3 B"] | None = None
+    # What rated completions are held against (`baseline.py`), as log-ratios in nats, made on the device.
+    kl_baseline: Float[Tensor, ""] | None = None
+    reward_baseline: Float[Tensor, ""] | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device, all of it by one copy."""
@@ -116,6 +121,7 @@ class _Parts:
         self.pairs: list[tuple[int, int, Pair]] = []
         self.chosen_weights: list[float] = []
         self.example_weights: list[float] = []
+        self.ratings: list[float] = []
         self.example_weight = 0.0
         self.num_unshared_tokens = 0
         self.prompt_start = 0
@@ -125,8 +131,9 @@ class _Parts:
         lengths = [len(ids) for ids in example.completion_ids]
         self.example_weight += example.weight
         self.example_weights += [example.weight] * len(lengths)
-        if not example.pairs:  # demonstrations
-            self.chosen_weights += [example.weight] * len(lengths)
+        self.ratings += [1.0 if good else -1.0 for good in example.ratings] or [0.0] * len(lengths)
+        if not example.pairs:  # demonstrations, or rated
+            self.chosen_weights += [example.weight * good for good in example.ratings or [True] * len(lengths)]
             self.num_unshared_tokens += sum(prompt + length for length in lengths)
             return
         chosen_weights = [0.0] * len(lengths)
@@ -185,6 +192,7 @@ class _Parts:
             pair_probability_B=_numbers([pair.probability for _, _, pair in self.pairs]),
             chosen_weight_C=_numbers(self.chosen_weights),
             example_weight_C=_numbers(self.example_weights),
+            rating_C=_numbers(self.ratings),
             example_weight=self.example_weight,
             num_tokens=0 if is_filler else len(self.ids),
             num_unshared_tokens=self.num_unshared_tokens,

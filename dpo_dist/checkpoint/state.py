@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dpo_dist.checkpoint.strict_json import parse
 from dpo_dist.errors import CheckpointError, NumericsError
 from dpo_dist.health import Health
-from dpo_dist.metrics import Window
+from dpo_dist.metrics import RewardMean, Window
 
 STATE_FILE = "state.json"
 
@@ -47,6 +47,8 @@ class RunState:
     """Number of processes that wrote the shards."""
     config: dict[str, dict[str, Any]]
     """The resolved configuration."""
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Those of rated completions, added up (BCO)."""
 
     def to_text(self) -> str:
         """The state as JSON; floats survive exactly.
@@ -75,6 +77,7 @@ class RunState:
             # What is in them is theirs; here, so that a checkpoint whose state cannot be used is passed over.
             Health.from_json(values["health"])
             Window.from_json(values["metrics_window"])
+            RewardMean.from_json(values.get("rewards", {}))
             return cls(**values)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read; it is not a checkpoint of this program ({error})") from None
@@ -92,8 +95,9 @@ def _in_one_line(error: ValueError) -> str:
 def _require_fields(values: object) -> None:
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
-    expected = {field.name for field in dataclasses.fields(RunState)}
-    if unlike := sorted(expected ^ values.keys()):
+    known = {field.name: field.default_factory for field in dataclasses.fields(RunState)}
+    missing = {name for name, default in known.items() if default is dataclasses.MISSING} - values.keys()
+    if unlike := sorted(missing | (values.keys() - known.keys())):
         raise ValueError(f"missing or unknown: {', '.join(unlike)}; another version of dpo-dist wrote it")
 
 

@@ -106,6 +106,8 @@ def _print_sample(console: Console, prepared: Prepared) -> None:
 
 def _shown_completions(example: TokenizedExample) -> list[tuple[str, int]]:
     """What to call the completions of an example, with the place of each; of many the best, in order of preference."""
+    if example.ratings:
+        return [("good completion" if good else "bad completion", index) for index, good in enumerate(example.ratings)]
     if not example.pairs:
         return [("completion", index) for index in range(len(example.completion_ids))]
     if len(example.completion_ids) == 2:
@@ -131,7 +133,8 @@ def _print_first_step(console: Console, prepared: Prepared, world_size: int) -> 
     unshared = sum(size.unshared_tokens for size in sizes)
     rows = [length for size in sizes for length in size.longest_rows]
     padded = f"; padded as TRL does {padded_tokens(rows)}" if rows else ""
-    of_pairs, own = (f", {counted(plan.num_pairs, 'pair')}", "pair") if rows else ("", "demonstration")
+    alone = "completion" if plan.rated_weight else "demonstration"
+    of_pairs, own = (f", {counted(plan.num_pairs, 'pair')}", "pair") if rows else ("", alone)
     counts = f"{counted(len(sizes), 'example')}{of_pairs}"
     console.print(f"first step on {counted(world_size, 'rank')}: {counts}")
     for rank, bins in enumerate(plan.micro_batches):

@@ -64,6 +64,7 @@ def datasets_of(config: RunConfig, tokenizer: TokenizerSpec, cache_dir: Path, vo
             first_index=index,
             demonstrations=config.trains_on_demonstrations,
             part=part,
+            rated=config.rated,
         )
         dataset.check_vocabulary(vocab_size)
         return dataset

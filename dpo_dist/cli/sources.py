@@ -77,7 +77,7 @@ def find_source(prepared: Prepared, ranks: Ranks, cache_dir: Path) -> Choice:
     folder = cache_folder(prepared, cache_dir)
     cache = None
     # Nodes may have caches and memory of their own, and what follows is collective: the first rank decides.
-    looks = config.source == "auto" and prepared.config.has_reference and prepared.config.loss.ld_alpha is None
+    looks = config.source == "auto" and prepared.config.has_reference and not prepared.config.loss.beyond_a_cache
     if config.source == "cache" or (looks and broadcast_json(folder.exists())):
         cache = open_reference_cache(prepared, ranks, cache_dir, rows_of_run(prepared))
     source, reason = broadcast_json(choose_source(config, _situation(prepared, ranks, cache)))
@@ -205,16 +205,21 @@ def require_reference(config: RunConfig) -> None:
     """
     if config.reference.source == "none":
         raise ConfigError("reference.source=none: there is nothing to compute; use auto, live, cache or adapter_off")
-    if config.loss.ld_alpha is not None:
-        raise ConfigError(
-            f"loss.ld_alpha={config.loss.ld_alpha} needs the reference's value of every token, and a cache gives sums: "
-            "there is nothing to compute; leave it out"
-        )
+    if reason := _beyond_a_cache(config):
+        raise ConfigError(f"{reason}: there is nothing to compute; leave it out")
     if not config.has_reference:
         raise ConfigError(
             f"loss.loss_type={' and '.join(config.loss.loss_types)} reads no reference: there is nothing to compute; "
             "set reference.source=cache if the metrics are to be told from one"
         )
+
+
+def _beyond_a_cache(config: RunConfig) -> str:
+    """Why no cache will do, if so."""
+    if config.loss.beyond_a_cache is None:
+        return ""
+    key, what = config.loss.beyond_a_cache
+    return f"loss.{key}={getattr(config.loss, key)} needs the reference's {what}"
 
 
 def _kind(prepared: Prepared) -> tuple[str, str]:
@@ -240,7 +245,7 @@ def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -
         state = share["weights"]  # what is trained is small
     return Situation(
         has_reference=config.has_reference,
-        needs_tokens=config.loss.ld_alpha is not None,
+        beyond_a_cache=_beyond_a_cache(config),
         has_adapters=config.adapter.is_used,
         base_is_reference=prepared.same_base,
         passes=_passes(prepared),

@@ -35,6 +35,7 @@ from dpo_dist.config.models import (
     PackingConfig,
     Pairing,
     ParallelConfig,
+    Rated,
     RunConfig,
     TrainConfig,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "PackingConfig",
     "Pairing",
     "ParallelConfig",
+    "Rated",
     "ReferenceConfig",
     "RunConfig",
     "TrainConfig",

@@ -36,7 +36,7 @@ def _of_health(config: RunConfig) -> dict[KeyPath, Unread]:
         why = "has no effect without health.non_finite=skip; set it, or leave this out"
         found["health", "max_skipped_steps"] = Unread(("health", "non_finite"), why)
     warns_only = config.health.action == "warn"
-    has_held_out_pairs = config.data.has_held_out and not config.trains_on_demonstrations
+    has_held_out_pairs = config.data.has_held_out and config.compares
     if not config.has_reference:
         for key in _OF_TRAINING:
             why = "has no effect without a reference; leave this out"
@@ -61,7 +61,7 @@ def evaluation_rules(config: RunConfig) -> Iterator[Broken]:
         return
     names = config.data.evaluation_names
     chosen = evaluation.best_of(names)
-    known = [metric for metric in BEST_BY if not config.trains_on_demonstrations or metric not in _OF_PAIRS]
+    known = [metric for metric in BEST_BY if config.compares or metric not in _OF_PAIRS]
     if chosen is None or chosen[1] not in known:
         examples = known if len(names) == 1 else [f"{name}/{metric}" for name in names for metric in known]
         yield path, (("data", "evaluation"), ("loss", "loss_type")), f"is not known; it must be {', '.join(examples)}"

@@ -27,10 +27,15 @@ LossType = Literal[
     "orpo",
     "plackett_luce",
     "sft",
+    "kto",
+    "bco",
+    "apo_zero_unpaired",
 ]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 # Losses of the policy's own log-probabilities. Equal to the table in `losses` by a test.
 NO_REFERENCE = ("simpo", "cpo", "orpo", "sft")
+# Losses of single completions that are called good or bad. The same.
+OF_RATINGS = ("kto", "bco", "apo_zero_unpaired")
 
 
 class LossConfig(Section):
@@ -73,6 +78,11 @@ class LossConfig(Section):
     """`simpo`: margin that is aimed at, after beta."""
     cpo_alpha: Annotated[Number, Field(ge=0)] = 1.0
     """`cpo`: factor of its likelihood term. 0: none."""
+    desirable_weight: Annotated[Number, Field(gt=0)] = 1.0
+    """`kto`, `bco`, `apo_zero_unpaired`: factor of the loss of completions that are called good."""
+    undesirable_weight: Annotated[Number, Field(gt=0)] = 1.0
+    """The same of those that are called bad. KTO (arXiv:2402.01306, eq. 8) wants desirable_weight times good
+    completions to be 1 to 1.33 times undesirable_weight times bad ones."""
 
     @property
     def loss_types(self) -> tuple[str, ...]:
@@ -83,6 +93,25 @@ class LossConfig(Section):
     def reads_a_reference(self) -> bool:
         """Whether any of them compares the policy with a reference."""
         return not set(self.loss_types) <= set(NO_REFERENCE)
+
+    @property
+    def beyond_a_cache(self) -> tuple[str, str] | None:
+        """The key that asks the reference for more than a sum for each completion of the data, and for what."""
+        if self.ld_alpha is not None:
+            return "ld_alpha", "value of every token, and a cache gives sums"
+        if "kto" in self.loss_types:
+            return "loss_type", "values of completions after other prompts, and a cache knows their own"
+        return None
+
+    @property
+    def rates_completions(self) -> bool:
+        """Whether any of them is of single completions that are called good or bad."""
+        return bool(set(self.loss_types) & set(OF_RATINGS))
+
+    @property
+    def compares(self) -> bool:
+        """Whether any of them compares the completions of a prompt with each other."""
+        return not set(self.loss_types) <= {"sft", *OF_RATINGS}
 
     @property
     def weights(self) -> tuple[float, ...]:

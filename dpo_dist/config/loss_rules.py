@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dpo_dist.config.loss import LOSS_TYPES, NO_REFERENCE, LossConfig
+from dpo_dist.config.loss import LOSS_TYPES, NO_REFERENCE, OF_RATINGS, LossConfig
 from dpo_dist.config.models import RunConfig
 from dpo_dist.config.source_rules import Broken, KeyPath, Unread
 
@@ -16,12 +16,14 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "dpop_lambda": ("dpop",),
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("cpo",),
+    "desirable_weight": OF_RATINGS,
+    "undesirable_weight": OF_RATINGS,
 }
 # Losses of the difference of two scores: what an f-divergence leaves undetermined is the same for both of a prompt's
 # completions, and cancels in nothing else.
 OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 # Losses of which not everything belongs to a single pair.
-NOT_WEIGHTED = ("aot", "aot_unpaired", "cpo", "orpo", "plackett_luce", "sft")
+NOT_WEIGHTED = ("aot", "aot_unpaired", "cpo", "orpo", "plackett_luce", "sft", *OF_RATINGS)
 
 
 def loss_keys_without_effect(config: RunConfig) -> dict[KeyPath, Unread]:
@@ -62,6 +64,11 @@ def loss_rules(config: RunConfig) -> Iterator[Broken]:
         yield ("loss", "loss_weights"), (cause,), f"gives {numbers}; give one for each, or leave it out"
     yield from _smoothing_rules(loss)
     yield from _token_rules(config)
+    yield from _rating_rules(config)
+    if loss.beyond_a_cache and (config.reference.source == "cache" or config.reference.cache_dir is not None):
+        key, what = loss.beyond_a_cache
+        why = f"needs the reference's {what}; use live, adapter_off or auto"
+        yield ("loss", key), (("reference", "source"),), why
     yield from _list_rules(config)
     others = [name for name in loss.loss_types if name not in OF_A_DIFFERENCE]
     if loss.f_divergence_type != "reverse_kl" and others:
@@ -85,25 +92,30 @@ def _smoothing_rules(loss: LossConfig) -> Iterator[Broken]:
 def _token_rules(config: RunConfig) -> Iterator[Broken]:
     """Of what looks at single tokens."""
     loss, cause = config.loss, ("loss", "loss_type")
-    if loss.ld_alpha is not None:
-        if others := [name for name in loss.loss_types if name in NO_REFERENCE]:
-            yield (
-                ("loss", "ld_alpha"),
-                (cause,),
-                f"does not go with {_listed(others)}, which asks for whole log-probabilities; leave one out",
-            )
-        if config.reference.source == "cache" or config.reference.cache_dir is not None:
-            yield (
-                ("loss", "ld_alpha"),
-                (("reference", "source"),),
-                "needs the reference's value of every token, and a cache gives sums; use live, adapter_off or auto",
-            )
+    others = [name for name in loss.loss_types if name in (*NO_REFERENCE, *OF_RATINGS)]
+    if loss.ld_alpha is not None and others:
+        yield (
+            ("loss", "ld_alpha"),
+            (cause,),
+            f"does not go with {_listed(others)}, which asks for whole log-probabilities; leave one out",
+        )
     if loss.use_weighting and (others := [name for name in loss.loss_types if name in NOT_WEIGHTED]):
         yield (
             ("loss", "use_weighting"),
             (cause,),
             f"does not go with {_listed(others)}: only the loss of a single pair has a weight; leave one out",
         )
+
+
+def _rating_rules(config: RunConfig) -> Iterator[Broken]:
+    """Of losses of completions that are called good or bad."""
+    cause = ("loss", "loss_type")
+    if config.rated == "all" and config.data.group_by_prompt:
+        why = "does not go with a loss of single completions alone, which a prompt's rows are merged for; leave it out"
+        yield ("data", "group_by_prompt"), (cause,), why
+    if "kto" in config.loss.loss_types and config.train.examples_per_step == 1:
+        why = "is 1, and loss.loss_type=kto compares a step's prompts with each other's completions; raise it"
+        yield ("train", "examples_per_step"), (cause,), why
 
 
 def _list_rules(config: RunConfig) -> Iterator[Broken]:

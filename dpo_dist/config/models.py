@@ -49,6 +49,9 @@ class ModelConfig(Section):
 
 # Which of a row's completions are compared with each other.
 Pairing = Literal["all", "best_vs_rest", "best_vs_worst", "adjacent", "list"]
+# What becomes of completions that are only called good or bad: they are paired by prompt; what cannot be paired is kept
+# as well; or nothing is paired, and pairs say no more of their completions either.
+Rated = Literal["paired", "rest", "all"]
 
 
 class DataSource(Section):
@@ -258,6 +261,18 @@ class RunConfig(Section):
             return self.reference.source != "none"
         asked = self.reference != ReferenceConfig() or self.model.reference_name_or_path is not None
         return asked or self.loss.reads_a_reference
+
+    @property
+    def rated(self) -> Rated:
+        """What becomes of completions that are called good or bad."""
+        if not self.loss.rates_completions:
+            return "paired"
+        return "rest" if self.loss.compares else "all"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the data are compared in pairs: there are reward accuracies then."""
+        return not self.trains_on_demonstrations and self.rated != "all"
 
     @property
     def trains_on_demonstrations(self) -> bool:

@@ -51,7 +51,7 @@ def rated(row: Row, source: str) -> PreferenceExample | RowFault | None:
     if label not in (True, False):
         raise RowError(f"{source}: label={label!r} is neither true nor false; give one of them", WRONG_NUMBER)
     if row.get("weight") is not None:
-        what = "belongs to a pair, and the row holds one completion, which becomes part of several"
+        what = "belongs to a pair, and the row holds one completion"
         raise RowError(f"{source}: weight {what}; remove the column weight", UNREAD_COLUMN)
     example = _alone(row, source)
     return replace(example, rating=bool(label)) if isinstance(example, PreferenceExample) else example

@@ -1,10 +1,10 @@
-"""Preference losses: pure functions of what two completions of a prompt are worth to the policy.
+"""Preference losses: pure functions of what completions of a prompt are worth to the policy.
 
-Every tensor is (B,), one value per pair. A log-ratio is log pi_policy - log pi_reference of a completion, in nats; a
-score is the log-ratio, or what another f-divergence puts in its place; lengths are tokens. Every function gives the
-loss of each pair, or of each completion (C,) where it says so. It knows nothing of weights, batches or ranks: whoever
-calls it multiplies by weights and divides by the weight of the whole step. Names and formulas are TRL's; sources stand
-in `table.py`.
+Every tensor is (B,), one value per pair, or (C,), one per completion. A log-ratio is log pi_policy - log pi_reference
+of a completion, in nats; a score is the log-ratio, or what another f-divergence puts in its place; lengths are tokens.
+Every function gives the loss of each pair, or of each completion (C,) where it says so. It knows nothing of weights,
+batches or ranks: whoever calls it multiplies by weights and divides by the weight of the whole step. Names and formulas
+are TRL's; sources stand in `table.py`.
 """
 
 import math
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Values = Float[Tensor, " B"]
+PerCompletion = Float[Tensor, " C"]
 
 
 def sigmoid(
@@ -203,6 +204,54 @@ def plackett_luce(
     largest_C = zeros_C.scatter_reduce(0, pair_chosen, gaps_B.detach(), "amax")
     shares_B = (gaps_B - largest_C[pair_chosen]).exp()
     return largest_C + torch.log((-largest_C).exp().index_add(0, pair_chosen, shares_B))
+
+
+def kto(
+    completion_logratios: PerCompletion,
+    ratings: PerCompletion,
+    kl_baseline: Float[Tensor, ""],
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PerCompletion:
+    """w (1 - s(y beta (log-ratio - z))), y = 1 of a good completion and -1 of a bad one, w its kind's weight.
+
+    z, without gradient, is how far the policy has moved where nothing was rated (`baseline.py`). 0 where y is.
+    """
+    rewards = ratings * beta * (completion_logratios - kl_baseline.to(completion_logratios.dtype))
+    return _by_rating(ratings, desirable_weight, undesirable_weight) * (-rewards).sigmoid()
+
+
+def bco(
+    completion_logratios: PerCompletion,
+    ratings: PerCompletion,
+    reward_baseline: Float[Tensor, ""],
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PerCompletion:
+    """-w log s(y beta (log-ratio - delta)), y and w as in `kto`, delta the mean log-ratio of all rated completions."""
+    rewards = ratings * beta * (completion_logratios - reward_baseline.to(completion_logratios.dtype))
+    return -_by_rating(ratings, desirable_weight, undesirable_weight) * F.logsigmoid(rewards)
+
+
+def apo_zero_unpaired(
+    completion_logratios: PerCompletion,
+    ratings: PerCompletion,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PerCompletion:
+    """`kto` with z = 0."""
+    weights = _by_rating(ratings, desirable_weight, undesirable_weight)
+    return weights * (-ratings * beta * completion_logratios).sigmoid()
+
+
+def _by_rating(ratings: PerCompletion, of_good: float, of_bad: float) -> PerCompletion:
+    return of_good * torch.relu(ratings) + of_bad * torch.relu(-ratings)
 
 
 def _log_odds(logps: Values) -> Values:

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from dpo_dist.losses.table import LOSSES, UNITS, LossSpec
 from dpo_dist.losses.values import PairValues
 from dpo_dist.losses.weighting import wpo_weights
 
-Term = Callable[[Mapping[str, Tensor]], Tensor]
+Term = Callable[[Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Objective:
     def needs_matching(self) -> bool:
         """Whether any of them compares the pairs of a whole step with each other; see `matching.py`."""
         return any(LOSSES[name].needs_matching for name in self.config.loss_types)
+
+    def needs(self, value: str) -> bool:
+        """Whether any of them is called with `value`."""
+        return any(value in LOSSES[name].needs for name in self.config.loss_types)
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -63,10 +68,21 @@ class Objective:
             {**vars(pair_values), "pair_chosen": batch.pair_chosen_B, "completion_logps": logps_C},
             logps_C,
         )
+        rated = _added(
+            self.terms["completion"],
+            {
+                "completion_logratios": logratios_C,
+                "ratings": batch.rating_C.to(logratios_C.dtype),
+                "kl_baseline": batch.kl_baseline,
+                "reward_baseline": batch.reward_baseline,
+            },
+            logps_C,
+        )
         weighted = (
             pairs * batch.pair_weight_B,
             demonstrations * batch.chosen_weight_C,
             lists * batch.example_weight_C,
+            rated * batch.example_weight_C,
         )
         return torch.stack([values.sum() for values in weighted])
 
@@ -133,7 +149,7 @@ def _alike(chosen: Tensor, rejected: Tensor) -> PairValues:
     return PairValues(chosen, rejected, one, one, chosen, rejected, zero, one, zero, rejected, chosen)
 
 
-def _added(terms: Sequence[tuple[float, Term]], given: Mapping[str, Tensor], like: Tensor) -> Tensor:
+def _added(terms: Sequence[tuple[float, Term]], given: Mapping[str, Any], like: Tensor) -> Tensor:
     return sum((weight * term(given) for weight, term in terms), torch.zeros_like(like))
 
 

@@ -2,7 +2,12 @@
 
 from dpo_dist.losses.table import LOSSES, LossSpec
 
-_DATA = {"pair": "pairs", "token": "chosen completions", "example": "pairs or rankings"}
+_DATA = {
+    "pair": "pairs",
+    "token": "chosen completions",
+    "example": "pairs or rankings",
+    "completion": "rated completions",
+}
 
 _HEAD = """# Losses
 
@@ -17,18 +22,24 @@ the data (of completions with scores their difference). The score is the log-rat
 `alpha_divergence` (u^(a - 1) - 1) / (a - 1) with a = f_alpha_divergence_coef, where log u is the log-ratio. Losses that
 are not of a difference of scores take `reverse_kl` only.
 
+A loss of rated completions (`kto`, `bco`, `apo_zero_unpaired`) is of single completions that are called good or bad.
+Rows with pairs then say that chosen completions are good and rejected ones bad, as when TRL takes pairs apart. Beside
+a loss of pairs, ratings are paired by prompt first, and it is of what stays unpaired.
+
 logp is the policy's own log-probability, likewise. The loss of a step is the sum over its pairs of weight * loss,
 divided by the sum of all pairs' weights in the step; of `sft`, and of the likelihood terms of `cpo` and `orpo`, the sum
 over tokens of chosen completions, divided by the number of these in the step (each times the weight of its pairs); of
-`plackett_luce`, the sum over examples, by the sum of theirs. Weights are the column `weight` of the data, or 1.
-`rewards/*` are beta * log-ratio with every loss; without a reference, beta * logp.
+`plackett_luce`, the sum over examples, by the sum of theirs; of rated completions, the sum over them, by the sum of
+their weights (desirable_weight and undesirable_weight are factors, and in no denominator). Weights are the column
+`weight` of the data, or 1. `rewards/*` are beta * log-ratio with every loss; without a reference, beta * logp.
 
 A run whose losses read no reference has none, unless `reference.source` or another option asks for one, for metrics.
 
 `aot` and `aot_unpaired` sort over the whole global step, so that neither micro-batches nor the number of ranks changes
-what is compared (TRL sorts within a batch). For that the policy runs forward over the step once more, without gradient:
-a third more of its arithmetic (a quarter if activations are recomputed), and under ZeRO-3 DeepSpeed does not fetch
-weights ahead in it and in the next forward. Evaluation sorts within 1024 examples.
+what is compared (TRL sorts within a batch); z of `kto` and delta of `bco` are of the whole step likewise. For that the
+policy runs forward over the step once more, without gradient: a third more of its arithmetic (a quarter if activations
+are recomputed), and under ZeRO-3 DeepSpeed does not fetch weights ahead in it and in the next forward. Evaluation sorts
+within 1024 examples.
 
 `loss.ld_alpha` (LD-DPO, arXiv:2409.06411) weighs the tokens of a completion beyond the length of the shorter one, for
 all losses that read a reference. `loss.use_weighting` (WPO, arXiv:2406.11827, eq. 2) weighs pairs by how likely the
@@ -58,4 +69,6 @@ def _needs(spec: LossSpec) -> list[str]:
         needs.append("lengths")
     if spec.needs_matching:
         needs.append("all pairs of a step")
+    if spec.needs_baseline:
+        needs.append("all rated completions of a step")
     return needs

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from dpo_dist.losses import formulas
 
-UNITS = ("pair", "token", "example")
+UNITS = ("pair", "token", "example", "completion")
 
 _SCORES = ("chosen_scores", "rejected_scores")
 _LOGRATIOS = ("chosen_logratios", "rejected_logratios")
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
 _LOGPS = ("chosen_logps", "rejected_logps")  # of the policy alone
+_RATED = ("completion_logratios", "ratings")
+_KINDS = ("desirable_weight", "undesirable_weight")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class LossSpec:
     """A loss, and what one value of it belongs to."""
 
     fn: Callable[..., Tensor]
-    unit: Literal["pair", "token", "example"]  # the step divides by the weight of all of these
+    unit: Literal["pair", "token", "example", "completion"]  # the step divides by the weight of all of these
     needs: tuple[str, ...]  # what it is called with, in this order
     parameters: tuple[str, ...]  # fields of `loss` in the configuration, bound by name where its function has them
     formula: str  # for people: m = beta (chosen - rejected score), r_c and r_r = beta log-ratio
@@ -32,12 +34,17 @@ class LossSpec:
     @property
     def reads_a_reference(self) -> bool:
         """Whether it is asked about log-ratios."""
-        return bool({*_SCORES, *_LOGRATIOS, "partner_margins"} & set(self.needs))
+        return bool({*_SCORES, *_LOGRATIOS, "partner_margins", "completion_logratios"} & set(self.needs))
 
     @property
     def needs_matching(self) -> bool:
         """Whether it compares the pairs of a whole step with each other."""
         return any(name.startswith("partner_") for name in self.needs)
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether it holds a reward against what the whole step says."""
+        return any(name.endswith("_baseline") for name in self.needs)
 
     @property
     def is_of_a_difference(self) -> bool:
@@ -234,5 +241,35 @@ LOSSES: dict[str, LossSpec] = {
         "Maximum likelihood; as a term beside a preference loss: Pang et al. 2024, arXiv:2404.19733 (RPO)",
         "A first stage, or added to another loss to hold the chosen completion's likelihood up. Alone it needs no "
         "reference.",
+    ),
+    "kto": LossSpec(
+        formulas.kto,
+        "completion",
+        (*_RATED, "kl_baseline"),
+        ("beta", *_KINDS),
+        "w (1 - s(y (r - beta z))), y = 1 of a good and -1 of a bad completion, w = desirable_weight or "
+        "undesirable_weight, z = max(0, mean log-ratio of the step's completions after other prompts)",
+        "KTO: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7",
+        "Completions that are only called good or bad; many more of one kind are evened out by the weights. One more "
+        "forward without gradient of policy and reference in each step.",
+    ),
+    "bco": LossSpec(
+        formulas.bco,
+        "completion",
+        (*_RATED, "reward_baseline"),
+        ("beta", *_KINDS),
+        "-w log s(y (r - delta)), delta = mean r of all rated completions so far",
+        "BCO: Jung et al. 2024, arXiv:2404.04656, with a running mean as in TRL, and without its weighting of "
+        "prompts (UDM)",
+        "As kto, where a loss that never saturates is wanted. One more forward without gradient in each step.",
+    ),
+    "apo_zero_unpaired": LossSpec(
+        formulas.apo_zero_unpaired,
+        "completion",
+        _RATED,
+        ("beta", *_KINDS),
+        "w (1 - s(y r))",
+        "APO: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, of single completions as in TRL",
+        "As kto, where good completions are better than what the model writes; nothing more to compute.",
     ),
 }

@@ -1,11 +1,14 @@
 """Implicit rewards of a step, and where numbers are written.
 
-sums.py  what a step adds up, and means over any number of steps
+sums.py  what a step adds up
+window.py means over any number of steps
+rewards.py  the mean reward of everything that was trained on
 file.py  metrics.jsonl
 trackers.py  who gets the same numbers
 """
 
 from dpo_dist.metrics.file import MetricsFile, Tracker
+from dpo_dist.metrics.rewards import RewardMean
 from dpo_dist.metrics.sums import (
     COUNTS,
     HEALTH,
@@ -14,13 +17,13 @@ from dpo_dist.metrics.sums import (
     PER_TOKEN,
     SUMS,
     WALL_CLOCK,
-    Window,
     loss_of,
     not_finite,
     padded_tokens,
     step_sums,
 )
 from dpo_dist.metrics.trackers import TRACKER_PACKAGES, TRACKERS
+from dpo_dist.metrics.window import Window
 
 __all__ = [
     "COUNTS",
@@ -33,6 +36,7 @@ __all__ = [
     "TRACKER_PACKAGES",
     "WALL_CLOCK",
     "MetricsFile",
+    "RewardMean",
     "Tracker",
     "Window",
     "loss_of",

@@ -7,7 +7,6 @@ micro-batches and ranks once per step, and divided once when a line is written: 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,8 +18,9 @@ from dpo_dist.pace import TIMES
 
 # What a step adds up. The first two belong to the loss of pairs, the next seven are per pair, two are counts of tokens,
 # two belong to the loss of tokens. The next seven are 0 where nobody asked for statistics of tokens: their sums, and
-# the numbers of tokens that they are of. Two belong to the loss of examples; the last four tell of the distance from
-# the reference: a number of tokens and a sum over them, and two sums over pairs.
+# the numbers of tokens that they are of. Two belong to the loss of examples; four tell of the distance from the
+# reference: a number of tokens and a sum over them, and two sums over pairs. The rest is of rated completions: their
+# loss, and of the good and of the bad ones their number and sums; the last one is what they are held against.
 SUMS = (
     "loss",
     "pair_weight",
@@ -48,6 +48,15 @@ SUMS = (
     "kl",
     "displacement",
     "length_drift",
+    "rated_loss",
+    "rated_weight",
+    "num_desirable",
+    "num_undesirable",
+    "rewards/desirable",
+    "rewards/undesirable",
+    "logps/desirable",
+    "logps/undesirable",
+    "rewards/baseline",
 )
 PER_PAIR = SUMS[3:9]
 # Means over tokens: of both completions, or of those of a pair's chosen or rejected one.
@@ -57,7 +66,12 @@ PER_TOKEN = {
     "logits/chosen": "num_chosen_tokens",
     "logits/rejected": "num_rejected_tokens",
 }
-OF_LOSSES = (("loss", "pair_weight"), ("token_loss", "token_weight"), ("example_loss", "example_weight"))
+OF_LOSSES = (
+    ("loss", "pair_weight"),
+    ("token_loss", "token_weight"),
+    ("example_loss", "example_weight"),
+    ("rated_loss", "rated_weight"),
+)
 # Distance from the reference: what each sum is divided by.
 HEALTH = {"kl": "num_compared", "displacement": "num_pairs", "length_drift": "num_pairs"}
 LOGGED_STATISTICS = ("entropy", "mean_logit", "is_top1")
@@ -93,7 +107,7 @@ def step_sums(
         )
         known = [batch.num_tokens, batch.num_unshared_tokens, batch.example_weight]
         *counts, weight_of_examples = torch.tensor(known, dtype=torch.float64).to(margins_B.device).unbind()
-        of_pairs, of_tokens, of_examples = losses_U.double().unbind()
+        of_pairs, of_tokens, of_examples, of_rated = losses_U.double().unbind()
         lengths_C = batch.completion_length_C.double()
         weight_of_tokens = (batch.chosen_weight_C.double() * lengths_C).sum()
         return torch.cat(
@@ -105,6 +119,7 @@ def step_sums(
                 _token_sums(batch, tokens),
                 torch.stack([of_examples, weight_of_examples]),
                 _health_sums(batch, logratios_C.double(), lengths_C),
+                _rated_sums(batch, of_rated, rewards_C, logps_C.double(), beta),
             ]
         )
 
@@ -118,24 +133,30 @@ def _token_sums(batch: MicroBatch, tokens: TokenScores | None) -> Float[Tensor, 
         batch.completion_sums(tokens.of(name).double(), weighted=False) for name in ("mean_logit", "is_top1")
     )
     lengths_C = batch.completion_length_C.double()
-    chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
-    if len(chosen_B) == 0:
-        chosen_B = torch.arange(len(lengths_C), device=device)
+    # How often each completion is chosen, and rejected; a bad one, which no pair has, is rejected once.
+    is_good_C = torch.relu(batch.rating_C) if len(batch.pair_chosen_B) else (batch.rating_C >= 0).float()
+    chosen_C, rejected_C = (
+        unpaired_C.double().index_add(0, ends_B, torch.ones_like(ends_B, dtype=torch.float64))
+        for unpaired_C, ends_B in (
+            (is_good_C, batch.pair_chosen_B),
+            (torch.relu(-batch.rating_C), batch.pair_rejected_B),
+        )
+    )
     return torch.stack(
         [
             lengths_C.sum(),
             tokens.of("entropy").double().sum(),
-            lengths_C[chosen_B].sum(),
-            correct_C[chosen_B].sum(),
-            logits_C[chosen_B].sum(),
-            lengths_C[rejected_B].sum(),
-            logits_C[rejected_B].sum(),
+            (chosen_C * lengths_C).sum(),
+            (chosen_C * correct_C).sum(),
+            (chosen_C * logits_C).sum(),
+            (rejected_C * lengths_C).sum(),
+            (rejected_C * logits_C).sum(),
         ]
     )
 
 
 def _health_sums(batch: MicroBatch, logratios_C: Tensor, lengths_C: Tensor) -> Float[Tensor, " 4"]:
-    """The last four of `SUMS`."""
+    """The four of `SUMS` that tell of the distance from the reference."""
     chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
     margins_B, longer_B = (values[chosen_B] - values[rejected_B] for values in (logratios_C, lengths_C))
     # 1 where the policy has come to prefer the longer completion though the label does not, -1 the other way round.
@@ -143,68 +164,29 @@ def _health_sums(batch: MicroBatch, logratios_C: Tensor, lengths_C: Tensor) -> F
     return torch.stack([lengths_C.sum(), -logratios_C.sum(), (logratios_C[chosen_B] < 0).double().sum(), drift_B.sum()])
 
 
+def _rated_sums(
+    batch: MicroBatch, loss: Tensor, rewards_C: Tensor, logps_C: Tensor, beta: float
+) -> Float[Tensor, " 9"]:
+    """The last nine of `SUMS`."""
+    good_C, bad_C = (torch.relu(sign * batch.rating_C.double()) for sign in (1, -1))
+    rated_C = good_C + bad_C
+    held_against = batch.kl_baseline if batch.kl_baseline is not None else batch.reward_baseline
+    baseline = torch.zeros_like(loss) if held_against is None else beta * held_against
+    return torch.stack(
+        [
+            loss,
+            (rated_C * batch.example_weight_C.double()).sum(),
+            *(which.sum() for which in (good_C, bad_C)),
+            *((which * values).sum() for values in (rewards_C, logps_C) for which in (good_C, bad_C)),
+            baseline * rated_C.sum(),
+        ]
+    )
+
+
 def loss_of(sums: Mapping[str, float]) -> float:
     """The loss of whatever was added up: of each unit per weight of its kind."""
     # A window that an earlier version saved knows of pairs only.
     return math.fsum(sums[name] / sums[weight] for name, weight in OF_LOSSES if sums.get(weight))
-
-
-class Window:
-    """Sums over the steps since the last written line."""
-
-    def __init__(self, sums: Mapping[str, float] | None = None, num_steps: int = 0, num_skipped: int = 0) -> None:
-        self.sums: dict[str, float] = dict(sums or {})
-        self.num_steps = num_steps
-        self.num_skipped = num_skipped  # steps that were left out
-
-    def add(self, step_values: Mapping[str, float]) -> None:
-        """Add the sums of one step."""
-        self.num_steps += 1
-        for name, value in step_values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of an interval that is not over; JSON keeps every bit of a float."""
-        return {"num_steps": self.num_steps, "num_skipped": self.num_skipped, "sums": dict(self.sums)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Window":
-        """What `to_json` gave.
-
-        Raises:
-            ValueError: it is something else, of another version for instance.
-        """
-        form = {"num_steps": int, "num_skipped": int, "sums": dict}
-        if {name: type(value) for name, value in ({"num_skipped": 0} | dict(values)).items()} != form:
-            raise ValueError(f"a logging interval has num_steps and sums, not {', '.join(sorted(values))}")
-        for name, value in values["sums"].items():
-            if name not in (*SUMS, *COUNTS) or type(value) not in (int, float):
-                raise ValueError(f"a logging interval has no sum {name}={value}; another version of dpo-dist wrote it")
-        return cls(
-            {name: float(value) for name, value in values["sums"].items()},
-            values["num_steps"],
-            values.get("num_skipped", 0),
-        )
-
-    def means(self, has_reference: bool = True) -> dict[str, float]:
-        """Loss per unit of weight, everything else per pair, or per token where statistics were asked for.
-
-        What there are no pairs or tokens of is left out, and without a reference the distance from it.
-        """
-        if not self.sums:
-            return {}
-        denominators = {**dict.fromkeys(PER_PAIR, "num_pairs"), **PER_TOKEN}
-        if has_reference:
-            denominators |= HEALTH
-        means = {
-            name: self.sums[name] / self.sums[count] for name, count in denominators.items() if self.sums.get(count)
-        }
-        return {"loss": loss_of(self.sums), **means}
-
-    def counts(self) -> dict[str, int]:
-        """Token counts of the interval, and the steps that were left out, if any."""
-        skipped = {"skipped_steps": self.num_skipped} if self.num_skipped else {}
-        return {name: int(self.sums[name]) for name in COUNTS if name in self.sums} | skipped
 
 
 def padded_tokens(pair_lengths: Sequence[int], rows_per_batch: int = 8) -> int:

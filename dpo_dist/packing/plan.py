@@ -36,15 +36,16 @@ class StepPlan:
     token_weight: float  # the same of `demonstrated_tokens`: the denominator of losses of a token
     example_weight: float  # the same of examples: the denominator of losses of a whole list
     num_pairs: int
+    rated_weight: float = 0.0  # sum of the weights of rated completions: the denominator of losses of one of them
 
     def examples_of_rank(self, rank: int) -> tuple[int, ...]:
         """Positions (in `examples`) of the rank's share of the step, ascending."""
         return tuple(sorted(position for batch in self.micro_batches[rank] for position in batch))
 
     @property
-    def weights(self) -> tuple[float, float, float]:
+    def weights(self) -> tuple[float, float, float, float]:
         """The denominators, in the order of `losses.UNITS`."""
-        return self.pair_weight, self.token_weight, self.example_weight
+        return self.pair_weight, self.token_weight, self.example_weight, self.rated_weight
 
     @property
     def fingerprint(self) -> str:
@@ -76,6 +77,7 @@ class Packer:
             token_weight=math.fsum(size.demonstrated_tokens for size in sizes),
             example_weight=math.fsum(size.weight for size in sizes),
             num_pairs=sum(len(size.pairs) for size in sizes),
+            rated_weight=math.fsum(size.rated_weight for size in sizes),
         )
 
     def require_fit(self, size: ExampleSize, source: str) -> None:

@@ -19,6 +19,12 @@ class ExampleSize:
     completions: tuple[int, ...]  # tokens of each completion
     pairs: tuple[Pair, ...]
     weight: float = 1.0
+    ratings: tuple[bool, ...] = ()  # of each completion whether it is called good; empty where the data do not say
+
+    @property
+    def rated_weight(self) -> float:
+        """Its weight, once for each rated completion."""
+        return self.weight * len(self.ratings)
 
     @property
     def pair_weight(self) -> float:
@@ -29,8 +35,12 @@ class ExampleSize:
     def demonstrated_tokens(self) -> float:
         """Tokens of the chosen completions, each times the weight of the pairs that it is chosen in.
 
-        Without pairs every completion is a demonstration, and has the example's weight.
+        Without pairs every completion is a demonstration, or of rated ones those that are called good, and has the
+        example's weight.
         """
+        if self.ratings:
+            good = (length for length, is_good in zip(self.completions, self.ratings, strict=True) if is_good)
+            return self.weight * sum(good)
         if not self.pairs:
             return self.weight * sum(self.completions)
         return math.fsum(pair.weight * self.completions[pair.chosen] for pair in self.pairs)
@@ -109,6 +119,7 @@ def sizes_of(dataset: TokenizedDataset, rows: Sequence[int]) -> list[ExampleSize
             dataset.completion_lengths[row],
             dataset.pairs_of(row),
             float(dataset.weights[row]),
+            dataset.ratings_of(row),
         )
         for row in rows
     ]

@@ -16,7 +16,7 @@ class Situation:
     """What the choice depends on."""
 
     has_reference: bool  # a loss reads one, or the user asks for it
-    needs_tokens: bool  # a sum for each completion is not enough, and a cache has no more
+    beyond_a_cache: str  # why a sum for each completion of the data is not enough; empty where it is
     has_adapters: bool
     base_is_reference: bool  # the policy without its adapters (or with a frozen copy of them) is the reference
     passes: float  # how often an example's reference log-probability is asked for, evaluation included
@@ -61,9 +61,9 @@ def _only_way(config: ReferenceConfig, situation: Situation) -> tuple[Source, st
         return "live", "reference.sync_ref_model lets it follow the policy"
     if config.per_microbatch:
         return "live", "reference.per_microbatch asks for it"
-    if situation.needs_tokens:
+    if situation.beyond_a_cache:
         source = "adapter_off" if _holds_reference(config, situation) else "live"
-        return source, "loss.ld_alpha asks for the value of every token"
+        return source, situation.beyond_a_cache
     return None
 
 

@@ -82,6 +82,7 @@ def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
         pair_probability_B=torch.zeros(0),
         chosen_weight_C=torch.zeros(1),
         example_weight_C=torch.zeros(1),
+        rating_C=torch.zeros(1),
         example_weight=0.0,
         num_tokens=len(inputs),
         num_unshared_tokens=0,

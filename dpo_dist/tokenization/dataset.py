@@ -128,6 +128,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             pairs=self.pairs_of(index),
             source=batch.column("source")[row].as_py(),
             weight=float(self.weights[index]),
+            ratings=self.ratings_of(index),
         )
 
     def id_columns(self) -> Iterator[IdColumns]:
@@ -146,6 +147,13 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         """The preference pairs of one example."""
         batch, row = self._locate(index)
         return tuple(Pair(**pair) for pair in batch.column("pairs")[row].as_py())
+
+    def ratings_of(self, index: int) -> tuple[bool, ...]:
+        """Of each completion of an example whether it is called good; empty where the data do not say."""
+        if not self.preferences.num_rated:
+            return ()
+        batch, row = self._locate(index)
+        return tuple(batch.column("ratings")[row].as_py())
 
     def pair_columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every pair its example, and its completions' places in `completion_lengths.flat`: chosen, and rejected."""

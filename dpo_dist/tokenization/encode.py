@@ -36,8 +36,8 @@ Ids = tuple[int, ...]
 class TokenizedExample:
     """A prompt, its completions and the preferences among them, as token ids. `source` is `path:line`.
 
-    Without preferences its completion is a demonstration, or one that is only called good or bad (`rating`).
-    `is_ranked`: its row held a list of completions.
+    Without preferences its completion is a demonstration, or one that is only called good or bad: `ratings` then holds
+    for each completion whether it is good. `is_ranked`: its row held a list of completions.
     """
 
     prompt_ids: Ids
@@ -46,7 +46,7 @@ class TokenizedExample:
     source: str
     weight: float = 1.0
     is_ranked: bool = False
-    rating: bool | None = None
+    ratings: tuple[bool, ...] = ()
 
     def beginning(self, limit: int | None) -> "TokenizedExample":
         """The same with only the first tokens of its prompt and of every completion; None: all of them."""
@@ -101,7 +101,8 @@ class Encoder:
 
     def _tokenized(self, example: PreferenceExample, texts: list[str], ids: list[list[int]]) -> TokenizedExample:
         prompt, completions = self._spans(example, texts, ids)
-        rest = (example.pairs, example.source, example.weight, example.is_ranked, example.rating)
+        ratings = () if example.rating is None else (example.rating,)
+        rest = (example.pairs, example.source, example.weight, example.is_ranked, ratings)
         return TokenizedExample(prompt, completions, *rest)
 
     def _shortened(

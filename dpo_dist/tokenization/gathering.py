@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Callable
 
-from dpo_dist.config import DataConfig
+from dpo_dist.config import DataConfig, Rated
 from dpo_dist.tokenization.encode import TokenizedExample
 from dpo_dist.tokenization.grouping import PromptGroups
-from dpo_dist.tokenization.ratings import RatedCompletions
+from dpo_dist.tokenization.ratings import RatedCompletions, as_ratings
 
 
 class Gathering:
@@ -16,9 +16,17 @@ class Gathering:
         write: takes what is ready.
         data: the settings.
         rated: completions that are called good or bad, of this source and those before it.
+        kind: "all" if they wait for nothing, and pairs are taken apart.
     """
 
-    def __init__(self, write: Callable[[TokenizedExample], None], data: DataConfig, rated: RatedCompletions) -> None:
+    def __init__(
+        self,
+        write: Callable[[TokenizedExample], None],
+        data: DataConfig,
+        rated: RatedCompletions,
+        kind: Rated = "paired",
+    ) -> None:
+        self._takes_apart = kind == "all"
         self._write = write
         self._groups = PromptGroups() if data.group_by_prompt else None
         self._take = write if self._groups is None else self._groups.add
@@ -28,7 +36,10 @@ class Gathering:
 
     def add(self, example: TokenizedExample) -> None:
         """Take the next example."""
-        if example.rating is None:
+        if self._takes_apart:
+            self.num_taken += 1
+            self._write(as_ratings(example) if example.pairs else example)
+        elif not example.ratings:
             self.num_taken += 1
             self._take(example)
         else:

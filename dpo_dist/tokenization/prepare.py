@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dpo_dist.config import DataConfig, DataSource
+from dpo_dist.config import DataConfig, DataSource, Rated
 from dpo_dist.data import RowFault, Source, open_source
 from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED, UNPAIRED
 from dpo_dist.data.held_out import Part
@@ -37,7 +37,7 @@ from dpo_dist.tokenization.worker import Work
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
 # Raise when the same rows would be written as other ids or in another layout.
-DATA_FORMAT = 4
+DATA_FORMAT = 5
 _LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
 _DATED = "the chat template writes today's date into prompts: data tokenised on another day will differ"
@@ -53,21 +53,21 @@ def prepare_dataset(
     first_index: int = 0,
     demonstrations: bool = False,
     part: Part = "whole",
+    rated: Rated = "paired",
 ) -> TokenizedDataset:
     """Tokenise all rows of `sources`, one source after another, or find them in the cache.
 
-    Safe to call from any number of processes at once; needs no process group. The tokenizer is loaded only if a source
-    holds text.
+    Any number of processes may call it at once. The tokenizer is loaded only if a source holds text.
 
     Args:
         sources: entries of data.train, or one entry of data.evaluation.
         data: what to do with over-long and bad rows.
         tokenizer: which tokenizer text is given to.
         cache_dir: where tokenised data sets are kept; made if missing.
-        section: where `sources` stand in the configuration, for messages.
-        first_index: index of the first of them there.
+        section, first_index: where the first of `sources` stands in the configuration, for messages.
         demonstrations: read the best completion of each row alone, for a supervised run.
         part: the prompts that are trained on, or those that data.holdout holds out.
+        rated: what becomes of completions that are called good or bad; "all" takes pairs apart into such.
     Raises:
         DataError: at a fault of a file; if there are bad rows, of all of them, unless data.on_bad_row is skip; if a
             source has no usable row.
@@ -84,7 +84,7 @@ def prepare_dataset(
     digest = tokenizer_digest(loaded) if loaded is not None else None  # an encoder switches a tokenizer's traps off
     work = Work(data, tokenizer if needs_tokenizer else None, name, demonstrations, part)
     identities = [source.identity() for source in opened]
-    folder = cache_dir / _cache_key(identities, data, digest, demonstrations)
+    folder = cache_dir / _cache_key(identities, data, digest, demonstrations, rated)
     # Looked up without the lock first: a folder under its final name is whole, and most starts find it.
     if not is_whole(folder):
         try:
@@ -96,7 +96,7 @@ def prepare_dataset(
                     if "strftime_now" in encoder.chat_template:
                         _LOGGER.warning(_DATED)
                     with closing(RowProcesses(encoder, work, digest)) as processes:
-                        _write(folder, opened, identities, data, processes, place)
+                        _write(folder, opened, identities, data, processes, place, rated)
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
@@ -141,7 +141,9 @@ def _place(source: DataSource) -> tuple[str | None, ...]:
     return where, source.name, source.revision, source.split
 
 
-def _cache_key(identities: Sequence[list[str]], data: DataConfig, tokenizer: str | None, demonstrations: bool) -> str:
+def _cache_key(
+    identities: Sequence[list[str]], data: DataConfig, tokenizer: str | None, demonstrations: bool, rated: Rated
+) -> str:
     """Name of the folder: equal for equal content, whatever the machine or the time of the files."""
     parts = {
         "format": DATA_FORMAT,
@@ -152,6 +154,7 @@ def _cache_key(identities: Sequence[list[str]], data: DataConfig, tokenizer: str
         "pairing": data.pairing,
         "group_by_prompt": data.group_by_prompt,
         "demonstrations": demonstrations,
+        "rated": rated,
         "tokenizer": tokenizer,
     }
     if data.chat_template_kwargs and tokenizer is not None:
@@ -182,6 +185,7 @@ def _write(
     data: DataConfig,
     processes: RowProcesses,
     place: str,
+    rated: Rated,
 ) -> None:
     """Tokenise into a temporary folder, bring it to the disk, give it its name. Needs the lock."""
     for leftover in folder.parent.glob(f".{folder.name}.*"):
@@ -192,7 +196,7 @@ def _write(
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with closing(ExampleWriter(partial)) as writer:
-            found = _Found(RatedCompletions(data.pairing))
+            found = _Found(RatedCompletions(data.pairing, keeps_rest=rated == "rest"), rated)
             for source in sources:
                 found.num_read += _write_source(source, data, processes, writer, found, source is sources[-1])
             if found.refused.total:
@@ -226,6 +230,7 @@ class _Found:
     """What is told of the rows of all sources, and those of them that wait for others."""
 
     rated: RatedCompletions
+    kind: Rated
     num_read: int = 0
     refused: BadRows = field(default_factory=BadRows)
     bad_rows: Counter[str] = field(default_factory=Counter[str])
@@ -243,7 +248,7 @@ def _write_source(
         How many rows were read.
     """
     left_out = BadRows()
-    gathering = Gathering(writer.write, data, found.rated)
+    gathering = Gathering(writer.write, data, found.rated, found.kind)
     num_read, next_log_s = 0, time.monotonic() + _LOG_EVERY_S
     for encoded in processes.encoded(source.rows()):
         inject("tokenise")

@@ -1,4 +1,4 @@
-"""Completions that are only called good or bad (KTO rows), paired with those of the same prompt that are the other."""
+"""Completions that are only called good or bad (KTO rows), and pairs that say no more of theirs."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,12 +11,18 @@ from dpo_dist.tokenization.encode import Ids, TokenizedExample
 
 
 class RatedCompletions:
-    """The rated completions of a data set, by the token ids of their prompts. Holds all of them in memory."""
+    """Rated completions of a data set, paired by the token ids of their prompts. Holds all of them in memory.
 
-    def __init__(self, pairing: Pairing) -> None:
+    Args:
+        pairing: which of a prompt's good and bad ones are compared.
+        keeps_rest: whether those that nothing is compared with are kept as they are.
+    """
+
+    def __init__(self, pairing: Pairing, keeps_rest: bool = False) -> None:
         self.num_unpaired = 0
-        """Rows whose prompt has no completion of the other kind, or whose completion is called both."""
+        """Rows that are left out: without a completion of the other kind for their prompt, or called both."""
         self._pairing: Pairing = pairing
+        self._keeps_rest = keeps_rest
         self._of_prompt: dict[Ids, list[TokenizedExample]] = {}
 
     def add(self, example: TokenizedExample) -> None:
@@ -35,17 +41,40 @@ class RatedCompletions:
     def examples(self) -> Iterator[TokenizedExample]:
         """For each prompt with both kinds its completions, once each, and every good one over every bad one.
 
-        Which of these pairs there are is `data.pairing`'s, as of scores 1 and 0.
+        Which of these pairs there are is `data.pairing`'s, as of scores 1 and 0. Where the rest is kept, it stands in
+        the place of its prompt.
         """
         for rated in self._of_prompt.values():
             ratings: dict[Ids, set[bool]] = {}
             for example in rated:
-                ratings.setdefault(example.completion_ids[0], set()).add(example.rating is True)
+                ratings.setdefault(example.completion_ids[0], set()).add(example.ratings[0])
             sure = {ids: 1.0 if True in found else 0.0 for ids, found in ratings.items() if len(found) == 1}
             ends = preferences(list(sure.values()), self._pairing)
-            used = sorted({end for pair in ends for end in pair})
-            ids = [list(sure)[end] for end in used]
-            self.num_unpaired += sum(not ends or example.completion_ids[0] not in sure for example in rated)
+            kept = [example for example in rated if example.completion_ids[0] in sure]
+            self.num_unpaired += len(rated) - (len(kept) if ends or self._keeps_rest else 0)
             if ends:
+                used = sorted({end for pair in ends for end in pair})
+                ids = [list(sure)[end] for end in used]
                 pairs = tuple(Pair(used.index(better), used.index(worse)) for better, worse in ends)
-                yield replace(rated[0], completion_ids=tuple(ids), pairs=pairs, rating=None)
+                yield replace(rated[0], completion_ids=tuple(ids), pairs=pairs, ratings=())
+            elif self._keeps_rest:
+                yield from kept
+
+
+def as_ratings(example: TokenizedExample) -> TokenizedExample:
+    """What an example with pairs says of single completions: those never rejected are good, those never chosen bad.
+
+    A completion that is better than one and worse than another is called neither, and left out.
+
+    Raises:
+        DataError: a pair says more than which one is better.
+    """
+    if any(pair.probability != 1 or (pair.margin and not example.is_ranked) for pair in example.pairs):
+        raise DataError(
+            f"{example.source}: the pair has a margin or a chosen_probability, and losses of single completions do not "
+            "read it; remove the column, or use a loss of pairs"
+        )
+    chosen = {pair.chosen for pair in example.pairs}
+    kept = sorted(chosen ^ {pair.rejected for pair in example.pairs})
+    completions = tuple(example.completion_ids[number] for number in kept)
+    return replace(example, completion_ids=completions, pairs=(), ratings=tuple(number in chosen for number in kept))

@@ -33,6 +33,7 @@ _SCHEMA = pa.schema(
         ("pairs", pa.list_(_PAIR)),
         ("source", pa.string()),
         ("weight", pa.float64()),
+        ("ratings", pa.list_(pa.bool_())),
     ]
 )
 
@@ -70,6 +71,10 @@ class PreferenceCounts:
     """Those of them that come from a column `margin`, not from scores."""
     num_soft_labels: int = 0
     """Pairs whose label is not sure."""
+    num_rated: int = 0
+    """Completions that are called good or bad, in no pair."""
+    num_desirable: int = 0
+    """Those of them that are called good."""
 
     def add(self, example: TokenizedExample) -> None:
         """Count one example."""
@@ -80,6 +85,8 @@ class PreferenceCounts:
         self.num_weighted += any(weight != 1 for weight in (example.weight, *(pair.weight for pair in example.pairs)))
         self.num_margins += num_margins
         self.num_given_margins += 0 if example.is_ranked else num_margins
+        self.num_rated += len(example.ratings)
+        self.num_desirable += sum(example.ratings)
         self.num_soft_labels += sum(pair.probability != 1 for pair in example.pairs)
 
 
@@ -144,6 +151,7 @@ class ExampleWriter:
             pa.array([[asdict(pair) for pair in example.pairs] for example in self._buffer], pa.list_(_PAIR)),
             pa.array([example.source for example in self._buffer], pa.string()),
             pa.array([example.weight for example in self._buffer], pa.float64()),
+            pa.array([example.ratings for example in self._buffer], pa.list_(pa.bool_())),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._buffer.clear()
@@ -156,7 +164,7 @@ def _canonical_bytes(example: TokenizedExample) -> bytes:
     ids = [token for part in (example.prompt_ids, *example.completion_ids) for token in part]
     pairs = [(pair.chosen, pair.rejected, pair.weight, pair.margin) for pair in example.pairs]
     # What few data have is hashed only where it is there; a negative count stands in front.
-    more = [*(pair.probability for pair in example.pairs), example.weight]
+    more = [*(pair.probability for pair in example.pairs), example.weight, *(2.0 + good for good in example.ratings)]
     further = np.array([-len(more)], dtype="<i8").tobytes() + np.array(more, dtype="<f8").tobytes()
     return (
         np.array([*counts, len(pairs)], dtype="<i8").tobytes()

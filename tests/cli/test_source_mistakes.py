@@ -75,6 +75,7 @@ def test_damaged_identity(config: Path, stored: Path) -> None:
             "loss.loss_type=sft",
             "loss.loss_type=sft reads no reference: there is nothing to compute; set reference.source",
         ),
+        ("loss.loss_type=kto", "loss.loss_type=kto needs the reference's values of completions after other prompts"),
         ("loss.ld_alpha=0.5", "loss.ld_alpha=0.5 needs the reference's value of every token, and a cache gives sums"),
     ],
 )

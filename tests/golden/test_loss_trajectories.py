@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config import LOSS_TYPES, LossConfig
+from dpo_dist.config.loss import OF_RATINGS
 from dpo_dist.losses import PairValues, bind
 from tests.forking import fork_ranks
 from tests.golden import plain
@@ -16,8 +17,8 @@ from tests.golden.trajectories import LOSS_CASES, SLACK, case_config, compare_ru
 from tests.invariance.stories import write_request
 from tests.launching import succeeded
 
-# TRL's DPOTrainer has none of these.
-BEYOND_TRL = {"dpop", "simpo", "cpo", "orpo", "plackett_luce"}
+# TRL's DPOTrainer has none of these; test_ratings.py has those of its KTOTrainer.
+BEYOND_TRL = {"dpop", "simpo", "cpo", "orpo", "plackett_luce", *OF_RATINGS}
 
 
 def test_every_loss_is_compared() -> None:

@@ -63,7 +63,7 @@ def minimal(tmp_path: Path) -> Path:
         "train.lr_scheduler_type=cosine_with_min_lr",
         "train.lr_scheduler_type=cosine_with_restarts",
         "train.lr_scheduler_type=polynomial",
-        "loss.loss_type=kto",
+        "loss.loss_type=grpo",
         "loss.loss_type=grpo",
         "model.dtype=int8",
         "train.max_epoch_steps=3",

@@ -11,7 +11,7 @@ import torch
 from dpo_dist.batch import MicroBatch, build_micro_batch
 from dpo_dist.config import LossConfig
 from dpo_dist.data import Pair
-from dpo_dist.losses import at_equality, bind, mean_loss
+from dpo_dist.losses import UNITS, at_equality, bind, mean_loss
 from dpo_dist.tokenization import TokenizedExample
 
 BETA = 0.35
@@ -38,7 +38,7 @@ def value_and_gradient(
     """Of a step of one micro-batch; the policy's own log-probabilities are not to be read."""
     ratios = torch.tensor(logratios, dtype=torch.float64, requires_grad=True)
     unknown = torch.full_like(ratios, math.nan)
-    value = mean_loss(bind(LossConfig.model_validate({"beta": BETA, **loss}))(batch, unknown, ratios), weights)
+    value = mean_loss(bind(LossConfig.model_validate({"beta": BETA, **loss}))(batch, unknown, ratios), (*weights, 1.0))
     (gradient,) = torch.autograd.grad(value, ratios)
     return float(value.detach()), gradient.tolist()
 
@@ -148,4 +148,4 @@ def test_plackett_luce_stays_finite_and_idle_ranks_add_nothing() -> None:
     assert all(map(math.isfinite, gradient))
     filler = build_micro_batch([], [], share_prompts=True)
     nothing = torch.zeros(0, dtype=torch.float64)
-    assert bind(LossConfig(loss_type="plackett_luce"))(filler, nothing, nothing).tolist() == [0.0, 0.0, 0.0]
+    assert bind(LossConfig(loss_type="plackett_luce"))(filler, nothing, nothing).tolist() == [0.0] * len(UNITS)

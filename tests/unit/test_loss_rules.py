@@ -70,6 +70,12 @@ MISTAKES = [
         "f_divergence_type=forward_kl",
         "does not go with apo_zero and nca_pair",
     ),
+    (["loss_type=kto", "label_smoothing=0.1"], "label_smoothing=0.1", "has no effect with loss.loss_type=kto"),
+    (["desirable_weight=2"], "desirable_weight=2", "kto, bco and apo_zero_unpaired read it"),
+    (["loss_type=kto", "desirable_weight=0"], "desirable_weight=0", "must be > 0"),
+    (["loss_type=[sigmoid, bco]", "ld_alpha=0.5"], "ld_alpha=0.5", "does not go with bco"),
+    (["loss_type=kto", "use_weighting=true"], "use_weighting=true", "does not go with kto"),
+    (["loss_type=kto", "f_divergence_type=forward_kl"], "f_divergence_type=forward_kl", "does not go with kto"),
     (["f_divergence_type=jensen"], "f_divergence_type=jensen", "'reverse_kl', 'forward_kl', 'js_divergence'"),
 ]
 
@@ -93,6 +99,8 @@ def test_mistakes(path: Path, settings: list[str], key: str, reason: str) -> Non
         ["f_divergence_type=alpha_divergence", "f_alpha_divergence_coef=-1.5"],
         ["loss_type=[hinge, sigmoid_norm]", "f_divergence_type=js_divergence"],
         ["loss_type=bco_pair", "f_divergence_type=reverse_kl"],
+        ["loss_type=[sigmoid, kto]", "undesirable_weight=2", "loss_weights=[1, 0.5]"],
+        ["loss_type=[kto, sft]"],
     ],
 )
 def test_what_goes_together(path: Path, settings: list[str]) -> None:
@@ -111,6 +119,49 @@ def test_a_list_and_a_name(path: Path) -> None:
 def test_ld_alpha_needs_more_than_a_cache_has(path: Path, asked: str) -> None:
     with pytest.raises(ConfigError, match=r"loss.ld_alpha=0.5 needs the reference's value of every token"):
         load_config(path, ["loss.ld_alpha=0.5", f"reference.{asked}"])
+
+
+@pytest.mark.parametrize("asked", ["source=cache", "cache_dir=somewhere"])
+def test_kto_asks_for_what_no_cache_has(path: Path, asked: str) -> None:
+    with pytest.raises(ConfigError, match=r"loss_type=kto needs the reference's values of completions after"):
+        load_config(path, ["loss.loss_type=kto", f"reference.{asked}"])
+    load_config(path, ["loss.loss_type=bco", f"reference.{asked}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["loss.loss_type=kto", "train.examples_per_step=1"],
+            "examples_per_step=1.* is 1, and loss.loss_type=kto",
+        ),
+        (
+            ["loss.loss_type=bco", "data.group_by_prompt=true"],
+            "group_by_prompt=.*does not go with a loss of single",
+        ),
+        (
+            [
+                "loss.loss_type=kto",
+                "data.evaluation=[{path: e.jsonl}]",
+                "evaluation.eval_steps=1",
+                "evaluation.metric_for_best_model=rewards/accuracies",
+            ],
+            "rewards/accuracies.* is not known; it must be",
+        ),
+    ],
+)
+def test_ratings_and_other_sections(path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
+def test_what_becomes_of_ratings(path: Path) -> None:
+    def kind(losses: str) -> str:
+        return load_config(path, [f"loss.loss_type={losses}"]).rated
+
+    assert [kind(losses) for losses in ("sigmoid", "sft", "[sigmoid, sft]")] == ["paired"] * 3
+    assert [kind(losses) for losses in ("kto", "bco", "[kto, sft]", "[kto, bco]")] == ["all"] * 4
+    assert [kind(losses) for losses in ("[sigmoid, kto]", "[bco, plackett_luce]")] == ["rest"] * 2
 
 
 def test_a_run_has_a_reference_where_a_loss_or_the_user_asks_for_one(path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from dpo_dist.batch import build_micro_batch
 from dpo_dist.config import LOSS_TYPES, LossConfig
-from dpo_dist.config.loss import NO_REFERENCE, LossType
+from dpo_dist.config.loss import NO_REFERENCE, OF_RATINGS, LossType
 from dpo_dist.config.loss_rules import OF_A_DIFFERENCE, READ_BY
 from dpo_dist.data import Pair
 from dpo_dist.logprobs import TokenScores
@@ -45,6 +45,8 @@ SETTINGS: dict[str, Any] = {
     "simpo_gamma": 0.7,
     "cpo_alpha": 0.6,
     "odpo_alpha": 0.4,
+    "desirable_weight": 1.3,
+    "undesirable_weight": 0.8,
 }
 
 
@@ -328,19 +330,57 @@ EXAMPLES = [
 LENGTHS, CHOSEN = [2, 3, 1, 2, 4], {0: 2.0, 3: 1.0, 4: 0.5}
 LOGPS, LOGRATIOS = [-3.0, -4.0, -1.0, -2.5, -6.0], [0.5, -0.25, 1.0, 1.0, -1.0]
 PAIR_WEIGHT, TOKEN_WEIGHT, EXAMPLE_WEIGHT = 3.5, 2.0 * 2 + 1.0 * 2 + 0.5 * 4, 2.0
+# The same completions called good or bad, the second example of weight 2.
+RATED = [
+    replace(EXAMPLES[0], pairs=(), ratings=(True, False)),
+    replace(EXAMPLES[1], pairs=(), ratings=(False, True, False), weight=2.0),
+]
+RATINGS, RATING_WEIGHTS = [1, -1, -1, 1, -1], [1.0, 1.0, 2.0, 2.0, 2.0]
+KL_BASELINE, REWARD_BASELINE = 0.3, -0.2
 
 
 def step_loss(name: str | list[str], **more: Any) -> tuple[float, list[float]]:
     """The loss of a step of these two examples, and its derivative to the log-probability of each completion."""
-    batch = build_micro_batch(EXAMPLES, [0, 2], share_prompts=True)
-    batch = replace(batch, partners_3B=torch.tensor([[0.3, -0.2, 0.1]] * 3, dtype=torch.float64))
+    batch = build_micro_batch(RATED if name in OF_RATINGS else EXAMPLES, [0, 2], share_prompts=True)
+    batch = replace(
+        batch,
+        partners_3B=torch.tensor([[0.3, -0.2, 0.1]] * 3, dtype=torch.float64)[:, : len(batch.pair_weight_B)],
+        kl_baseline=torch.tensor(KL_BASELINE, dtype=torch.float64),
+        reward_baseline=torch.tensor(REWARD_BASELINE, dtype=torch.float64),
+    )
     logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
     moved = logps - torch.tensor([p - x for p, x in zip(LOGPS, LOGRATIOS, strict=True)], dtype=torch.float64)
-    weights = (PAIR_WEIGHT, TOKEN_WEIGHT, EXAMPLE_WEIGHT)
+    weights = (PAIR_WEIGHT, TOKEN_WEIGHT, EXAMPLE_WEIGHT, sum(RATING_WEIGHTS))
     loss = mean_loss(bind(configured(name, **more))(batch, logps, moved), weights)
     loss.backward()
     assert logps.grad is not None
     return float(loss.detach()), logps.grad.tolist()
+
+
+RATED_ORACLES: dict[str, Callable[[float, int, LossConfig], float]] = {
+    "kto": lambda x, y, s: 1 - logistic(y * s.beta * (x - KL_BASELINE)),
+    "bco": lambda x, y, s: nll(y * s.beta * (x - REWARD_BASELINE)),
+    "apo_zero_unpaired": lambda x, y, s: 1 - logistic(y * s.beta * x),
+}
+
+
+@pytest.mark.parametrize("name", OF_RATINGS)
+def test_losses_of_rated_completions(name: str) -> None:
+    config = configured(name)
+
+    def expected(logratios: list[float]) -> float:
+        kinds = {1: config.desirable_weight, -1: config.undesirable_weight}
+        values = [
+            w * kinds[y] * RATED_ORACLES[name](x, y, config)
+            for x, y, w in zip(logratios, RATINGS, RATING_WEIGHTS, strict=True)
+        ]
+        return sum(values) / sum(RATING_WEIGHTS)
+
+    value, gradient = step_loss(name)
+    assert value == pytest.approx(expected(LOGRATIOS), rel=1e-6)
+    for c in range(len(RATINGS)):
+        above, below = ([x + (k == c) * step for k, x in enumerate(LOGRATIOS)] for step in (1e-5, -1e-5))
+        assert gradient[c] == pytest.approx((expected(above) - expected(below)) / 2e-5, rel=1e-5)
 
 
 def likelihood_term() -> float:
@@ -427,7 +467,8 @@ def test_every_setting_changes_the_loss(name: str, key: str) -> None:
 
 def test_configuration_offers_exactly_the_losses_that_exist() -> None:
     assert tuple(LOSSES) == LOSS_TYPES == get_args(LossType)
-    assert {*ORACLES, *LIKELIHOOD_ORACLES, "plackett_luce", "sft"} == set(LOSS_TYPES)  # test_labels.py has the list
+    of_pairs = {*ORACLES, *LIKELIHOOD_ORACLES}
+    assert of_pairs | RATED_ORACLES.keys() | {"plackett_luce", "sft"} == set(LOSS_TYPES)  # test_labels.py has the list
     assert ORACLES.keys() == AT_EQUALITY.keys()
 
 
@@ -437,6 +478,7 @@ def test_the_rules_know_what_the_table_says() -> None:
     assert set(READ_BY) == {key for spec in LOSSES.values() for key in spec.parameters}
     assert tuple(name for name, spec in LOSSES.items() if spec.is_of_a_difference) == OF_A_DIFFERENCE
     assert tuple(name for name, spec in LOSSES.items() if not spec.reads_a_reference) == NO_REFERENCE
+    assert tuple(name for name, spec in LOSSES.items() if spec.unit == "completion") == OF_RATINGS
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

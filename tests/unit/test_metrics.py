@@ -5,6 +5,7 @@ import math
 import sys
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ LOGPS = [-3.0, -4.0, -1.0, -2.5, -2.0]
 LOGRATIOS = [0.5, -0.25, 1.0, 1.0, -1.0]  # the second pair (3 over 2) is a tie
 PAIRS = [(0, 1, 2.0), (3, 2, 1.0), (4, 3, 0.5)]
 LOSSES = [0.25, 0.5, 4.0]
-TOKEN_LOSS, LIST_LOSS = 1.5, 0.75  # sums, as that of pairs
+TOKEN_LOSS, LIST_LOSS, RATED_LOSS = 1.5, 0.75, 1.25  # sums, as that of pairs
 TOKEN_WEIGHT = 2 * 2.0 + 2 * 1.0 + 0.5  # tokens of each pair's chosen completion, times its weight
 BETA = 0.2
 
@@ -50,7 +51,8 @@ def sums_of(examples: list[TokenizedExample], logps: list[float], logratios: lis
     batch = build_micro_batch(examples, list(range(0, 2 * len(examples), 2)), share_prompts=True)
     given = (torch.tensor(values, dtype=torch.float32) for values in (logps, logratios))
     weighted = sum(loss * pair[2] for loss, pair in zip(losses, PAIRS, strict=False))
-    losses_U = torch.tensor([weighted, TOKEN_LOSS * bool(examples), LIST_LOSS * bool(examples)], dtype=torch.float64)
+    others = [one * bool(examples) for one in (TOKEN_LOSS, LIST_LOSS, RATED_LOSS)]
+    losses_U = torch.tensor([weighted, *others], dtype=torch.float64)
     return dict(zip(SUMS, step_sums(batch, *given, losses_U, BETA).tolist(), strict=True))
 
 
@@ -78,6 +80,8 @@ def test_sums_of_a_micro_batch() -> None:
         "kl": -sum(LOGRATIOS),
         "displacement": 1,  # the chosen completion of the third pair
         "length_drift": 1,  # the third pair is turned round, and its chosen completion is the shorter one
+        "rated_loss": RATED_LOSS,
+        **dict.fromkeys(SUMS[-8:], 0.0),  # nothing is rated
     }
     assert list(sums) == list(expected)
     assert sums == pytest.approx(expected, rel=1e-12)
@@ -92,7 +96,7 @@ def test_statistics_are_means_over_tokens() -> None:
     values = torch.tensor([rows[name] for name in LOGGED_STATISTICS])
     tokens = TokenScores(torch.zeros(len(owners)), values, LOGGED_STATISTICS)
     zeros = torch.zeros(len(LOGPS))
-    sums = step_sums(batch, zeros, zeros, torch.zeros(3, dtype=torch.float64), BETA, tokens)
+    sums = step_sums(batch, zeros, zeros, torch.zeros(4, dtype=torch.float64), BETA, tokens)
     window = Window()
     window.add({**dict(zip(SUMS, sums.tolist(), strict=True)), "tokens_padded": 0.0})
 
@@ -105,6 +109,51 @@ def test_statistics_are_means_over_tokens() -> None:
     assert means["mean_token_accuracy"] == pytest.approx(mean("is_top1", [0, 3, 4]))
     assert means["logits/chosen"] == pytest.approx(mean("mean_logit", [0, 3, 4]))
     assert means["logits/rejected"] == pytest.approx(mean("mean_logit", [1, 2, 3]))
+
+
+RATED = [
+    TokenizedExample((1, 2, 3), ((10, 11), (20, 21, 22)), (), "a:1", ratings=(True, False)),
+    TokenizedExample((5,), ((30,),), (), "a:2", weight=2.0, ratings=(True,)),
+]
+
+
+@pytest.mark.parametrize("beside_pairs", [False, True])
+def test_rated_completions_are_told_by_kind(beside_pairs: bool) -> None:
+    examples = [*RATED, EXAMPLES[0]] if beside_pairs else RATED
+    batch = build_micro_batch(examples, [0, 2, 3][: len(examples)], share_prompts=True)
+    batch = replace(batch, kl_baseline=torch.tensor(0.6, dtype=torch.float64))
+    logps, ratios = [-3.0, -4.0, -1.0, -8.0, -9.0], [0.5, -0.25, 1.0, 2.0, 3.0]
+    given = (torch.tensor(values[: len(batch.rating_C)]) for values in (logps, ratios))
+    losses = torch.tensor([0.0, 0.0, 0.0, 4.0], dtype=torch.float64)
+    sums = dict(zip(SUMS, step_sums(batch, *given, losses, BETA).tolist(), strict=True))
+    assert (sums["rated_weight"], loss_of(sums)) == (4.0, 1.0)
+    means = Window(sums, 1).means()
+    good, bad = BETA * 0.75, BETA * -0.25
+    expected = {"rewards": (good, bad), "logps": (-2.0, -4.0)}
+    for what, values in expected.items():
+        for kind, value in zip(
+            ("desirable", "undesirable") if beside_pairs else ("chosen", "rejected"), values, strict=True
+        ):
+            assert means[f"{what}/{kind}"] == pytest.approx(value, rel=1e-6)
+    assert means["rewards/baseline"] == pytest.approx(BETA * 0.6, rel=1e-6)
+    assert means["rewards/margins"] == pytest.approx(BETA * -1.0 if beside_pairs else good - bad, rel=1e-6)
+    assert ("rewards/accuracies" in means) == beside_pairs
+
+
+def test_their_tokens_count_as_chosen_or_rejected() -> None:
+    """However they are packed: alone, or in one micro-batch with pairs."""
+
+    def token_sums(examples: list[TokenizedExample]) -> torch.Tensor:
+        batch = build_micro_batch(examples, list(range(0, 2 * len(examples), 2)), share_prompts=True)
+        values = torch.ones(len(LOGGED_STATISTICS), len(batch.completion_of_M))
+        tokens = TokenScores(torch.zeros(len(batch.completion_of_M)), values, LOGGED_STATISTICS)
+        zeros = torch.zeros(len(batch.rating_C))
+        return step_sums(batch, zeros, zeros, torch.zeros(4, dtype=torch.float64), BETA, tokens)
+
+    together, apart = token_sums([*RATED, EXAMPLES[0]]), token_sums(RATED) + token_sums(EXAMPLES[:1])
+    assert torch.equal(together, apart)
+    sums = dict(zip(SUMS, together.tolist(), strict=True))
+    assert (sums["num_chosen_tokens"], sums["num_rejected_tokens"]) == (2 + 1 + 2, 3 + 3)
 
 
 def test_a_filler_counts_nothing() -> None:

@@ -106,8 +106,9 @@ def test_a_budget_may_be_filled_and_not_exceeded_by_one_token() -> None:
 def test_what_a_step_is_divided_by() -> None:
     compared = ExampleSize(4, (3, 5), (Pair(0, 1, 2.0), Pair(1, 0, 0.5)), weight=3.0)
     demonstrated = ExampleSize(2, (7,), (), weight=1.5)
-    plan = Packer(1, 100, 100, True).plan(0, range(2), [compared, demonstrated])
-    assert plan.weights == (2.0 + 0.5, 2.0 * 3 + 0.5 * 5 + 1.5 * 7, 3.0 + 1.5)
+    rated = ExampleSize(2, (6, 8), (), weight=0.5, ratings=(True, False))
+    plan = Packer(1, 100, 100, True).plan(0, range(3), [compared, demonstrated, rated])
+    assert plan.weights == (2.0 + 0.5, 2.0 * 3 + 0.5 * 5 + 1.5 * 7 + 0.5 * 6, 3.0 + 1.5 + 0.5, 2 * 0.5)
 
 
 @given(**STEPS)
@@ -252,6 +253,9 @@ class Lengths(TokenizedDataset):
 
     def pairs_of(self, index: int) -> tuple[Pair, ...]:
         return self._sizes[index].pairs
+
+    def ratings_of(self, index: int) -> tuple[bool, ...]:
+        return self._sizes[index].ratings
 
 
 @given(raw=STEPS["raw"], share=st.booleans())

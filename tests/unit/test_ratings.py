@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config import DataConfig, DataSource
+from dpo_dist.config import DataConfig, DataSource, Rated
 from dpo_dist.data import RowFault
 from dpo_dist.data.rows import parse_row
 from dpo_dist.errors import DataError
@@ -25,12 +25,12 @@ def rated(prompt: str, completion: str, label: Any) -> dict[str, Any]:
 def run(tmp_path: Path) -> Any:
     spec = save_tokenizer(tmp_path / "tokenizer")
 
-    def tokenized(rows: list[Any] | Path, **settings: Any) -> TokenizedDataset:
+    def tokenized(rows: list[Any] | Path, rated: Rated = "paired", **settings: Any) -> TokenizedDataset:
         path = rows if isinstance(rows, Path) else tmp_path / "rows.jsonl"
         if not isinstance(rows, Path):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         data = DataConfig(train=[DataSource(path=str(path))], **settings)
-        return prepare_dataset(data.train, data, spec, tmp_path / "cache")
+        return prepare_dataset(data.train, data, spec, tmp_path / "cache", rated=rated)
 
     tokenized.tokenizer = load_tokenizer(spec)  # pyright: ignore[reportFunctionMemberAccess]
     return tokenized
@@ -169,3 +169,67 @@ def test_faults_of_rated_rows(changes: dict[str, Any], reason: str, what: str) -
     else:
         assert isinstance(found, RowFault)
         assert (found.reason, what in found.what) == (reason, True)
+
+
+def test_the_rest_is_kept_beside_pairs(run: Any) -> None:
+    rows = [
+        rated("p", "good", True),
+        rated("q", "only good", True),
+        rated("p", "bad", False),
+        rated("r", "only bad", False),
+        rated("r", "only bad", False),  # said twice: twice as much
+        rated("s", "both", True),
+        rated("s", "both", False),
+        rated("s", "worse", False),
+    ]
+    dataset = run(rows, rated="rest")
+    found = [
+        (run.tokenizer.decode(one.completion_ids[0], skip_special_tokens=True), len(one.pairs), one.ratings)
+        for one in dataset
+    ]
+    singles = [("only good", 0, (True,)), ("only bad", 0, (False,)), ("only bad", 0, (False,)), ("worse", 0, (False,))]
+    assert found == [("good", 1, ()), *singles]
+    assert dataset.bad_rows == {"unpaired": 2}
+    counts = dataset.preferences
+    assert (counts.num_pairs, counts.num_rated, counts.num_desirable) == (1, 4, 1)
+
+
+def test_nothing_is_paired_where_only_ratings_are_read(run: Any) -> None:
+    ranked = {"prompt": "t", "completions": ["best", "middle", "worst"], "scores": [3, 2, 1], "weight": 2}
+    rows = [
+        rated("p", "good", True),
+        rated("p", "bad", False),
+        {"prompt": "t", "chosen": "yes", "rejected": "no"},
+        ranked,
+        rated("p", "good", False),
+    ]
+    dataset = run(rows, rated="all")
+    found = [
+        ([run.tokenizer.decode(ids, skip_special_tokens=True) for ids in one.completion_ids], one.ratings, one.weight)
+        for one in dataset
+    ]
+    assert found == [
+        (["good"], (True,), 1.0),
+        (["bad"], (False,), 1.0),
+        (["yes", "no"], (True, False), 1.0),
+        (["best", "worst"], (True, False), 2.0),  # the middle one is neither
+        (["good"], (False,), 1.0),
+    ]
+    assert not any(one.pairs for one in dataset) and dataset.bad_rows == {}
+    assert [one.source.rpartition(":")[2] for one in dataset] == ["1", "2", "3", "4", "5"]
+
+
+def test_the_three_ways_are_three_data_sets(run: Any) -> None:
+    rows = [rated("p", "good", True), rated("p", "bad", False), rated("q", "good", True)]
+    kinds: list[Any] = ["paired", "rest", "all"]
+    assert [len(run(rows, rated=kind)) for kind in kinds] == [1, 2, 3]
+    assert len({run(rows, rated=kind).fingerprint for kind in kinds}) == 3
+    other = [rated("p", "good", True), rated("p", "bad", False), rated("q", "good", False)]
+    assert run(other, rated="all").fingerprint != run(rows, rated="all").fingerprint
+
+
+@pytest.mark.parametrize("more", [{"margin": 2.0}, {"chosen_probability": 0.8}])
+def test_what_a_pair_says_beyond_which_is_better_is_an_error(run: Any, more: dict[str, float]) -> None:
+    rows = [{"prompt": "t", "chosen": "yes", "rejected": "no", **more}]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the pair has a margin or a chosen_probability, and losses of"):
+        run(rows, rated="all")

@@ -9,7 +9,7 @@ from dpo_dist.reference import Situation, choose_source
 
 ONCE = Situation(
     has_reference=True,
-    needs_tokens=False,
+    beyond_a_cache="",
     has_adapters=False,
     base_is_reference=True,
     passes=1.0,
@@ -60,6 +60,6 @@ def test_without_a_loss_that_reads_one_there_is_no_reference() -> None:
 
 
 def test_a_loss_of_tokens_takes_no_cache() -> None:
-    often = replace(ONCE, needs_tokens=True, passes=3.0)
+    often = replace(ONCE, beyond_a_cache="a loss of tokens", passes=3.0)
     assert choose_source(ReferenceConfig(), often)[0] == "live"
     assert choose_source(ReferenceConfig(), replace(often, has_adapters=True))[0] == "adapter_off"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -206,6 +207,31 @@ def test_the_model_is_the_reference_the_policy_or_one_that_is_named(config: Path
     assert Path(doubts("--model", "packing.max_tokens=512")["model"]) == config / "model"
     assert with_model_value(["run.yaml", "--model", "a=b"]) == ["run.yaml", "--model", "a=b"]
     assert json.loads(inspect("--json"))["datasets"]["data.train"]["doubts"] is None
+
+
+def test_an_adapter_that_a_run_goes_on_with_is_part_of_its_reference(config: Path) -> None:
+    base: Any = LlamaForCausalLM.from_pretrained(config / "model")
+    torch.manual_seed(3)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(base, settings)
+    adapted.save_pretrained(config / "adapter")
+    adapted.merge_and_unload().save_pretrained(config / "merged")
+    run = ("model.model_name_or_path=./model", "model.reference_name_or_path=null")
+    found = doubts(*run, "adapter.adapter_name_or_path=./adapter", "--model")
+    merged, without = doubts(*run, "--model", "./merged"), doubts(*run, "--model")
+    assert found["median"] == pytest.approx(merged["median"], abs=1e-4)
+    assert abs(found["median"] - without["median"]) > 1e-2
+    # A model that is named has nothing to do with it.
+    named = doubts(*run, "adapter.adapter_name_or_path=./adapter", "--model", "./model")
+    assert named["median"] == without["median"]
+
+
+def test_weights_in_four_bits_are_part_of_its_reference_too(config: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = ("model.model_name_or_path=./model", "model.reference_name_or_path=null")
+    found = doubts(*run, "adapter.peft_type=lora", "adapter.load_in_4bit=true", "--model")
+    assert 1e-4 < abs(found["median"] - doubts(*run, "--model")["median"]) < 3
+    assert found["count"] == len(FLIPPED)
 
 
 def test_a_model_with_another_vocabulary(config: Path) -> None:

@@ -21,7 +21,7 @@
     checking.py  `check`
     feedback.py  `feedback add`, `feedback show`, `round` (feeding.py, round_running.py)
     inspect.py   `inspect` (inspecting.py: the work; doubting.py: with a model)
-    sample.py    `sample` (generating.py: the work)
+    sample.py    `sample` (generating.py: the work; ranking.py: scores)
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
     room.py      what to change where memory runs out

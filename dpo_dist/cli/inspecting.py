@@ -239,17 +239,17 @@ def _findings_table(findings: tuple[Finding, ...]) -> list[str]:
 
 
 def _doubts_table(doubts: Doubts) -> list[str]:
-    share = f"{doubts.count:>7,}  {doubts.count / doubts.of:>6.1%}"
     lines = [
-        f"  {doubts.means}  {share}",
+        f"  {doubts.means}: {doubts.count:,}, {doubts.count / doubts.of:.1%}",
         f"    it prefers the chosen completion of {doubts.prefers_chosen:.0%} of the pairs; median difference "
         f"{doubts.median:.3f} nats per token",
     ]
-    if doubts.count:
-        lines.append(f"    {'chosen':>9}{'rejected':>10}{'difference':>12}{'robust z':>10}  nats per token; the row")
+    if doubts.ranked:
+        lines.append("    pairs whose rejected completion it prefers most, in nats per token; * strongly")
+        lines.append(f"      {'chosen':>9}{'rejected':>10}{'difference':>12}{'robust z':>10}")
     for one in doubts.ranked[:LISTED]:
         numbers = f"{one.chosen_mean_logps:>9.3f}{one.rejected_mean_logps:>10.3f}{one.difference:>12.3f}"
-        lines.append(f"    {numbers}{one.robust_z:>10.1f}  {one.source}")
+        lines.append(f"    {'*' if one.is_strong else ' '} {numbers}{one.robust_z:>10.1f}  {one.source}")
     if doubts.count > LISTED:
         lines.append(f"    and {doubts.count - LISTED:,} more, which --json lists")
     return [*lines, *(f"note: {remark}" for remark in doubts.remarks)]

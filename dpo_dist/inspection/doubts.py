@@ -22,7 +22,7 @@ _PER_MEDIAN_DEVIATION, _PER_MEAN_DEVIATION = 1.4826022, 1.2533141
 
 @dataclass(frozen=True)
 class Doubt:
-    """A pair that a model strongly contradicts.
+    """A pair whose rejected completion a model prefers.
 
     Attributes:
         example: in the data set.
@@ -32,6 +32,7 @@ class Doubt:
         chosen_mean_logps, rejected_mean_logps: the same per token.
         difference: of these two, below 0: the model prefers the rejected one.
         robust_z: of the difference among those of all pairs.
+        is_strong: it contradicts the label strongly.
     """
 
     example: int
@@ -44,6 +45,7 @@ class Doubt:
     rejected_mean_logps: float
     difference: float
     robust_z: float
+    is_strong: bool
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Doubts:
         of: pairs.
         prefers_chosen: the share of them whose chosen completion the model prefers.
         median: of the differences, nats per token.
-        ranked: pairs that it strongly contradicts, the strongest first.
+        ranked: pairs that it strongly contradicts, and LISTED in all of those whose rejected completion it prefers; the
+            strongest first.
     """
 
     model: str
@@ -67,7 +70,7 @@ class Doubts:
     @property
     def count(self) -> int:
         """How many labels it strongly contradicts."""
-        return len(self.ranked)
+        return sum(one.is_strong for one in self.ranked)
 
     @property
     def means(self) -> str:
@@ -79,7 +82,7 @@ class Doubts:
         """What to make of it, a sentence each."""
         found = []
         if self.of < FEWEST:
-            found.append(f"there are fewer than {FEWEST} pairs: no label is called contradicted")
+            found.append(f"there are fewer than {FEWEST} pairs: no label is called strongly contradicted")
         if self.prefers_chosen <= 0.5:
             found.append(
                 f"{self.model} prefers the chosen completion no more often than a coin would: what it contradicts "
@@ -104,10 +107,10 @@ def robust_scores(values: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, " P"
 
 
 def find_doubts(columns: PairColumns, model: str, logps: Float[np.ndarray, " N"]) -> Doubts:
-    """Pairs whose difference is below 0 and a low outlier of all differences.
+    """Pairs whose difference is below 0, ranked; strong are those that are also low outliers of all differences.
 
     The second alone would name pairs of which a model that agrees with all labels is only less sure; the first alone
-    would name half of all pairs of a model that tells nothing.
+    half of all pairs of a model that tells nothing.
 
     Args:
         columns: of the data set; it has pairs.
@@ -118,10 +121,11 @@ def find_doubts(columns: PairColumns, model: str, logps: Float[np.ndarray, " N"]
     means = logps.astype(np.float64) / lengths
     differences = means[columns.chosen] - means[columns.rejected]
     scores = robust_scores(differences)
-    is_doubted = (differences < 0) & (scores < LIMIT) & (len(differences) >= FEWEST)
-    places = np.flatnonzero(is_doubted)
+    is_strong = (differences < 0) & (scores < LIMIT) & (len(differences) >= FEWEST)
+    num_listed = max(LISTED, int(is_strong.sum()))
+    order = np.argsort(differences, kind="stable")  # and so is that of robust z
     ranked = []
-    for pair in places[np.argsort(differences[places], kind="stable")].tolist():
+    for pair in order[differences[order] < 0][:num_listed].tolist():
         example, chosen, rejected = (int(one[pair]) for one in (columns.example, columns.chosen, columns.rejected))
         first = int(starts[example])
         ranked.append(
@@ -136,6 +140,7 @@ def find_doubts(columns: PairColumns, model: str, logps: Float[np.ndarray, " N"]
                 rejected_mean_logps=float(means[rejected]),
                 difference=float(differences[pair]),
                 robust_z=float(scores[pair]),
+                is_strong=bool(is_strong[pair]),
             )
         )
     share = float((differences > 0).mean())

@@ -95,11 +95,11 @@ def _dataset(report: DatasetReport, training: str, sample_of: SampleOf) -> list[
 def _doubts(name: str, doubts: Doubts, sample_of: SampleOf) -> list[str]:
     said = f"{doubts.model} prefers the chosen completion of {doubts.prefers_chosen:.0%} of the pairs."
     parts = [f'<p class="note">{escape(note)}</p>' for note in (said, *doubts.remarks)]
-    if not doubts.count:
+    if not doubts.ranked:
         return parts
-    more = f", the first {LISTED}" if doubts.count > LISTED else ""
-    head = f"{doubts.means}: {doubts.count:,}{more}"
-    shown = "".join(_doubt(one, sample_of(name, one.example)) for one in doubts.ranked[:LISTED])
+    listed = doubts.ranked[:LISTED]
+    head = f"pairs whose rejected completion {doubts.model} prefers most, the first {len(listed)}"
+    shown = "".join(_doubt(one, sample_of(name, one.example)) for one in listed)
     return [*parts, f"<details open><summary>{escape(head)}</summary>{shown}</details>"]
 
 
@@ -107,7 +107,7 @@ def _doubt(one: Doubt, sample: Sample) -> str:
     text = (
         f"completion {one.chosen} is chosen over completion {one.rejected}; log-probability per token "
         f"{one.chosen_mean_logps:.3f} and {one.rejected_mean_logps:.3f} nats, difference {one.difference:.3f}, "
-        f"robust z {one.robust_z:.1f}"
+        f"robust z {one.robust_z:.1f}{': strongly contradicted' if one.is_strong else ''}"
     )
     return f'<p class="note">{escape(text)}</p><div class="beside">{_row(sample)}</div>'
 

@@ -108,7 +108,7 @@ def test_flipped_labels_are_all_found_and_nothing_else_is(config: Path) -> None:
     assert (found["count"], found["of"], Path(found["model"])) == (5, 60, config / "model")
     differences = [one["difference"] for one in found["ranked"]]
     assert differences == sorted(differences) and differences[-1] < 0
-    assert all(one["robust_z"] < -3 for one in found["ranked"])
+    assert all(one["robust_z"] < -3 and one["is_strong"] for one in found["ranked"])
     assert found["prefers_chosen"] == pytest.approx(55 / 60)
 
 
@@ -116,7 +116,7 @@ def test_a_clean_set_has_none(config: Path, made: tuple[Path, list[Row]]) -> Non
     write_rows(config / "pairs.jsonl", made[1])
     found = doubts("--model")
     assert found["ranked"] == [] and found["prefers_chosen"] == 1.0
-    assert "labels that ./model strongly contradicts        0    0.0%" in inspect("--model", "./model")
+    assert "labels that ./model strongly contradicts: 0, 0.0%" in inspect("--model", "./model")
 
 
 @pytest.mark.parametrize("budget", [64, 4096])
@@ -158,8 +158,20 @@ def test_only_data_train_is_judged_and_no_row_is_dropped(config: Path, made: tup
 def test_few_pairs_tell_no_outlier(config: Path, made: tuple[Path, list[Row]]) -> None:
     write_rows(config / "pairs.jsonl", flipped(made[1][:19], (3,)))
     found = doubts("--model")
-    assert found["ranked"] == [] and found["prefers_chosen"] == pytest.approx(18 / 19)
-    assert "fewer than 20 pairs: no label is called contradicted" in inspect("--model")
+    assert found["count"] == 0 and found["prefers_chosen"] == pytest.approx(18 / 19)
+    assert lines_of(found) == [4] and not found["ranked"][0]["is_strong"]
+    assert "fewer than 20 pairs: no label is called strongly contradicted" in inspect("--model")
+
+
+def test_of_a_model_that_tells_nothing_the_first_twenty_are_listed(config: Path) -> None:
+    write_rows(config / "pairs.jsonl", clean_rows(200, 3))
+    found = doubts("--model")
+    differences = [one["difference"] for one in found["ranked"]]
+    assert len(differences) == 20 and differences == sorted(differences) and differences[-1] < 0
+    assert found["count"] < 5 and 0.3 < found["prefers_chosen"] < 0.7
+    said = inspect("--model")
+    assert sum(line.startswith("    * ") for line in said.splitlines()) == found["count"]
+    assert ("no more often than a coin" in said) == (found["prefers_chosen"] <= 0.5)
 
 
 def test_without_pairs_no_model_is_asked(config: Path) -> None:
@@ -182,12 +194,13 @@ def test_robust_scores() -> None:
 def test_text_and_page_list_them(config: Path) -> None:
     said = inspect("--model", "./model", "--html", "out.html").splitlines()
     head = next(place for place, line in enumerate(said) if "labels that ./model strongly contradicts" in line)
-    assert said[head].split()[-2:] == ["5", "8.3%"]
+    assert said[head].endswith(": 5, 8.3%")
     assert "prefers the chosen completion of 92% of the pairs" in said[head + 1]
-    assert [int(line.rpartition(":")[2]) for line in said[head + 3 : head + 8]] == lines_of(doubts("--model"))
+    assert [int(line.rpartition(":")[2]) for line in said[head + 4 : head + 9]] == lines_of(doubts("--model"))
     page = (config / "out.html").read_text(encoding="utf-8")
-    assert "<summary>labels that ./model strongly contradicts: 5</summary>" in page
-    assert page.count("log-probability per token") >= 5
+    assert "<td>labels that ./model strongly contradicts</td>" in page
+    assert "<summary>pairs whose rejected completion ./model prefers most, the first 5</summary>" in page
+    assert page.count("log-probability per token") == page.count(": strongly contradicted") == 5
     parsed = Elements()
     parsed.feed(page)
     assert parsed.open == []

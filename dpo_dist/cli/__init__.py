@@ -20,8 +20,8 @@
     ending.py    how a rank ends
     checking.py  `check`
     feedback.py  `feedback add`, `feedback show`, `round` (feeding.py, round_running.py)
-    inspecting.py `inspect`
-    sample.py    `sample` (generating.py: the work)
+    inspect.py   `inspect` (inspecting.py: the work; doubting.py: with a model)
+    sample.py    `sample` (generating.py: the work; ranking.py: scores)
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
     room.py      what to change where memory runs out
@@ -44,10 +44,10 @@ from typing import Annotated, Any
 import typer
 
 from dpo_dist import __version__
-from dpo_dist.cli import feedback, launch_options, launching, sample
+from dpo_dist.cli import feedback, inspect, launch_options, launching, sample
 from dpo_dist.cli.ending import end_rank, leaving_when_asked
 from dpo_dist.cli.redaction import redact_tracebacks, redacted
-from dpo_dist.cli.starting import cache_dir, importing, quiet_imports, user_errors
+from dpo_dist.cli.starting import ConfigPath, Overrides, cache_dir, importing, quiet_imports, user_errors
 from dpo_dist.config import RunConfig, json_schema, load_config, options_table
 
 app = typer.Typer(
@@ -60,11 +60,7 @@ app = typer.Typer(
 app.add_typer(feedback.app, name="feedback")
 app.command(name="round")(feedback.round_)
 app.command()(sample.sample)
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the file.")
-]
+app.command(cls=inspect.Inspect)(inspect.inspect)
 
 
 def main() -> None:
@@ -139,34 +135,6 @@ def check(
             from dpo_dist.cli.checking import print_check
 
         print_check(prepared, cache_dir(), ranks)
-
-
-@app.command()
-def inspect(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    near: Annotated[
-        float, typer.Option(min=0.3, max=1.0, help="Likeness from which on texts are near duplicates.")
-    ] = 0.8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every row.")] = False,
-    fix: Annotated[Path | None, typer.Option(help="Write data.train without faulty rows: OUT.jsonl.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page with histograms and examples: OUT.html.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
-) -> None:
-    """Say what is wrong with the data: repeats, contradictions, near duplicates, leaks, lengths, rows left out.
-
-    Loads no model; what it tokenises stays in the cache.
-    """
-    with user_errors():
-        run_config = load_config(config, overrides or ())
-        quiet_imports()
-        with importing():
-            from dpo_dist.cli import inspecting
-            from dpo_dist.cli.logs import set_up_logging
-
-        set_up_logging()
-        wanted = inspecting.Wanted(near, as_json, fix, html, overwrite)
-        typer.echo(inspecting.report(run_config, cache_dir(), wanted))
 
 
 @app.command(help=launch_options.EXAMPLES)

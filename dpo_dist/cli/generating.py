@@ -1,15 +1,13 @@
-"""What `dpo-dist sample` does: read prompts, sample, judge, and write the rows."""
+"""What `dpo-dist sample` does: read prompts, sample, let them be scored (ranking.py), and write the rows."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from dpo_dist.cli.describe import counted
 from dpo_dist.cli.ending import advising
+from dpo_dist.cli.ranking import Judging, Rewarding, teller
 from dpo_dist.config import DataSource
 from dpo_dist.data import RowFault, open_source
 from dpo_dist.errors import ConfigError, DataError
@@ -21,7 +19,6 @@ from dpo_dist.sampling import (
     LocalSampler,
     Prompt,
     Settings,
-    judge,
     prompt_ids,
     read_prompts,
     sample_from_server,
@@ -30,8 +27,6 @@ from dpo_dist.sampling.journal import write_rows
 from dpo_dist.tokenization import TokenizerSpec, load_tokenizer
 from dpo_dist.tokenization.bad_rows import BadRows
 from dpo_dist.tokenization.tokenizer import tokenizer_digest
-
-_TOLD_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,7 @@ class Wanted:
     how: Settings  # but for its model, which is to be found
     batch_size: int
     servers: Servers
+    reward_model: str | None
 
 
 def run_sample(wanted: Wanted, cache_dir: Path) -> str:
@@ -80,7 +76,7 @@ def run_sample(wanted: Wanted, cache_dir: Path) -> str:
     """
     _check(wanted)
     servers = wanted.servers
-    ranking = servers.client("--judge", servers.judge) if servers.judge else None
+    judging = servers.client("--judge", servers.judge) if servers.judge else None
     left_out = BadRows()
     prompts, num_rows = _prompts(wanted.reading, left_out)
     num_repeated = num_rows - left_out.total - len(prompts)
@@ -94,13 +90,19 @@ def run_sample(wanted: Wanted, cache_dir: Path) -> str:
         raise DataError(text)
     if not prompts:
         raise DataError(f"PROMPTS={wanted.reading.path} has no prompt that can be used\n{left_out.listing()}")
+    ranking: Judging | Rewarding | None = None
+    if judging is not None:
+        ranking = Judging(judging, str(servers.judge_model), wanted.batch_size)
+    elif wanted.reward_model is not None:
+        ranking = Rewarding(wanted.reward_model, wanted.trust_remote_code, cache_dir, prompts, wanted.batch_size)
     partial = wanted.out.with_name(f"{wanted.out.name}.partial")
     with Journal(partial, sampling.settings) as journal:
         sampling.sample(prompts, journal)
         groups = [Group.of(prompt, sampling.settings, journal) for prompt in prompts]
-        if ranking is not None:
-            _rank(ranking, wanted, groups, journal)
-        rows = [row for group in groups if (row := group.row(journal, servers.judge_model)) is not None]
+        compared = [group for group in groups if len(group.texts) > 1]
+        scores = ranking.rank(compared, journal) if ranking else None
+        remarks = ranking.remarks(compared, journal) if ranking else []
+        rows = [group.row(scores[group.key] if scores is not None else None) for group in compared]
         if not rows:
             raise DataError(
                 f"no prompt of {wanted.reading.path} has two different completions that say something; raise "
@@ -108,7 +110,8 @@ def run_sample(wanted: Wanted, cache_dir: Path) -> str:
             )
         write_rows(wanted.out, rows)
         partial.unlink()
-        return "\n".join([*_left_out(left_out, num_repeated), *_told(wanted, groups, rows, journal)])
+        told = _told(wanted, groups, rows, scores)
+        return "\n".join([*_left_out(left_out, num_repeated), *told[:-1], *remarks, told[-1]])
 
 
 def _check(wanted: Wanted) -> None:
@@ -117,6 +120,8 @@ def _check(wanted: Wanted) -> None:
         raise ConfigError(f"--temperature={how.temperature} gives one completion only; give a number above 0")
     if not 0 < how.top_p <= 1:
         raise ConfigError(f"--top-p={how.top_p} is no probability; give a number above 0, up to 1")
+    if servers.judge is not None and wanted.reward_model is not None:
+        raise ConfigError(f"--judge={servers.judge} and --reward-model={wanted.reward_model} both score; give one")
     if (servers.judge is None) != (servers.judge_model is None):
         raise ConfigError("--judge and --judge-model belong together; give both, or none of them")
     if out.suffix != ".jsonl":
@@ -176,7 +181,7 @@ class _Local:
         ]
         if not missing:
             return
-        told = _teller("prompts sampled", len(prompts))
+        told = teller("prompts sampled", len(prompts))
         sampler = LocalSampler(self._folder, self._tokenizer, self.settings, self._wanted.trust_remote_code)
         num_done = len(prompts) - sum(len(batch) for batch in missing)
         for batch in missing:
@@ -199,30 +204,9 @@ class _Remote:
 
     def sample(self, prompts: Sequence[Prompt], journal: Journal) -> None:
         """All completions that the journal lacks."""
-        told = _teller("completions sampled", len(prompts) * self.settings.num_completions, journal.num_completions)
+        told = teller("completions sampled", len(prompts) * self.settings.num_completions, journal.num_completions)
         size = self._wanted.batch_size
         sample_from_server(self._client, self._wanted.model, prompts, self.settings, journal, size, told)
-
-
-def _rank(client: Client, wanted: Wanted, groups: Sequence[Group], journal: Journal) -> None:
-    model = str(wanted.servers.judge_model)
-    asked = [(group.key, group.prompt, group.texts) for group in groups if len(group.texts) > 1]
-    num_there = sum(len(journal.verdicts(key, model)) for key, _, _ in asked)
-    total = sum(len(texts) * (len(texts) - 1) for _, _, texts in asked)
-    judge(client, model, asked, journal, wanted.batch_size, _teller("verdicts", total, num_there))
-
-
-def _teller(what: str, total: int, num_before: int = 0) -> Callable[[int], None]:
-    """Says now and then how far it is."""
-    last = time.monotonic()
-
-    def told(num_done: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= _TOLD_EVERY:
-            last = now
-            typer.echo(f"{num_before + num_done:,} of {total:,} {what}", err=True)
-
-    return told
 
 
 def _left_out(left_out: BadRows, num_repeated: int) -> list[str]:
@@ -235,7 +219,12 @@ def _left_out(left_out: BadRows, num_repeated: int) -> list[str]:
     return lines
 
 
-def _told(wanted: Wanted, groups: Sequence[Group], rows: Sequence[dict[str, Any]], journal: Journal) -> list[str]:
+def _told(
+    wanted: Wanted,
+    groups: Sequence[Group],
+    rows: Sequence[dict[str, Any]],
+    scores: Mapping[str, list[float]] | None,
+) -> list[str]:
     num_sampled = len(groups) * wanted.how.num_completions
     num_empty, num_cut = sum(group.num_empty for group in groups), sum(group.num_cut for group in groups)
     num_same = num_sampled - num_empty - sum(len(group.texts) for group in groups)
@@ -245,16 +234,12 @@ def _told(wanted: Wanted, groups: Sequence[Group], rows: Sequence[dict[str, Any]
     ]
     if num_alone := len(groups) - len(rows):
         lines.append(f"{counted(num_alone, 'prompt')} left out: fewer than two different completions")
-    if (model := wanted.servers.judge_model) is None:
+    if scores is None:
         return [
             *lines,
             f"{wanted.out}: {counted(len(rows), 'row')} without scores; they need a column scores or ranks before they "
             "can be trained on",
         ]
-    compared = [group for group in groups if len(group.texts) > 1]
-    verdicts = [verdict for group in compared for verdict in journal.verdicts(group.key, model).values()]
-    if num_nonsense := sum(verdict.is_nonsense for verdict in verdicts):
-        lines.append(f"{counted(num_nonsense, 'verdict')} of {len(verdicts):,} made no sense and count as ties")
-    if num_tied := sum(len(set(group.scores(journal, model))) == 1 for group in compared):
+    if num_tied := sum(len(set(found)) == 1 for found in scores.values()):
         lines.append(f"{counted(num_tied, 'prompt')} with all completions tied: training leaves them out")
     return [*lines, f"{wanted.out}: {counted(len(rows), 'row')}; train on them with data.train.0.path={wanted.out}"]

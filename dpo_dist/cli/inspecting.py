@@ -1,21 +1,27 @@
 """`dpo-dist inspect`: what is wrong with the data of a run, in full."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_dist.cli.describe import counted
 from dpo_dist.cli.reading import datasets_of, tokenizer_if_any, tokenizer_of
+from dpo_dist.cli.starting import importing
 from dpo_dist.config import RunConfig
 from dpo_dist.data import Source, open_source
 from dpo_dist.errors import DataError
 from dpo_dist.inspection import DatasetReport, Finding, Settings, inspect_datasets
 from dpo_dist.inspection.cleaning import faulty_examples, judged_rows, output_paths, require_one_form, write_cleaned
+from dpo_dist.inspection.doubts import LISTED, Doubts
 from dpo_dist.inspection.output import require_possible, written
 from dpo_dist.inspection.page import page
 from dpo_dist.near import is_available
 from dpo_dist.pretrained import load_config, resolve_folder
 from dpo_dist.tokenization import Encoder, Sample, TokenizedDataset, TokenizerSpec, load_tokenizer
+
+if TYPE_CHECKING:
+    from dpo_dist.cli.doubting import Asked
 
 _SHOWN = 3  # places
 _BAR = 40  # letters
@@ -67,6 +73,7 @@ class Wanted:
 
     Attributes:
         near: likeness from which on texts are near duplicates.
+        model: that is asked which labels it contradicts, as `doubting.Asked` has it; None: none is.
         as_json: one object instead of text.
         fix: where the cleaned rows go.
         html: where the page goes.
@@ -74,6 +81,7 @@ class Wanted:
     """
 
     near: float
+    model: str | None
     as_json: bool
     fix: Path | None
     html: Path | None
@@ -92,10 +100,14 @@ def report(config: RunConfig, cache_dir: Path, wanted: Wanted) -> str:
     if fixing is not None:
         # What is written is to be trained on as it is read here: all of it.
         config = config.model_copy(update={"data": config.data.model_copy(update={"holdout": 0.0})})
+    asked = _asked(config, cache_dir, wanted.model)
     inspected = read(config, cache_dir)
     settings = Settings(wanted.near, is_available())
     missing = "" if settings.finds_near else f"near duplicates are not looked for: {_INSTALL}"
     reports = inspect_datasets(inspected.datasets, settings)
+    if asked is not None:
+        doubts = asked.doubts(inspected.datasets["data.train"], inspected.tokenizer)
+        reports[0] = replace(reports[0], doubts=doubts)
     done = [fixing.write(inspected, settings)] if fixing is not None else []
     if wanted.html is not None:
         _write_page(wanted.html, inspected, reports, missing)
@@ -103,6 +115,15 @@ def report(config: RunConfig, cache_dir: Path, wanted: Wanted) -> str:
     if wanted.as_json:
         return as_json(inspected, reports, wanted.near, missing, done)
     return "\n".join([as_text(inspected, reports, missing), *done])
+
+
+def _asked(config: RunConfig, cache_dir: Path, name: str | None) -> "Asked | None":
+    if name is None:
+        return None
+    with importing():  # of model classes, which nothing else here needs
+        from dpo_dist.cli.doubting import Asked
+
+    return Asked(config, cache_dir, name)
 
 
 def _write_page(path: Path, inspected: Inspected, reports: list[DatasetReport], missing: str) -> None:
@@ -186,6 +207,8 @@ def as_text(inspected: Inspected, reports: list[DatasetReport], missing: str) ->
 def _lines_of(report: DatasetReport) -> list[str]:
     of = f"{counted(report.pairs, 'pair')} of {counted(report.prompts, 'different prompt')}"
     lines = [f"{report.name}: {counted(report.examples, 'example')}, {of}", *_findings_table(report.findings)]
+    if report.doubts is not None:
+        lines += _doubts_table(report.doubts)
     for rule in report.rules:
         share = "tells none apart" if rule.right is None else f"right in {rule.right:.0%} of {rule.decides:,} pairs"
         lines.append(f"the rule that {rule.says} is better: {share}")
@@ -213,6 +236,23 @@ def _findings_table(findings: tuple[Finding, ...]) -> list[str]:
         if finding.count:
             lines.append(f"    as in {_places(finding)}")
     return lines
+
+
+def _doubts_table(doubts: Doubts) -> list[str]:
+    lines = [
+        f"  {doubts.means}: {doubts.count:,}, {doubts.count / doubts.of:.1%}",
+        f"    it prefers the chosen completion of {doubts.prefers_chosen:.0%} of the pairs; median difference "
+        f"{doubts.median:.3f} nats per token",
+    ]
+    if doubts.ranked:
+        lines.append("    pairs whose rejected completion it prefers most, in nats per token; * strongly")
+        lines.append(f"      {'chosen':>9}{'rejected':>10}{'difference':>12}{'robust z':>10}")
+    for one in doubts.ranked[:LISTED]:
+        numbers = f"{one.chosen_mean_logps:>9.3f}{one.rejected_mean_logps:>10.3f}{one.difference:>12.3f}"
+        lines.append(f"    {'*' if one.is_strong else ' '} {numbers}{one.robust_z:>10.1f}  {one.source}")
+    if doubts.count > LISTED:
+        lines.append(f"    and {doubts.count - LISTED:,} more, which --json lists")
+    return [*lines, *(f"note: {remark}" for remark in doubts.remarks)]
 
 
 def _places(finding: Finding) -> str:

@@ -1,4 +1,4 @@
-"""`dpo-dist sample`: completions of a model, ranked by a judge, as data for the next round."""
+"""`dpo-dist sample`: completions of a model, ranked by a judge or a reward model, as data for the next round."""
 
 import os
 from pathlib import Path
@@ -29,6 +29,9 @@ def sample(
         str | None, typer.Option(help="Rank with a judge on an OpenAI-compatible server: its URL.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The name that this server knows the judge by.")] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="Rank with a reward model in this process: a folder or a hub id.")
+    ] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for a request to a server.")] = 300.0,
     as_text: Annotated[bool, typer.Option("--text", help="Leave strings as they are, no messages.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")] = False,
@@ -36,9 +39,10 @@ def sample(
         bool, typer.Option("--trust-remote-code", help="Run code that belongs to the model.")
     ] = False,
 ) -> None:
-    """Sample completions for each prompt and let a judge rank them. Begun again, it goes on where it ended.
+    """Sample completions for each prompt and let a judge or a reward model rank them.
 
-    The environment variable OPENAI_API_KEY is sent to both servers if it is set.
+    Begun again, it goes on where it ended. The environment variable OPENAI_API_KEY is sent to both servers if it is
+    set.
     """
     with user_errors():
         quiet_imports()
@@ -50,5 +54,5 @@ def sample(
         servers = generating.Servers(server, judge, judge_model, os.environ.get("OPENAI_API_KEY"), timeout)
         reading = generating.Reading(prompts, limit, as_text, skip_bad)
         how = generating.Settings("", num_completions, max_new_tokens, temperature, top_p, seed)
-        wanted = generating.Wanted(reading, model, trust_remote_code, out, how, batch_size, servers)
+        wanted = generating.Wanted(reading, model, trust_remote_code, out, how, batch_size, servers, reward_model)
         typer.echo(generating.run_sample(wanted, cache_dir()))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,6 +17,11 @@ from dpo_dist.cli.redaction import redacted
 from dpo_dist.errors import ConfigError, DpoDistError
 from dpo_dist.peers import is_peer_lost, peer_lost
 from dpo_dist.phases import arm
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the file.")
+]
 
 
 def cache_dir() -> Path:

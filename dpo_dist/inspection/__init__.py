@@ -2,6 +2,7 @@
 
     columns.py   the pairs of a data set as numbers
     findings.py  what is wrong                     which rows, and which others they are held against
+    doubts.py    labels that a model contradicts   ranked, by log-probabilities that others compute
     lengths.py   lengths and simple rules          histograms, a suggestion, how often a rule is right
     report.py    all of a data set                 as numbers and texts
     cleaning.py  which rows are left out, and why  a file of rows, and one of reasons
@@ -9,7 +10,8 @@
     page.py      a report                          HTML
     histogram.py numbers                           SVG
 
-Reads tokenised data and loads no model. Near duplicates need the optional package of `near.py`.
+Reads tokenised data and loads no model: `doubts.py` is given what one has said. Near duplicates need the optional
+package of `near.py`.
 """
 
 from dpo_dist.inspection.columns import PairColumns

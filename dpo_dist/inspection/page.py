@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from dpo_dist.inspection.doubts import LISTED, Doubt, Doubts
 from dpo_dist.inspection.findings import Finding, Occurrence
 from dpo_dist.inspection.histogram import drawn
 from dpo_dist.inspection.report import DatasetReport
@@ -69,8 +70,10 @@ def page(reports: Sequence[DatasetReport], sample_of: SampleOf, notes: Sequence[
 def _dataset(report: DatasetReport, training: str, sample_of: SampleOf) -> list[str]:
     counts = f"{report.examples:,} examples, {report.pairs:,} pairs of {report.prompts:,} different prompts"
     parts = [f"<h2>{escape(report.name)}</h2>", f"<p>{counts}</p>"]
-    if report.findings:
-        rows = [(finding.means, finding.count, _share(finding.count, finding.of)) for finding in report.findings]
+    rows = [(finding.means, finding.count, _share(finding.count, finding.of)) for finding in report.findings]
+    if (doubts := report.doubts) is not None:
+        rows.append((doubts.means, doubts.count, _share(doubts.count, doubts.of)))
+    if rows:
         parts.append(_table(("finding", "number", "share"), rows, marks=True))
     if report.rules:
         shares = [(rule.says, rule.decides, f"{rule.right:.0%}" if rule.decides else "") for rule in report.rules]
@@ -84,7 +87,29 @@ def _dataset(report: DatasetReport, training: str, sample_of: SampleOf) -> list[
     parts.append(f'<div class="histograms">{"".join(f"<div>{one}</div>" for one in drawings)}</div>')
     for finding in report.findings:
         parts += _examples(report.name, training, finding, sample_of)
+    if doubts is not None:
+        parts += _doubts(report.name, doubts, sample_of)
     return parts
+
+
+def _doubts(name: str, doubts: Doubts, sample_of: SampleOf) -> list[str]:
+    said = f"{doubts.model} prefers the chosen completion of {doubts.prefers_chosen:.0%} of the pairs."
+    parts = [f'<p class="note">{escape(note)}</p>' for note in (said, *doubts.remarks)]
+    if not doubts.ranked:
+        return parts
+    listed = doubts.ranked[:LISTED]
+    head = f"pairs whose rejected completion {doubts.model} prefers most, the first {len(listed)}"
+    shown = "".join(_doubt(one, sample_of(name, one.example)) for one in listed)
+    return [*parts, f"<details open><summary>{escape(head)}</summary>{shown}</details>"]
+
+
+def _doubt(one: Doubt, sample: Sample) -> str:
+    text = (
+        f"completion {one.chosen} is chosen over completion {one.rejected}; log-probability per token "
+        f"{one.chosen_mean_logps:.3f} and {one.rejected_mean_logps:.3f} nats, difference {one.difference:.3f}, "
+        f"robust z {one.robust_z:.1f}{': strongly contradicted' if one.is_strong else ''}"
+    )
+    return f'<p class="note">{escape(text)}</p><div class="beside">{_row(sample)}</div>'
 
 
 def _share(count: int, of: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpo_dist.inspection import findings
 from dpo_dist.inspection.columns import PairColumns
+from dpo_dist.inspection.doubts import Doubts
 from dpo_dist.inspection.findings import Finding
 from dpo_dist.inspection.lengths import Histogram, Rule, histograms, rules, suggested_length
 from dpo_dist.tokenization import TokenizedDataset, describe_notes
@@ -43,6 +44,7 @@ class DatasetReport:
         notes: on rows that are used, a sentence each.
         ignored_columns: those that mean nothing here.
         remarks: what a share says, a sentence each.
+        doubts: the labels that a model contradicts; None where none was asked.
     """
 
     name: str
@@ -58,12 +60,16 @@ class DatasetReport:
     notes: tuple[str, ...]
     ignored_columns: tuple[str, ...]
     remarks: tuple[str, ...]
+    doubts: Doubts | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The same as JSON has it, with the number of each finding."""
         values = asdict(self)
         for finding, one in zip(values["findings"], self.findings, strict=True):
             finding["count"] = one.count
+        if self.doubts is not None:
+            values["doubts"]["count"] = self.doubts.count
+            values["doubts"]["remarks"] = self.doubts.remarks
         return values
 
 

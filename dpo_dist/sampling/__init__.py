@@ -1,11 +1,12 @@
-"""Completions of a model for each prompt, ranked by a judge: data that the next round trains on.
+"""Completions of a model for each prompt, ranked by a judge or a reward model: data that the next round trains on.
 
     prompts.py    rows of any kind                 prompts, each once
-    journal.py    completions and verdicts so far  a file that grows line by line
+    journal.py    completions and scores so far    a file that grows line by line
     generation.py prompts                          completions, by transformers
     client.py     a request                        what an OpenAI-compatible server answers
     server.py     prompts                          completions, by such a server
     judging.py    completions of a prompt          scores, by such a server
+    rewarding.py  the same                         scores, by a reward model in this process
     rows.py       both                             a row that training reads
 
 A completion depends on its prompt, its number among the prompt's completions, and the settings.

@@ -1,4 +1,4 @@
-"""What has been sampled and judged so far: a file of lines that only grows, so that a kill loses one line at most."""
+"""What has been sampled and scored so far: a file of lines that only grows, so that a kill loses one line at most."""
 
 import errno
 import fcntl
@@ -36,7 +36,8 @@ class Verdict:
 
 
 class Journal:
-    """The file `OUT.jsonl.partial`. Its first line holds the settings, each other one a completion or a verdict.
+    """The file `OUT.jsonl.partial`. Its first line holds the settings, each other one a completion, a verdict,
+    or scores.
 
     Several threads may add to it; a second process is refused.
 
@@ -52,6 +53,7 @@ class Journal:
         self.path = path
         self.completions: dict[str, dict[int, Completion]] = defaultdict(dict)
         self._verdicts: dict[tuple[str, str], dict[tuple[int, int], Verdict]] = defaultdict(dict)
+        self._scores: dict[tuple[str, str], list[float]] = {}
         self._lock = threading.Lock()
         try:
             self._file = path.open("a+b", buffering=0)  # what cannot be written must not wait in memory
@@ -94,6 +96,16 @@ class Journal:
             self._write([{"key": key, "judge": judge, "shown": shown, **asdict(verdict)}])
             self._verdicts[key, judge][shown] = verdict
 
+    def scores(self, key: str, reward_model: str) -> list[float] | None:
+        """What this reward model has given to the different completions of a prompt; None: nothing yet."""
+        return self._scores.get((key, reward_model))
+
+    def add_scores(self, reward_model: str, found: Sequence[tuple[str, list[float]]]) -> None:
+        """Keep those of some prompts, by their keys."""
+        with self._lock:
+            self._write([{"key": key, "reward_model": reward_model, "scores": scores} for key, scores in found])
+            self._scores.update({(key, reward_model): scores for key, scores in found})
+
     # ---- the file
 
     def _take(self, settings: Settings) -> None:
@@ -134,6 +146,8 @@ class Journal:
             shown = (int(record["shown"][0]), int(record["shown"][1]))
             verdict = Verdict(record["better"], record["is_nonsense"])
             self._verdicts[record["key"], record["judge"]][shown] = verdict
+        elif "reward_model" in record:
+            self._scores[record["key"], record["reward_model"]] = [float(score) for score in record["scores"]]
         else:
             self.completions[record["key"]][record["k"]] = Completion(record["text"], record["is_cut"])
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.sampling.journal import Journal
-from dpo_dist.sampling.judging import scores_of
 from dpo_dist.sampling.prompts import Prompt, Settings
 
 
@@ -29,18 +28,16 @@ class Group:
         num_cut = sum(completion.is_cut for completion in found)
         return cls(prompt, key, list(reversed(once.values())), len(found) - len(said), num_cut)
 
-    def scores(self, journal: Journal, judge_model: str) -> list[float]:
-        """What the judge makes of them."""
-        return scores_of(len(self.texts), journal.verdicts(self.key, judge_model))
+    def row(self, scores: list[float] | None) -> dict[str, Any]:
+        """As training reads it.
 
-    def row(self, journal: Journal, judge_model: str | None) -> dict[str, Any] | None:
-        """As training reads it; None where there is nothing to compare."""
-        if len(self.texts) < 2:
-            return None
+        Args:
+            scores: of the completions, more is better; None: there are none yet.
+        """
         text = self.prompt.text
         if isinstance(text, str):
             row: dict[str, Any] = {"prompt": text, "completions": self.texts}
         else:
             answers = [[{"role": "assistant", "content": one}] for one in self.texts]
             row = {"prompt": list(text), "completions": answers}
-        return row if judge_model is None else {**row, "scores": self.scores(journal, judge_model)}
+        return row if scores is None else {**row, "scores": scores}

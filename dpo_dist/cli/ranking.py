@@ -1,6 +1,5 @@
 """How `dpo-dist sample` lets completions be scored: by a judge on a server, or by a reward model in this process."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,10 +90,8 @@ class Rewarding:
         self._config = load_config(self._folder, trust_remote_code, KEY, "--trust-remote-code")
         self._tokenizer = load_tokenizer(TokenizerSpec(str(self._folder), None, trust_remote_code, KEY))
         require_reward_model(self._folder, self._config, self._tokenizer, prompts)
-        # Weights, configuration and template decide what a score is.
-        shape = hashlib.sha256((self._folder / "config.json").read_bytes()).hexdigest()[:16]
-        weights = identity(self._folder, cache_dir / "weights")
-        self._id = f"{weights}-{shape}-{tokenizer_digest(self._tokenizer)[:16]}"
+        # The model and its template decide what a score is.
+        self._id = f"{identity(self._folder, cache_dir / 'weights')}-{tokenizer_digest(self._tokenizer)[:16]}"
 
     def rank(self, groups: Sequence[Group], journal: Journal) -> dict[str, list[float]]:
         """Scores of the completions of each prompt, by its key; what the journal lacks is computed.

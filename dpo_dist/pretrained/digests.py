@@ -1,4 +1,8 @@
-"""Hashes that tell models apart: every byte of every tensor, read once and remembered by the file's size and time."""
+"""Hashes that tell models apart: what they compute, not what they are called.
+
+Every byte of every tensor, read once and remembered by the file's size and time; and what is made of the tensors: the
+settings of config.json (another rope_theta is another model), and code that the model brings with it.
+"""
 
 import hashlib
 import json
@@ -20,8 +24,12 @@ from dpo_dist.pretrained.folder import ADAPTER_SETTINGS, first_line, read_header
 _SETTLED_NS = 2 * 10**9
 
 
+# Of config.json, what says nothing of the numbers that the model computes; a run has a dtype of its own.
+_NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
 def identity(folder: Path, memory: Path) -> str:
-    """A hash of all tensors of a folder: names, dtypes, shapes and values.
+    """A hash of all tensors of a folder (names, dtypes, shapes and values), its settings, and its code.
 
     A file is read once, at the pace of the disk; from then on its size and time of change stand for it. Of several
     processes on a machine one reads, the others wait for what it found.
@@ -40,7 +48,17 @@ def identity(folder: Path, memory: Path) -> str:
             digests = _remembered(known, files, _digest_of)
     except OSError:  # a cache that cannot be written
         digests = [_digest_of(path) for path in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+    return hashlib.sha256("".join([*digests, *_settings_of(folder)]).encode()).hexdigest()[:32]
+
+
+def _settings_of(folder: Path) -> list[str]:
+    """What is made of the tensors; nothing of an adapter's folder, which has settings of another name."""
+    found = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(folder.glob("*.py"))]
+    with suppress(FileNotFoundError):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = {name: value for name, value in settings.items() if name not in _NAMES}
+        found.append(json.dumps(kept, sort_keys=True))
+    return found
 
 
 def adapter_identity(folder: Path, memory: Path) -> str:

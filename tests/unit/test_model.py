@@ -168,10 +168,19 @@ def test_a_file_without_its_end_is_named(folder: Path) -> None:
         identity(folder, folder.parent / "memory")
 
 
-def test_identity_follows_the_weights_and_nothing_else(folder: Path) -> None:
+def test_identity_follows_what_the_model_computes(folder: Path) -> None:
+    """Weights, the settings that make numbers of them, and the model's own code; no names."""
     before = identity(folder, folder.parent / "memory")
-    edit_config(folder, note="other")
+    edit_config(folder, transformers_version="0.0.1", _name_or_path="other", dtype="bfloat16", use_cache=False)
     assert identity(folder, folder.parent / "memory") == before
+    found = {before}
+    for changes in ({"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):
+        edit_config(folder, **changes)
+        found.add(identity(folder, folder.parent / "memory"))
+    (folder / "modeling_own.py").write_text("SCALE = 2\n")
+    found.add(identity(folder, folder.parent / "memory"))
+    assert len(found) == 4
+    before = identity(folder, folder.parent / "memory")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -6,10 +6,15 @@ last token of the chat template in it, such as <|im_start|>. Such a token is fou
 happens to it; what stands before and behind is then tokenised apart anyway, so that the ids are those of the whole.
 """
 
+import re
 from collections.abc import Sequence
+from itertools import chain, pairwise
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# Texts in one call: few enough that what the library makes of them stays in the processor's cache.
+_AT_ONCE = 128
 
 
 class TextIds:
@@ -18,7 +23,8 @@ class TextIds:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._backend = _backend(tokenizer)
-        self._borders = _borders(tokenizer, self._backend) if self._backend is not None else ()
+        borders = _borders(tokenizer, self._backend) if self._backend is not None else ()
+        self._border = re.compile("|".join(map(re.escape, borders))) if borders else None
 
     def of(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -29,29 +35,33 @@ class TextIds:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
-            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in found]
+            parts = (texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE))
+            encodings = (self._backend.encode_batch_fast(list(part), add_special_tokens=False) for part in parts)
+            return [encoding.ids for part in encodings for encoding in part]
         # verbose=False: whether a text is too long is decided elsewhere, not by the tokenizer's model_max_length.
         encoded = self._tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)
         return encoded["input_ids"]
 
     def of_groups(self, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """The ids of each text of each group, as one by one; texts that begin with the first share its ids."""
-        cuts = [self._cut(group) for group in groups]
-        pieces: list[str] = []
-        for group, cut in zip(groups, cuts, strict=True):
-            pieces += [group[0][:cut], *(text[cut:] for text in group)] if cut else group
-        ids = iter(self.of(pieces))
-        return [
-            [beginning + next(ids) for beginning in [next(ids)] for _ in group] if cut else [next(ids) for _ in group]
-            for group, cut in zip(groups, cuts, strict=True)
-        ]
+        """The ids of each text of each group, as one by one; what several texts hold is tokenised once."""
+        split = [self._split(group) for group in groups]
+        pieces = list(dict.fromkeys(piece for shared, rests in split for piece in (*shared, *rests)))
+        ids = dict(zip(pieces, self.of(pieces), strict=True))
+        found: list[list[list[int]]] = []
+        for shared, rests in split:
+            beginning = list(chain.from_iterable(ids[piece] for piece in shared))
+            found.append([beginning + ids[rest] for rest in rests])
+        return found
 
-    def _cut(self, group: Sequence[str]) -> int:
-        """Where all texts of a group can be cut; 0: nowhere, or it saves nothing."""
-        if not group or not self._borders or not all(text.startswith(group[0]) for text in group):
-            return 0
-        return max(0, *(group[0].rfind(token) for token in self._borders))
+    def _split(self, group: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+        """The pieces that all texts of a group begin with, and what follows them in each."""
+        if self._border is None or not group or not all(text.startswith(group[0]) for text in group):
+            return [], group
+        cuts = [found.start() for found in self._border.finditer(group[0])]
+        if not cuts:
+            return [], group
+        shared = [group[0][begin:end] for begin, end in pairwise([0, *cuts])]
+        return shared, [text[cuts[-1] :] for text in group]
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:

@@ -2,6 +2,7 @@
 
     tokenizer.py  load a tokenizer; what identifies it
     conversation.py messages               text, by a chat template; what it leaves out
+    text_ids.py   texts                    token ids
     encode.py     text examples            TokenizedExample or RowFault
     truncation.py a prompt that is too long the end of it
     row_encoder.py rows as they are read   what each became

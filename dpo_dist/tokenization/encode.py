@@ -27,6 +27,7 @@ from dpo_dist.data.example import (
 from dpo_dist.errors import ModelError
 from dpo_dist.tokenization.conversation import Renderer
 from dpo_dist.tokenization.notes import BOUNDARY_MERGED, PROMPT_NOT_A_PREFIX, SHORTENED, TRUNCATED
+from dpo_dist.tokenization.text_ids import TextIds
 from dpo_dist.tokenization.truncation import last_tokens, shorter_prompts
 
 Ids = tuple[int, ...]
@@ -74,15 +75,16 @@ class Encoder:
         self._tokenizer_name = tokenizer_name
         self.chat_template = str(getattr(tokenizer, "chat_template", None) or "")
         self._renderer = None
+        self._text_ids = None
         if tokenizer is not None:
             self._renderer = Renderer(tokenizer, tokenizer_name, data.chat_template_kwargs)
+            self._text_ids = TextIds(tokenizer)
         self._leading_ids = leading_ids(tokenizer) if tokenizer is not None else ()
 
     def encode(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample | RowFault]:
         """Token ids of every example, in order, within `data.max_length`, or why it is of no use."""
         texts = [self._texts(example) for example in examples]
-        flat = [text for group in texts if isinstance(group, list) for text in group]
-        ids = iter(self._tokenize(flat))
+        ids = iter(self._tokenize([group for group in texts if isinstance(group, list)]))
         results: list[TokenizedExample | RowFault] = []
         self.notes_of_rows = []
         for example, group in zip(examples, texts, strict=True):
@@ -90,7 +92,7 @@ class Encoder:
             if isinstance(group, RowFault):
                 results.append(group)
             else:
-                tokenized = self._tokenized(example, group, [next(ids) for _ in group])
+                tokenized = self._tokenized(example, group, next(ids))
                 found = self._checked(tokenized)
                 # Completions that are paired with others' must keep the prompt that these have.
                 if self._data.truncation_mode == "keep_end_of_prompt" and example.rating is None:
@@ -148,7 +150,7 @@ class Encoder:
             attempt = (
                 texts
                 if isinstance(texts, RowFault)
-                else self._checked(self._tokenized(shorter, texts, self._tokenize(texts)))
+                else self._checked(self._tokenized(shorter, texts, *self._tokenize([texts])))
             )
             if isinstance(attempt, RowFault) and attempt.reason == OVER_LONG:
                 low = middle + 1
@@ -169,15 +171,13 @@ class Encoder:
         assert self._renderer is not None
         return self._renderer.texts(example)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # Truncation and padding are switched off by name: a tokenizer.json may have them on. verbose=False: whether a
-        # text is too long is decided here, not by the tokenizer's model_max_length.
-        encoded = self._required_tokenizer("")(
-            texts, add_special_tokens=False, truncation=False, padding=False, verbose=False
-        )
-        return encoded["input_ids"]
+    def _tokenize(self, groups: list[list[str]]) -> list[list[list[int]]]:
+        """The ids of the texts of each example."""
+        if not any(groups):
+            return [[] for _ in groups]
+        self._required_tokenizer("")
+        assert self._text_ids is not None
+        return self._text_ids.of_groups(groups)
 
     def _required_tokenizer(self, where: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -225,7 +225,7 @@ class Encoder:
         if all(conversation[: len(prompt)] == prompt for conversation in conversations):
             return prompt, tuple(conversation[len(prompt) :] for conversation in conversations)
         self.notes[BOUNDARY_MERGED] += 1
-        rests = self._tokenize([text[len(prompt_text) :] for text in conversation_texts])
+        (rests,) = self._tokenize([[text[len(prompt_text) :] for text in conversation_texts]])
         return prompt, tuple(tuple(rest) for rest in rests)
 
     def _checked(self, example: TokenizedExample) -> TokenizedExample | RowFault:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ class ExampleWriter:
         self._file = pa.OSFile(str(folder / EXAMPLES_FILE), "wb")
         self._stream = pa.ipc.new_file(self._file, _SCHEMA)
         self._buffer: list[TokenizedExample] = []
+        self._ids: list[np.ndarray] = []
+        """Of each example in the buffer those of its prompt and its completions, one behind the other."""
         self._digest = hashlib.sha256()
         self._max_token_id = -1
         self._buffered_tokens = 0
@@ -107,15 +110,16 @@ class ExampleWriter:
 
     def write(self, example: TokenizedExample) -> None:
         """Append one example."""
-        self._digest.update(_canonical_bytes(example))
-        sequences = (example.prompt_ids, *example.completion_ids)
-        self._max_token_id = max(self._max_token_id, *(max(ids) for ids in sequences))
-        num_tokens = sum(len(ids) for ids in sequences)
+        ids = np.array([*example.prompt_ids, *chain.from_iterable(example.completion_ids)], dtype="<i4")
+        self._digest.update(_canonical_bytes(example, ids))
+        self._max_token_id = max(self._max_token_id, int(ids.max()))
+        num_tokens = len(ids)
         self.num_examples += 1
         self.num_tokens += num_tokens
         self._preferences.add(example)
         self._buffered_tokens += num_tokens
         self._buffer.append(example)
+        self._ids.append(ids)
         if len(self._buffer) >= _ROWS_PER_BATCH or self._buffered_tokens >= _TOKENS_PER_BATCH:
             self._flush()
 
@@ -146,29 +150,50 @@ class ExampleWriter:
         if not self._buffer:
             return
         columns = [
-            pa.array([example.prompt_ids for example in self._buffer], _IDS),
-            pa.array([example.completion_ids for example in self._buffer], pa.list_(_IDS)),
-            pa.array([[asdict(pair) for pair in example.pairs] for example in self._buffer], pa.list_(_PAIR)),
+            *_id_columns(self._buffer, self._ids),
+            _pair_column(self._buffer),
             pa.array([example.source for example in self._buffer], pa.string()),
             pa.array([example.weight for example in self._buffer], pa.float64()),
             pa.array([example.ratings for example in self._buffer], pa.list_(pa.bool_())),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._buffer.clear()
+        self._ids.clear()
         self._buffered_tokens = 0
 
 
-def _canonical_bytes(example: TokenizedExample) -> bytes:
+def _id_columns(examples: list[TokenizedExample], ids: list[np.ndarray]) -> tuple[pa.Array, pa.Array]:
+    """Prompts and completions, made of whole arrays: from nested tuples it takes several times as long."""
+    num_prompt = [len(example.prompt_ids) for example in examples]
+    num_completion = [len(part) for example in examples for part in example.completion_ids]
+    prompts = np.concatenate([one[:count] for one, count in zip(ids, num_prompt, strict=True)])
+    completions = np.concatenate([one[count:] for one, count in zip(ids, num_prompt, strict=True)])
+    flat = _lists(num_completion, pa.array(completions))
+    return _lists(num_prompt, pa.array(prompts)), _lists([len(example.completion_ids) for example in examples], flat)
+
+
+def _pair_column(examples: list[TokenizedExample]) -> pa.Array:
+    pairs = [pair for example in examples for pair in example.pairs]
+    fields = [pa.array([getattr(pair, field.name) for pair in pairs], field.type) for field in _PAIR]
+    return _lists([len(example.pairs) for example in examples], pa.StructArray.from_arrays(fields, fields=list(_PAIR)))
+
+
+def _lists(lengths: list[int], values: pa.Array) -> pa.Array:
+    """Lists of so many values each."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _canonical_bytes(example: TokenizedExample, ids: np.ndarray) -> bytes:
     """The same bytes on every machine for the same ids and pairs: little-endian, every list after its length."""
-    counts = [len(example.prompt_ids), len(example.completion_ids), *(len(ids) for ids in example.completion_ids)]
-    ids = [token for part in (example.prompt_ids, *example.completion_ids) for token in part]
+    counts = [len(example.prompt_ids), len(example.completion_ids), *(len(part) for part in example.completion_ids)]
     pairs = [(pair.chosen, pair.rejected, pair.weight, pair.margin) for pair in example.pairs]
     # What few data have is hashed only where it is there; a negative count stands in front.
     more = [*(pair.probability for pair in example.pairs), example.weight, *(2.0 + good for good in example.ratings)]
     further = np.array([-len(more)], dtype="<i8").tobytes() + np.array(more, dtype="<f8").tobytes()
     return (
         np.array([*counts, len(pairs)], dtype="<i8").tobytes()
-        + np.array(ids, dtype="<i4").tobytes()
+        + ids.tobytes()
         + np.array(pairs, dtype="<f8").tobytes()
         + (b"" if set(more) == {1.0} else further)
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_dist.batch.layout import AttentionLayout, build_layout
 from dpo_dist.data import Pair
 from dpo_dist.tokenization import TokenizedExample
+from dpo_dist.tokenization.turns import is_learned, number_learned, plain
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MicroBatch:
     target_ids_M: Int[Tensor, " M"]
     completion_of_M: Int[Tensor, " M"]
     completion_index_C: Int[Tensor, " C"]  # which of the rank's completions of this step each one is
-    completion_length_C: Int[Tensor, " C"]  # tokens
+    completion_length_C: Int[Tensor, " C"]  # tokens that are scored
     pair_chosen_B: Int[Tensor, " B"]  # index into the C completions
     pair_rejected_B: Int[Tensor, " B"]
     pair_weight_B: Float[Tensor, " B"]
@@ -151,7 +152,8 @@ class _Parts:
             self.ids += prompt
             self.positions += range(len(prompt))
         own_start, num_inputs = len(self.ids), len(completion) - 1
-        self.ids += completion[:-1]  # nothing is predicted from the last token
+        ids = completion if min(completion) >= 0 else plain(completion)
+        self.ids += ids[:-1]  # nothing is predicted from the last token
         self.positions += range(len(prompt), len(prompt) + num_inputs)
         q_length = num_inputs + (0 if prompt_is_there else len(prompt))
         if q_length:  # a one-token completion after a shared prompt has nothing of its own to compute
@@ -160,16 +162,21 @@ class _Parts:
             self.kv_index += range(self.prompt_start, self.prompt_start + len(prompt))
             self.kv_index += range(own_start, own_start + num_inputs)
         # The last prompt position predicts the first token of every completion.
-        self.score_index += [self.prompt_start + len(prompt) - 1, *range(own_start, own_start + num_inputs)]
-        self.targets += completion
-        self.completion_of += [len(self.completion_index)] * len(completion)
+        places = [self.prompt_start + len(prompt) - 1, *range(own_start, own_start + num_inputs)]
+        if ids is not completion:  # what is given is read, and not scored
+            places = [place for place, token in zip(places, completion, strict=True) if is_learned(token)]
+            ids = [token for token in completion if is_learned(token)]
+        self.score_index += places
+        self.targets += ids
+        self.completion_of += [len(self.completion_index)] * len(ids)
         self.completion_index.append(index)
-        self.completion_lengths.append(len(completion))
+        self.completion_lengths.append(len(ids))
 
     def weigh_tokens(self, example: TokenizedExample, ld_alpha: float) -> None:
-        public = min(map(len, example.completion_ids))
-        for ids in example.completion_ids:
-            self.token_weights += [1.0] * public + [ld_alpha] * (len(ids) - public)
+        lengths = [number_learned(ids) for ids in example.completion_ids]
+        public = min(lengths)
+        for length in lengths:
+            self.token_weights += [1.0] * public + [ld_alpha] * (length - public)
 
     def add_filler(self) -> None:
         self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]

@@ -19,6 +19,7 @@ from dpo_dist.distributed import Ranks
 from dpo_dist.metrics import padded_tokens
 from dpo_dist.packing import sizes_of
 from dpo_dist.tokenization import TokenizedDataset, TokenizedExample, describe_notes
+from dpo_dist.tokenization.turns import number_learned
 
 _MAX_SHOWN = 4  # completions of the sample
 
@@ -101,7 +102,9 @@ def _print_sample(console: Console, prepared: Prepared) -> None:
     console.print(f"prompt ({len(example.prompt_ids)} tokens): {sample.prompt!r}")
     for kind, index in _shown_completions(example):
         ids = example.completion_ids[index]
-        console.print(f"{kind} ({len(ids)} tokens): {sample.completions[index]!r}")
+        learned = number_learned(ids)
+        of_them = "" if learned == len(ids) else f", {learned} of them learned"
+        console.print(f"{kind} ({len(ids)} tokens{of_them}): {sample.completions[index]!r}")
 
 
 def _shown_completions(example: TokenizedExample) -> list[tuple[str, int]]:

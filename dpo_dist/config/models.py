@@ -94,6 +94,9 @@ class DataConfig(Section):
     chat_template: Text | None = None
     """A file with a Jinja template that renders conversations in the place of the tokenizer's own, and is saved with
     the trained model. null: the tokenizer's."""
+    assistant_only_loss: Flag = True
+    """Of a completion of several turns learn the assistant's alone; what users and tools say in it is given. false:
+    learn every token, as TRL's DPOTrainer does."""
     chat_template_kwargs: dict[Text, bool | int | float | str | None] = {}
     """What the chat template is given besides the conversation, such as `{enable_thinking: false}`. Give it to whatever
     serves the trained model too."""

@@ -117,7 +117,7 @@ def find_doubts(columns: PairColumns, model: str, logps: Float[np.ndarray, " N"]
         model: its name.
         logps: log-probability that it gives to each completion of a pair, nats.
     """
-    lengths, starts = columns.dataset.completion_lengths.flat, columns.dataset.completion_lengths.starts
+    lengths, starts = columns.dataset.learned_lengths.flat, columns.dataset.completion_lengths.starts
     means = logps.astype(np.float64) / lengths
     differences = means[columns.chosen] - means[columns.rejected]
     scores = robust_scores(differences)

@@ -19,6 +19,7 @@ class ExampleSize:
     completions: tuple[int, ...]  # tokens of each completion
     pairs: tuple[Pair, ...]
     weight: float = 1.0
+    learned: tuple[int, ...] | None = None  # of these tokens those that are learned; None: all
     ratings: tuple[bool, ...] = ()  # of each completion whether it is called good; empty where the data do not say
 
     @property
@@ -33,17 +34,18 @@ class ExampleSize:
 
     @property
     def demonstrated_tokens(self) -> float:
-        """Tokens of the chosen completions, each times the weight of the pairs that it is chosen in.
+        """Learned tokens of the chosen completions, each times the weight of the pairs that it is chosen in.
 
         Without pairs every completion is a demonstration, or of rated ones those that are called good, and has the
         example's weight.
         """
+        lengths = self.completions if self.learned is None else self.learned
         if self.ratings:
-            good = (length for length, is_good in zip(self.completions, self.ratings, strict=True) if is_good)
+            good = (length for length, is_good in zip(lengths, self.ratings, strict=True) if is_good)
             return self.weight * sum(good)
         if not self.pairs:
-            return self.weight * sum(self.completions)
-        return math.fsum(pair.weight * self.completions[pair.chosen] for pair in self.pairs)
+            return self.weight * sum(lengths)
+        return math.fsum(pair.weight * lengths[pair.chosen] for pair in self.pairs)
 
     @property
     def unshared_tokens(self) -> int:
@@ -119,6 +121,7 @@ def sizes_of(dataset: TokenizedDataset, rows: Sequence[int]) -> list[ExampleSize
             dataset.completion_lengths[row],
             dataset.pairs_of(row),
             float(dataset.weights[row]),
+            dataset.learned_lengths[row] if dataset.preferences.num_given_tokens else None,
             dataset.ratings_of(row),
         )
         for row in rows

@@ -63,18 +63,21 @@ def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
         k: which of its completions.
         index: what the micro-batch calls it (`completion_index_C`).
     """
-    completion = example.completion_ids[k]
+    marked = example.completion_ids[k]
+    completion = [token if token >= 0 else -1 - token for token in marked]
     inputs = [*example.prompt_ids, *completion[:-1]]
+    first = len(inputs) - len(completion)
+    scored = [place for place, token in enumerate(marked) if token >= 0]  # the others are given, and not learned
     ends, no_pairs = torch.tensor([0, len(inputs)], dtype=torch.int32), torch.tensor([], dtype=torch.int64)
     return MicroBatch(
         input_ids_T=torch.tensor(inputs),
         position_ids_T=torch.arange(len(inputs)),
         layout=AttentionLayout(ends, ends, None, (len(inputs),), (len(inputs),)),
-        score_index_M=torch.arange(len(inputs) - len(completion), len(inputs)),
-        target_ids_M=torch.tensor(completion),
-        completion_of_M=torch.zeros(len(completion), dtype=torch.int64),
+        score_index_M=torch.tensor([first + place for place in scored], dtype=torch.int64),
+        target_ids_M=torch.tensor([completion[place] for place in scored], dtype=torch.int64),
+        completion_of_M=torch.zeros(len(scored), dtype=torch.int64),
         completion_index_C=torch.tensor([index]),
-        completion_length_C=torch.tensor([len(completion)]),
+        completion_length_C=torch.tensor([len(scored)]),
         pair_chosen_B=no_pairs,
         pair_rejected_B=no_pairs,
         pair_weight_B=torch.zeros(0),

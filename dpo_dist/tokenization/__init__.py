@@ -4,6 +4,8 @@
     conversation.py messages               text, by a chat template; what it leaves out
     text_ids.py   texts                    token ids
     encode.py     text examples            TokenizedExample or RowFault
+    given.py      a completion            which of its turns are not the assistant's
+    turns.py      token ids               which are learned
     truncation.py a prompt that is too long the end of it
     row_encoder.py rows as they are read   what each became
     processes.py the same                  by several processes, in order

@@ -81,6 +81,10 @@ class Renderer:
             return RowFault(NOT_RENDERED, example.source, *lost)
         return [asked, *whole]
 
+    def rendered(self, messages: list[Message], tools: Sequence[Any] | None, asks: bool) -> str:
+        """A part of a conversation, with the header of an answer or without, in the form that `texts` gave of it."""
+        return self._render(self._with_arguments(messages), tools, add_generation_prompt=asks)
+
     def _lost(
         self,
         tools: Sequence[Any] | None,

@@ -8,6 +8,7 @@ installed.
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.data import Pair
 from dpo_dist.errors import DataError
 from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.turns import plain
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, PreferenceCounts, read_summary
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -155,6 +157,18 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         batch, row = self._locate(index)
         return tuple(batch.column("ratings")[row].as_py())
 
+    @cached_property
+    def learned_lengths(self) -> RaggedLengths:
+        """For each example, the learned tokens of each of its completions."""
+        lengths = self.completion_lengths
+        if not self.preferences.num_given_tokens:
+            return lengths
+        counts = [
+            np.add.reduceat((columns.completion_ids >= 0).astype(np.int64), columns.completion_starts[:-1])
+            for columns in self.id_columns()
+        ]
+        return RaggedLengths(np.concatenate(counts), lengths.starts)
+
     def pair_columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every pair its example, and its completions' places in `completion_lengths.flat`: chosen, and rejected."""
         nested = [batch.column("pairs") for batch in self._batches]
@@ -213,7 +227,9 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         def text(ids: tuple[int, ...]) -> str:
             if tokenizer is None:
                 return " ".join(str(token) for token in ids)
-            return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            return str(
+                tokenizer.decode(list(plain(ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            )
 
         return Sample(example.source, text(example.prompt_ids), tuple(text(ids) for ids in example.completion_ids))
 
@@ -229,9 +245,9 @@ def _check_example(example: TokenizedExample, vocab_size: int) -> None:
         *((f"completion {i}", ids) for i, ids in enumerate(example.completion_ids)),
     ]
     for name, ids in parts:
-        if max(ids) >= vocab_size:
+        if max(plain(ids)) >= vocab_size:
             raise DataError(
-                f"{example.source}: token id {max(ids)} of the {name} is outside the model's "
+                f"{example.source}: token id {max(plain(ids))} of the {name} is outside the model's "
                 f"vocabulary (0 to {vocab_size - 1}); tokenise with the model's own tokenizer, "
                 "or use the model the data was made for"
             )
@@ -250,7 +266,8 @@ def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _largest(ids: pa.Array) -> int:
-    return int(np.from_dlpack(ids).max())
+    values: np.ndarray = np.from_dlpack(ids)
+    return int(np.maximum(values, np.invert(values)).max())  # ~id is -1 - id
 
 
 def _describe(values: np.ndarray) -> dict[str, int | float]:

@@ -26,9 +26,11 @@ from dpo_dist.data.example import (
 )
 from dpo_dist.errors import ModelError
 from dpo_dist.tokenization.conversation import Renderer
+from dpo_dist.tokenization.given import GivenTurns
 from dpo_dist.tokenization.notes import BOUNDARY_MERGED, PROMPT_NOT_A_PREFIX, SHORTENED, TRUNCATED
 from dpo_dist.tokenization.text_ids import TextIds
 from dpo_dist.tokenization.truncation import last_tokens, shorter_prompts
+from dpo_dist.tokenization.turns import is_learned
 
 Ids = tuple[int, ...]
 
@@ -37,8 +39,9 @@ Ids = tuple[int, ...]
 class TokenizedExample:
     """A prompt, its completions and the preferences among them, as token ids. `source` is `path:line`.
 
-    Without preferences its completion is a demonstration, or one that is only called good or bad: `ratings` then holds
-    for each completion whether it is good. `is_ranked`: its row held a list of completions.
+    Tokens of a completion that are not learned are -1 - id (`turns.py`). Without preferences its completion is a
+    demonstration, or one that is only called good or bad: `ratings` then holds for each completion whether it is good.
+    `is_ranked`: its row held a list of completions.
     """
 
     prompt_ids: Ids
@@ -75,10 +78,11 @@ class Encoder:
         self._tokenizer_name = tokenizer_name
         self.chat_template = str(getattr(tokenizer, "chat_template", None) or "")
         self._renderer = None
-        self._text_ids = None
+        self._text_ids = self._given = None
         if tokenizer is not None:
             self._renderer = Renderer(tokenizer, tokenizer_name, data.chat_template_kwargs)
             self._text_ids = TextIds(tokenizer)
+            self._given = GivenTurns(self._renderer, self._text_ids) if data.assistant_only_loss else None
         self._leading_ids = leading_ids(tokenizer) if tokenizer is not None else ()
 
     def encode(self, examples: Sequence[PreferenceExample]) -> list[TokenizedExample | RowFault]:
@@ -89,10 +93,10 @@ class Encoder:
         self.notes_of_rows = []
         for example, group in zip(examples, texts, strict=True):
             notes = self.notes.copy()
-            if isinstance(group, RowFault):
-                results.append(group)
+            tokenized = group if isinstance(group, RowFault) else self._tokenized(example, group, next(ids))
+            if isinstance(tokenized, RowFault):
+                results.append(tokenized)
             else:
-                tokenized = self._tokenized(example, group, next(ids))
                 found = self._checked(tokenized)
                 # Completions that are paired with others' must keep the prompt that these have.
                 if self._data.truncation_mode == "keep_end_of_prompt" and example.rating is None:
@@ -101,11 +105,16 @@ class Encoder:
             self.notes_of_rows.append(self.notes - notes)
         return results
 
-    def _tokenized(self, example: PreferenceExample, texts: list[str], ids: list[list[int]]) -> TokenizedExample:
+    def _tokenized(
+        self, example: PreferenceExample, texts: list[str], ids: list[list[int]]
+    ) -> TokenizedExample | RowFault:
         prompt, completions = self._spans(example, texts, ids)
+        marked = completions if self._given is None else self._given.marked(example, texts, completions)
+        if isinstance(marked, RowFault):
+            return marked
         ratings = () if example.rating is None else (example.rating,)
         rest = (example.pairs, example.source, example.weight, example.is_ranked, ratings)
-        return TokenizedExample(prompt, completions, *rest)
+        return TokenizedExample(prompt, marked, *rest)
 
     def _shortened(
         self,
@@ -146,12 +155,11 @@ class Encoder:
             middle = (low + high) // 2
             self.notes = notes.copy()
             shorter = replace(example, prompt=prompts[middle])
-            texts = self._texts(shorter)
-            attempt = (
-                texts
-                if isinstance(texts, RowFault)
-                else self._checked(self._tokenized(shorter, texts, *self._tokenize([texts])))
-            )
+            attempt = self._texts(shorter)
+            if not isinstance(attempt, RowFault):
+                attempt = self._tokenized(shorter, attempt, *self._tokenize([attempt]))
+            if not isinstance(attempt, RowFault):
+                attempt = self._checked(attempt)
             if isinstance(attempt, RowFault) and attempt.reason == OVER_LONG:
                 low = middle + 1
             else:
@@ -237,6 +245,8 @@ class Encoder:
             return fitted
         if not all(fitted.completion_ids):
             return RowFault(EMPTY_COMPLETION, example.source, "a completion has no token")
+        if not all(is_learned(max(ids)) for ids in fitted.completion_ids):
+            return RowFault(EMPTY_COMPLETION, example.source, "a completion has no token of the assistant's")
         for pair in fitted.pairs:
             if fitted.completion_ids[pair.chosen] == fitted.completion_ids[pair.rejected]:
                 if fitted is not example:

@@ -157,6 +157,8 @@ def _cache_key(
         "rated": rated,
         "tokenizer": tokenizer,
     }
+    if not data.assistant_only_loss and tokenizer is not None:
+        parts["assistant_only_loss"] = False
     if data.chat_template_kwargs and tokenizer is not None:
         parts["chat_template_kwargs"] = data.chat_template_kwargs
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -42,6 +42,13 @@ class TextIds:
         encoded = self._tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False)
         return encoded["input_ids"]
 
+    def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """The ids of a text, and of each where it begins and ends in it; None where the tokenizer does not tell."""
+        if self._backend is None:
+            return None
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def of_groups(self, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """The ids of each text of each group, as one by one; what several texts hold is tokenised once."""
         split = [self._split(group) for group in groups]

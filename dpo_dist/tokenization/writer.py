@@ -74,6 +74,8 @@ class PreferenceCounts:
     """Pairs whose label is not sure."""
     num_rated: int = 0
     """Completions that are called good or bad, in no pair."""
+    num_given_tokens: int = 0
+    """Tokens of completions that are not learned."""
     num_desirable: int = 0
     """Those of them that are called good."""
 
@@ -112,11 +114,12 @@ class ExampleWriter:
         """Append one example."""
         ids = np.array([*example.prompt_ids, *chain.from_iterable(example.completion_ids)], dtype="<i4")
         self._digest.update(_canonical_bytes(example, ids))
-        self._max_token_id = max(self._max_token_id, int(ids.max()))
+        self._max_token_id = max(self._max_token_id, int(np.maximum(ids, ~ids).max()))
         num_tokens = len(ids)
         self.num_examples += 1
         self.num_tokens += num_tokens
         self._preferences.add(example)
+        self._preferences.num_given_tokens += int((ids < 0).sum())
         self._buffered_tokens += num_tokens
         self._buffer.append(example)
         self._ids.append(ids)

@@ -20,7 +20,7 @@ from dpo_dist.engine import TrainingEngine
 from dpo_dist.errors import NumericsError, StorageError
 from dpo_dist.health import Health, restored
 from dpo_dist.losses import Objective
-from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, RewardMean, Window
+from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, RewardMean, Window, sum_names
 from dpo_dist.pace import Pace
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import Reference
@@ -66,6 +66,11 @@ class Run:
         """The plan of a global step; every rank computes the same one."""
         rows = self.sampler.examples_of(step)
         return self.packer.plan(step, rows, sizes_of(self.dataset, rows))
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """Names of what a step adds up."""
+        return sum_names(len(self.config.data.train))
 
     def statistics_of(self, step: int) -> tuple[str, ...]:
         """What global step `step` asks the head for beside log-probabilities: most of it where a line is written."""

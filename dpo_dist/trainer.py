@@ -18,7 +18,7 @@ from dpo_dist.evaluation import evaluate
 from dpo_dist.health import accuracy_gap, judge_evaluation, judge_not_finite, judge_step
 from dpo_dist.losses import mean_loss
 from dpo_dist.matching import matched
-from dpo_dist.metrics import SUMS, Window, loss_of, not_finite, padded_tokens, step_sums
+from dpo_dist.metrics import Window, loss_of, not_finite, padded_tokens, step_sums
 from dpo_dist.optim import learning_rate_at
 from dpo_dist.packing import StepPlan, sizes_of
 from dpo_dist.phases import reach
@@ -35,7 +35,7 @@ def train(run: Run, progress: Progress) -> None:
         reach("step", progress.step + 1)
         plan = run.plan(progress.step)
         work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts, run.config.loss.ld_alpha)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(run.sum_names), dtype=torch.float64, device=device)
 
         # 1. How likely is every completion under the frozen reference?  (no gradient, large bins)
         reference_logps = run.reference.completion_logps(work)
@@ -59,7 +59,7 @@ def train(run: Run, progress: Progress) -> None:
 
             # 5. Divide by the step's total weight: the gradient cannot depend on how the step is split.
             run.policy.backward(mean_loss(losses, plan.weights))
-            sums += step_sums(batch, logps, logratios, losses, beta, tokens)
+            sums += step_sums(batch, logps, logratios, losses, beta, tokens, len(run.config.data.train))
 
         # 6. Update theta; then, once in a while: log, evaluate, save.
         learning_rate = learning_rate_at(progress.step, run.config.train, run.num_steps)
@@ -72,7 +72,7 @@ def train(run: Run, progress: Progress) -> None:
         if written == run.ranks.world_size:
             complete_save(run, progress)
         progress.stopped = stop_requests > 0
-        _finish_step(run, progress, plan, dict(zip(SUMS, totals, strict=True)), grad_norm, learning_rate)
+        _finish_step(run, progress, plan, dict(zip(run.sum_names, totals, strict=True)), grad_norm, learning_rate)
 
 
 def _finish_step(
@@ -123,6 +123,7 @@ def _write_train_line(run: Run, progress: Progress, grad_norm: float, learning_r
         "step": progress.step,
         "epoch": run.sampler.examples_seen(progress.step) / run.sampler.num_examples,
         **window.means(run.config.has_reference),
+        **window.of_entries(run.config.data.train_names),
         **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),
         "learning_rate": learning_rate,
         "num_tokens": progress.num_tokens,

@@ -39,6 +39,7 @@ class MicroBatch:
     pair_weight_B: Float[Tensor, " B"]
     pair_margin_B: Float[Tensor, " B"]  # by how much chosen is better, in the data's own unit
     pair_probability_B: Float[Tensor, " B"]  # that it is better
+    pair_entry_B: Int[Tensor, " B"]  # of data.train that it is from
     # Of each completion, the weights of the pairs that it is chosen in; of a demonstration, or one that is called good,
     # its example's weight.
     chosen_weight_C: Float[Tensor, " C"]
@@ -120,6 +121,7 @@ class _Parts:
         self.completion_lengths: list[int] = []
         self.token_weights: list[float] = []
         self.pairs: list[tuple[int, int, Pair]] = []
+        self.entries: list[int] = []
         self.chosen_weights: list[float] = []
         self.example_weights: list[float] = []
         self.ratings: list[float] = []
@@ -137,6 +139,7 @@ class _Parts:
             self.chosen_weights += [example.weight * good for good in example.ratings or [True] * len(lengths)]
             self.num_unshared_tokens += sum(prompt + length for length in lengths)
             return
+        self.entries += [example.entry] * len(example.pairs)
         chosen_weights = [0.0] * len(lengths)
         for pair in example.pairs:
             self.pairs.append((first + pair.chosen, first + pair.rejected, pair))
@@ -197,6 +200,7 @@ class _Parts:
             pair_weight_B=_numbers([pair.weight for _, _, pair in self.pairs]),
             pair_margin_B=_numbers([pair.margin for _, _, pair in self.pairs]),
             pair_probability_B=_numbers([pair.probability for _, _, pair in self.pairs]),
+            pair_entry_B=_indices(self.entries),
             chosen_weight_C=_numbers(self.chosen_weights),
             example_weight_C=_numbers(self.example_weights),
             rating_C=_numbers(self.ratings),

@@ -4,6 +4,7 @@ What they have in common stands in `section.py`; adapters, evaluation, loss and 
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -131,13 +132,27 @@ class DataConfig(Section):
         whole = [(source.path, source.name, source.split) for source in parted]
         for k, one in enumerate(whole):
             splits[len(self.evaluation) + k] += ":holdout" if whole.index(one) == k else f":holdout{k}"
-        paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.path), one.name or "") for one in sources]
-        parts = [path.parts for path in paths]
-        for depth in range(1, max((len(part) for part in parts), default=0) + 1):
-            names = tuple("/".join(part[-depth:]) + split for part, split in zip(parts, splits, strict=True))
-            if len(set(names)) == len(names):
-                return names
-        return tuple(source.path + split for source, split in zip(sources, splits, strict=True))
+        return _shortest_names(sources, splits)
+
+    @property
+    def train_names(self) -> tuple[str, ...]:
+        """Name of each entry of data.train in metrics, likewise; of entries that name the same data the number too."""
+        names = ["" if source.split == "train" else f":{source.split}" for source in self.train]
+        whole = [(source.path, source.name, source.split) for source in self.train]
+        return _shortest_names(
+            self.train, [name + (f":{k}" if whole.index(whole[k]) < k else "") for k, name in enumerate(names)]
+        )
+
+
+def _shortest_names(sources: Sequence[DataSource], suffixes: Sequence[str]) -> tuple[str, ...]:
+    """The shortest end of each path that tells it apart, with its suffix."""
+    paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.path), one.name or "") for one in sources]
+    parts = [path.parts for path in paths]
+    for depth in range(1, max((len(part) for part in parts), default=0) + 1):
+        names = tuple("/".join(part[-depth:]) + end for part, end in zip(parts, suffixes, strict=True))
+        if len(set(names)) == len(names):
+            return names
+    return tuple(source.path + end for source, end in zip(sources, suffixes, strict=True))
 
 
 class TrainConfig(Section):

@@ -21,6 +21,7 @@ from dpo_dist.metrics.sums import (
     not_finite,
     padded_tokens,
     step_sums,
+    sum_names,
 )
 from dpo_dist.metrics.trackers import TRACKER_PACKAGES, TRACKERS
 from dpo_dist.metrics.window import Window
@@ -43,4 +44,5 @@ __all__ = [
     "not_finite",
     "padded_tokens",
     "step_sums",
+    "sum_names",
 ]

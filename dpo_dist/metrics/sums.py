@@ -77,8 +77,17 @@ HEALTH = {"kl": "num_compared", "displacement": "num_pairs", "length_drift": "nu
 LOGGED_STATISTICS = ("entropy", "mean_logit", "is_top1")
 COUNTS = ("tokens_processed", "tokens_unshared", "tokens_padded")
 
+# What is added up of each entry of data.train, where there are several; all but the first are per pair.
+OF_ENTRIES = ("num_pairs", "rewards/margins", "rewards/accuracies")
+
 # Keys that depend on the clock or the machine; all other keys are reproducible bit for bit.
 WALL_CLOCK = ("pairs_per_second", "tokens_per_second", "time/step", *TIMES, "mfu", "memory/peak_gib")
+
+
+def sum_names(num_entries: int) -> tuple[str, ...]:
+    """Names of what `step_sums` gives for so many entries of data.train."""
+    several = num_entries if num_entries > 1 else 0
+    return (*SUMS, *(f"data.train.{entry}/{name}" for entry in range(several) for name in OF_ENTRIES))
 
 
 def step_sums(
@@ -88,8 +97,12 @@ def step_sums(
     losses_U: Float[Tensor, " U"],
     beta: float,
     tokens: TokenScores | None = None,
+    num_entries: int = 1,
 ) -> Float[Tensor, " K"]:
-    """The sums of one micro-batch in the order of `SUMS`, float64, on the batch's device; no host synchronisation."""
+    """The sums of one micro-batch in the order of `sum_names`, float64, on the batch's device.
+
+    Nothing of it waits for the host.
+    """
     with torch.no_grad():
         chosen_B, rejected_B = batch.pair_chosen_B, batch.pair_rejected_B
         rewards_C = beta * logratios_C.double()
@@ -120,6 +133,7 @@ def step_sums(
                 torch.stack([of_examples, weight_of_examples]),
                 _health_sums(batch, logratios_C.double(), lengths_C),
                 _rated_sums(batch, of_rated, rewards_C, logps_C.double(), beta),
+                _entry_sums(batch, per_pair_KB, num_entries),
             ]
         )
 
@@ -181,6 +195,15 @@ def _rated_sums(
             baseline * rated_C.sum(),
         ]
     )
+
+
+def _entry_sums(batch: MicroBatch, per_pair_KB: Tensor, num_entries: int) -> Float[Tensor, " E"]:
+    """`OF_ENTRIES` of each entry, one entry after another; nothing of a single one."""
+    if num_entries < 2:
+        return per_pair_KB.new_zeros(0)
+    places = [PER_PAIR.index(name) + 1 if name in PER_PAIR else 0 for name in OF_ENTRIES]
+    sums = per_pair_KB.new_zeros(num_entries, len(OF_ENTRIES))
+    return sums.index_add(0, batch.pair_entry_B, per_pair_KB[places].t()).flatten()
 
 
 def loss_of(sums: Mapping[str, float]) -> float:

@@ -1,9 +1,12 @@
 """Sums over a logging interval, and the means that are written of them."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_dist.metrics.sums import COUNTS, HEALTH, PER_PAIR, PER_TOKEN, SUMS, loss_of
+from dpo_dist.metrics.sums import COUNTS, HEALTH, OF_ENTRIES, PER_PAIR, PER_TOKEN, SUMS, loss_of
+
+_OF_AN_ENTRY = re.compile(rf"data\.train\.\d+/({'|'.join(OF_ENTRIES)})")
 
 
 class Window:
@@ -35,7 +38,7 @@ class Window:
         if {name: type(value) for name, value in ({"num_skipped": 0} | dict(values)).items()} != form:
             raise ValueError(f"a logging interval has num_steps and sums, not {', '.join(sorted(values))}")
         for name, value in values["sums"].items():
-            if name not in (*SUMS, *COUNTS) or type(value) not in (int, float):
+            if not (name in (*SUMS, *COUNTS) or _OF_AN_ENTRY.fullmatch(name)) or type(value) not in (int, float):
                 raise ValueError(f"a logging interval has no sum {name}={value}; another version of dpo-dist wrote it")
         return cls(
             {name: float(value) for name, value in values["sums"].items()},
@@ -78,6 +81,20 @@ class Window:
             name.replace("/undesirable", "/rejected").replace("/desirable", "/chosen"): value
             for name, value in means.items()
         } | baseline
+
+    def of_entries(self, names: Sequence[str]) -> dict[str, float]:
+        """The means of each entry of data.train by its name, and how many pairs they are of; none of a single one.
+
+        Args:
+            names: of all entries.
+        """
+        found: dict[str, float] = {}
+        for entry, name in enumerate(names):
+            sums = {key: self.sums.get(f"data.train.{entry}/{key}", 0.0) for key in OF_ENTRIES}
+            if number := sums.pop("num_pairs"):
+                found |= {f"{name}/{key}": value / number for key, value in sums.items()}
+                found[f"{name}/num_pairs"] = int(number)
+        return found
 
     def counts(self) -> dict[str, int]:
         """Token counts of the interval, and the steps that were left out, if any."""

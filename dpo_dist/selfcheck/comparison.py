@@ -83,6 +83,7 @@ def alone(example: TokenizedExample, k: int, index: int) -> MicroBatch:
         pair_weight_B=torch.zeros(0),
         pair_margin_B=torch.zeros(0),
         pair_probability_B=torch.zeros(0),
+        pair_entry_B=no_pairs,
         chosen_weight_C=torch.zeros(1),
         example_weight_C=torch.zeros(1),
         rating_C=torch.zeros(1),

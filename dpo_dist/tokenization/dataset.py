@@ -131,6 +131,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             source=batch.column("source")[row].as_py(),
             weight=float(self.weights[index]),
             ratings=self.ratings_of(index),
+            entry=int(batch.column("entry")[row].as_py()),
         )
 
     def id_columns(self) -> Iterator[IdColumns]:

@@ -41,7 +41,7 @@ class TokenizedExample:
 
     Tokens of a completion that are not learned are -1 - id (`turns.py`). Without preferences its completion is a
     demonstration, or one that is only called good or bad: `ratings` then holds for each completion whether it is good.
-    `is_ranked`: its row held a list of completions.
+    `is_ranked`: its row held a list of completions. `entry`: of data.train, counted from 0.
     """
 
     prompt_ids: Ids
@@ -51,6 +51,7 @@ class TokenizedExample:
     weight: float = 1.0
     is_ranked: bool = False
     ratings: tuple[bool, ...] = ()
+    entry: int = 0
 
     def beginning(self, limit: int | None) -> "TokenizedExample":
         """The same with only the first tokens of its prompt and of every completion; None: all of them."""

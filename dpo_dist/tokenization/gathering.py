@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from dpo_dist.config import DataConfig, Rated
 from dpo_dist.tokenization.encode import TokenizedExample
@@ -17,6 +18,7 @@ class Gathering:
         data: the settings.
         rated: completions that are called good or bad, of this source and those before it.
         kind: "all" if they wait for nothing, and pairs are taken apart.
+        entry: number of the source.
     """
 
     def __init__(
@@ -25,8 +27,9 @@ class Gathering:
         data: DataConfig,
         rated: RatedCompletions,
         kind: Rated = "paired",
+        entry: int = 0,
     ) -> None:
-        self._takes_apart = kind == "all"
+        self._takes_apart, self._entry = kind == "all", entry
         self._write = write
         self._groups = PromptGroups() if data.group_by_prompt else None
         self._take = write if self._groups is None else self._groups.add
@@ -36,6 +39,8 @@ class Gathering:
 
     def add(self, example: TokenizedExample) -> None:
         """Take the next example."""
+        if self._entry:
+            example = replace(example, entry=self._entry)
         if self._takes_apart:
             self.num_taken += 1
             self._write(as_ratings(example) if example.pairs else example)

@@ -199,7 +199,7 @@ def _write(
     try:
         with closing(ExampleWriter(partial)) as writer:
             found = _Found(RatedCompletions(data.pairing, keeps_rest=rated == "rest"), rated)
-            for source in sources:
+            for found.entry, source in enumerate(sources):
                 found.num_read += _write_source(source, data, processes, writer, found, source is sources[-1])
             if found.refused.total:
                 raise DataError(found.refused.refusal(place, found.num_read))
@@ -233,6 +233,8 @@ class _Found:
 
     rated: RatedCompletions
     kind: Rated
+    entry: int = 0
+    """Of the source that is read."""
     num_read: int = 0
     refused: BadRows = field(default_factory=BadRows)
     bad_rows: Counter[str] = field(default_factory=Counter[str])
@@ -250,7 +252,7 @@ def _write_source(
         How many rows were read.
     """
     left_out = BadRows()
-    gathering = Gathering(writer.write, data, found.rated, found.kind)
+    gathering = Gathering(writer.write, data, found.rated, found.kind, found.entry)
     num_read, next_log_s = 0, time.monotonic() + _LOG_EVERY_S
     for encoded in processes.encoded(source.rows()):
         inject("tokenise")

@@ -35,6 +35,7 @@ _SCHEMA = pa.schema(
         ("source", pa.string()),
         ("weight", pa.float64()),
         ("ratings", pa.list_(pa.bool_())),
+        ("entry", pa.int32()),
     ]
 )
 
@@ -158,6 +159,7 @@ class ExampleWriter:
             pa.array([example.source for example in self._buffer], pa.string()),
             pa.array([example.weight for example in self._buffer], pa.float64()),
             pa.array([example.ratings for example in self._buffer], pa.list_(pa.bool_())),
+            pa.array([example.entry for example in self._buffer], pa.int32()),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._buffer.clear()

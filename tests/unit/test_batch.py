@@ -197,5 +197,5 @@ def test_every_field_arrives_under_its_own_name(monkeypatch: pytest.MonkeyPatch)
                 fields += 1
                 assert torch.equal(getattr(after, name), value), name
                 assert getattr(after, name) is not value
-    assert fields == 15 + 6
+    assert fields == 16 + 6
     assert (moved.num_tokens, moved.layout.q_lengths) == (batch.num_tokens, batch.layout.q_lengths)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import assume, given, settings
@@ -1061,3 +1061,12 @@ def test_rules_of_adapter_and_reference(minimal, overrides, path, reason, way_ou
 )
 def test_combinations_of_adapter_and_reference_that_work(minimal, overrides):
     load_config(minimal, overrides)
+
+
+def test_names_of_data_that_is_trained_on() -> None:
+    def names(*sources: dict[str, Any]) -> tuple[str, ...]:
+        return DataConfig.model_validate({"train": list(sources)}).train_names
+
+    assert names({"path": "x/hh.jsonl"}, {"path": "y/uf.parquet", "split": "extra"}) == ("hh", "uf:extra")
+    assert names({"path": "x/hh.jsonl"}, {"path": "y/hh.jsonl"}) == ("x/hh", "y/hh")
+    assert names({"path": "hh.jsonl"}, {"path": "uf.jsonl"}, {"path": "hh.jsonl", "limit": 5}) == ("hh", "uf", "hh:2")

@@ -31,6 +31,7 @@ from dpo_dist.metrics import (
     not_finite,
     padded_tokens,
     step_sums,
+    sum_names,
 )
 from dpo_dist.tokenization import TokenizedExample
 
@@ -154,6 +155,33 @@ def test_their_tokens_count_as_chosen_or_rejected() -> None:
     assert torch.equal(together, apart)
     sums = dict(zip(SUMS, together.tolist(), strict=True))
     assert (sums["num_chosen_tokens"], sums["num_rejected_tokens"]) == (2 + 1 + 2, 3 + 3)
+
+
+def test_each_entry_of_the_data_has_its_own_sums() -> None:
+    """However the examples are packed."""
+    examples = [replace(EXAMPLES[0], entry=2), EXAMPLES[1], replace(EXAMPLES[1], entry=2)]
+    ratios = [0.5, -0.25, 1.0, 1.0, -1.0, 2.0, 1.0, 3.0]
+
+    def sums(examples: list[TokenizedExample], ratios: list[float]) -> torch.Tensor:
+        batch = build_micro_batch(examples, [0] * len(examples), share_prompts=True)
+        values = torch.tensor(ratios)
+        return step_sums(batch, values, values, torch.zeros(4, dtype=torch.float64), BETA, None, 3)
+
+    together = sums(examples, ratios)
+    torch.testing.assert_close(together, sums(examples[:2], ratios[:5]) + sums(examples[2:], ratios[5:]))
+    names = sum_names(3)
+    window = Window(dict(zip(names, together.tolist(), strict=True)), 1)
+    found = window.of_entries(["x", "y", "z"])
+    assert found == {
+        "x/rewards/margins": pytest.approx(BETA * (0.0 - 2.0) / 2),
+        "x/rewards/accuracies": 0.0,
+        "x/num_pairs": 2,
+        "z/rewards/margins": pytest.approx(BETA * (0.75 - 1.0 + 2.0) / 3),
+        "z/rewards/accuracies": pytest.approx(2 / 3),
+        "z/num_pairs": 3,
+    }
+    assert Window.from_json(json.loads(json.dumps(window.to_json()))).of_entries("xyz") == found
+    assert sum_names(1) == SUMS and Window(sums_of(EXAMPLES, LOGPS, LOGRATIOS, LOSSES), 1).of_entries(["x"]) == {}
 
 
 def test_a_filler_counts_nothing() -> None:

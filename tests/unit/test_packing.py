@@ -23,7 +23,7 @@ from dpo_dist.packing import (
     sizes_of,
 )
 from dpo_dist.tokenization import TokenizedDataset, TokenizedExample
-from dpo_dist.tokenization.dataset import RaggedLengths
+from dpo_dist.tokenization.dataset import PreferenceCounts, RaggedLengths
 
 LENGTHS = st.integers(1, 40)
 
@@ -242,12 +242,13 @@ class Lengths(TokenizedDataset):
             starts=np.cumsum([0, *(len(size.completions) for size in sizes)]),
         )
         self.weights = np.array([size.weight for size in sizes])
+        self.preferences = PreferenceCounts()
         self._sizes = sizes
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __getitem__(self, index: int) -> TokenizedExample:
+    def __getitem__(self, index: int) -> TokenizedExample:  # pyright: ignore[reportIncompatibleMethodOverride]
         size = self._sizes[index]
         return TokenizedExample((0,) * size.prompt, tuple((0,) * n for n in size.completions), size.pairs, "")
 

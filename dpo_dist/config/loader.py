@@ -196,7 +196,9 @@ def _deepspeed_problems(config: RunConfig) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    return [item.path if isinstance(item, DataSource) else item for item in value] if isinstance(value, list) else value
+    return (
+        [item.shown if isinstance(item, DataSource) else item for item in value] if isinstance(value, list) else value
+    )
 
 
 def _without_null(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dpo_dist.config.adapter import AdapterConfig
+from dpo_dist.config.addresses import is_url, without_secrets
 from dpo_dist.config.evaluation import EvaluationConfig, HealthConfig
 from dpo_dist.config.loss import LossConfig
 from dpo_dist.config.reference import ReferenceConfig
@@ -59,8 +60,8 @@ class DataSource(Section):
 
     path: Text
     """A file (.jsonl, .json, .parquet, .arrow or .csv, plain, .gz or .zst), a pattern of such files (`pairs-*.jsonl`),
-    a folder of them, or a hub id. A relative path is looked up in the current folder, then in the folder of the
-    configuration file."""
+    a folder of them, the URL of one of these (s3://, gs://, az://, hf://, https:// or another one of fsspec), or a hub
+    id. A relative path is looked up in the current folder, then in the folder of the configuration file."""
     name: Text | None = None
     """Configuration of a hub data set that has several. null: its default."""
     revision: Text | None = None
@@ -74,6 +75,11 @@ class DataSource(Section):
     """Use only this many rows, the first ones. null: all."""
     fraction: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Share of the rows that is used: 0.25 takes every fourth one, of those that `limit` leaves. For mixtures."""
+
+    @property
+    def shown(self) -> str:
+        """The path for messages and metrics: of a URL without what may be secret in it."""
+        return without_secrets(self.path) if is_url(self.path) else self.path
 
 
 class DataConfig(Section):
@@ -128,13 +134,13 @@ class DataConfig(Section):
         whole = [(source.path, source.name, source.split) for source in parted]
         for k, one in enumerate(whole):
             splits[len(self.evaluation) + k] += ":holdout" if whole.index(one) == k else f":holdout{k}"
-        paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.path), one.name or "") for one in sources]
+        paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.shown.removesuffix("?***")), one.name or "") for one in sources]
         parts = [path.parts for path in paths]
         for depth in range(1, max((len(part) for part in parts), default=0) + 1):
             names = tuple("/".join(part[-depth:]) + split for part, split in zip(parts, splits, strict=True))
             if len(set(names)) == len(names):
                 return names
-        return tuple(source.path + split for source, split in zip(sources, splits, strict=True))
+        return tuple(source.shown + split for source, split in zip(sources, splits, strict=True))
 
 
 class TrainConfig(Section):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from tests import cores
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from tests.machine import Machine
 
 SEED = 1234
+
+# How long an example takes depends on what else the machine does; no test is about that.
+settings.register_profile("any_machine", deadline=None)
+settings.load_profile("any_machine")
 
 # The same kernels on every x86-64 machine: oneDNN's, ATen's and MKL's for AVX2. Where AVX512 or AMX adds up in another
 # order, one weight of a run in bfloat16 may be rounded to its other neighbour, and what follows tells only how far such

@@ -78,7 +78,7 @@ def run_sample(wanted: Wanted, cache_dir: Path) -> str:
     servers = wanted.servers
     judging = servers.client("--judge", servers.judge) if servers.judge else None
     left_out = BadRows()
-    prompts, num_rows = _prompts(wanted.reading, left_out)
+    prompts, num_rows = _prompts(wanted.reading, left_out, cache_dir / "data")
     num_repeated = num_rows - left_out.total - len(prompts)
     if servers.server:
         sampling: _Local | _Remote = _Remote(wanted, servers.client("--server", servers.server))
@@ -132,9 +132,9 @@ def _check(wanted: Wanted) -> None:
         raise ConfigError(f"--out={out}: {out.parent} is no folder; give a folder that is there")
 
 
-def _prompts(reading: Reading, left_out: BadRows) -> tuple[list[Prompt], int]:
+def _prompts(reading: Reading, left_out: BadRows, cache_dir: Path) -> tuple[list[Prompt], int]:
     """Each once, and the number of rows."""
-    source = open_source(DataSource(path=reading.path, limit=reading.limit), "PROMPTS")
+    source = open_source(DataSource(path=reading.path, limit=reading.limit), "PROMPTS", cache_dir=cache_dir)
     found: dict[Any, Prompt] = {}
     num_rows = 0
     for one in read_prompts(source, reading.as_text):

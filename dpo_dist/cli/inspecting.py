@@ -94,9 +94,9 @@ def report(config: RunConfig, cache_dir: Path, wanted: Wanted) -> str:
     Raises:
         DpoDistError: a mistake of the user.
     """
-    fixing = Fix(config, wanted.fix, wanted.overwrite) if wanted.fix is not None else None
+    fixing = Fix(config, cache_dir, wanted.fix, wanted.overwrite) if wanted.fix is not None else None
     if wanted.html is not None:
-        require_possible(f"--html={wanted.html}", wanted.html, _all_opened(config), wanted.overwrite)
+        require_possible(f"--html={wanted.html}", wanted.html, _all_opened(config, cache_dir), wanted.overwrite)
     if fixing is not None:
         # What is written is to be trained on as it is read here: all of it.
         config = config.model_copy(update={"data": config.data.model_copy(update={"holdout": 0.0})})
@@ -143,15 +143,16 @@ class Fix:
 
     Args:
         config: of the run.
+        cache_dir: of dpo-dist.
         out: the file of rows.
         overwrite: replace what is there.
     Raises:
         DpoDistError: the files cannot be written, or the sources are not of one form.
     """
 
-    def __init__(self, config: RunConfig, out: Path, overwrite: bool) -> None:
-        self._sources = _opened(config, "train")
-        self._out, self._reasons = output_paths(out, _all_opened(config), overwrite)
+    def __init__(self, config: RunConfig, cache_dir: Path, out: Path, overwrite: bool) -> None:
+        self._sources = _opened(config, cache_dir, "train")
+        self._out, self._reasons = output_paths(out, _all_opened(config, cache_dir), overwrite)
         require_one_form(self._sources)
 
     def write(self, inspected: Inspected, settings: Settings) -> str:
@@ -173,13 +174,16 @@ class Fix:
         return f"{counted(done.kept, 'row')} written to {done.path}{left_out}"
 
 
-def _all_opened(config: RunConfig) -> list[Source]:
-    return [*_opened(config, "train"), *_opened(config, "evaluation")]
+def _all_opened(config: RunConfig, cache_dir: Path) -> list[Source]:
+    return [*_opened(config, cache_dir, "train"), *_opened(config, cache_dir, "evaluation")]
 
 
-def _opened(config: RunConfig, section: str) -> list[Source]:
+def _opened(config: RunConfig, cache_dir: Path, section: str) -> list[Source]:
     entries = getattr(config.data, section)
-    return [open_source(source, f"data.{section}.{index}") for index, source in enumerate(entries)]
+    return [
+        open_source(source, f"data.{section}.{index}", cache_dir=cache_dir / "data")
+        for index, source in enumerate(entries)
+    ]
 
 
 def as_json(inspected: Inspected, reports: list[DatasetReport], near: float, missing: str, done: list[str]) -> str:

@@ -1,8 +1,8 @@
 """Secrets stay out of what is printed, logged, handed to a tracker or left for the launcher.
 
 They come with addresses (`https://user:secret@host`, `?token=...`), as tokens that are known by their beginning, and in
-messages of other packages that quote the environment. `config.yaml` of a run is left as it is: it reproduces the run,
-and no run starts from an address with a password in it.
+messages of other packages that quote the environment. `config.yaml` of a run and its checkpoints are left as they
+are: they reproduce the run.
 """
 
 import logging

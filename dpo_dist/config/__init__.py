@@ -1,8 +1,8 @@
 """The whole run as frozen pydantic models, and the strict loader.
 
     section.py     what all sections have in common
-    models.py      every option: meaning, unit, default, bounds (adapter.py, evaluation.py, loss.py, reference.py: of
-                   these sections)
+    models.py      every option: meaning, unit, default, bounds (adapter.py, data.py, evaluation.py, loss.py,
+                   reference.py: of these sections)
     rules.py       which combinations are impossible, and which keys have no effect in a combination
     source_rules.py the same of the sections adapter and reference
     loss_rules.py  the same of the section loss
@@ -11,6 +11,7 @@
     guesses.py     what a misspelt name was meant to be
     yaml_lines.py  YAML with the line of every key
     deepspeed.py   the DeepSpeed file: only what DeepSpeed alone needs (deepspeed_keys.py: which keys those are)
+    addresses.py   paths that are URLs, and what of them may be shown
     files.py       files that are shipped with the package, and how a relative path is looked up
     messages.py    what is wrong with a key, in one line
     table.py       every option as a Markdown table
@@ -21,6 +22,8 @@ Imports neither torch nor transformers: a mistake in a configuration is reported
 """
 
 from dpo_dist.config.adapter import AdapterConfig
+from dpo_dist.config.addresses import is_url, is_web, without_secrets
+from dpo_dist.config.data import DataConfig, DataSource, Pairing, Rated
 from dpo_dist.config.deepspeed import load_deepspeed
 from dpo_dist.config.evaluation import BEST_BY, EvaluationConfig, HealthConfig
 from dpo_dist.config.files import package_file
@@ -28,14 +31,10 @@ from dpo_dist.config.loader import config_remarks, dump_resolved, json_schema, l
 from dpo_dist.config.loss import LOSS_TYPES, LossConfig
 from dpo_dist.config.models import (
     CheckpointConfig,
-    DataConfig,
-    DataSource,
     LogConfig,
     ModelConfig,
     PackingConfig,
-    Pairing,
     ParallelConfig,
-    Rated,
     RunConfig,
     TrainConfig,
 )
@@ -65,10 +64,13 @@ __all__ = [
     "config_remarks",
     "dump_resolved",
     "is_local",
+    "is_url",
+    "is_web",
     "json_schema",
     "keys_without_effect",
     "load_config",
     "load_deepspeed",
     "options_table",
     "package_file",
+    "without_secrets",
 ]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.data import DataSource
 from dpo_dist.config.messages import SECTIONS, KeyPath, dotted, field_at, shown
-from dpo_dist.config.models import DataSource
 from dpo_dist.config.yaml_lines import YamlError, parse
 from dpo_dist.errors import ConfigError
 

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from dpo_dist.config.addresses import is_url
 from dpo_dist.errors import ConfigError
 
 PackageFolder = Literal["configs", "deepspeed_configs"]
@@ -40,8 +41,10 @@ def names(folder: PackageFolder) -> list[str]:
 def find_input(value: str, beside: Path) -> str:
     """Absolute path of a file or folder, or of a pattern of files: from the current folder first, then from `beside`.
 
-    What exists in neither place is returned as it is: it may be a hub id.
+    What exists in neither place is returned as it is: it may be a hub id. So is a URL.
     """
+    if is_url(value):
+        return value
     path = os.path.expanduser(value)
     for folder in (os.getcwd(), os.path.abspath(beside)):
         candidate = os.path.normpath(os.path.join(folder, path))

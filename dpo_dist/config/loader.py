@@ -14,12 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_dist import __version__
+from dpo_dist.config.data import DataSource
 from dpo_dist.config.deepspeed import deepspeed_remarks, dtype_problems, load_deepspeed
 from dpo_dist.config.draft import Draft, read_draft
 from dpo_dist.config.files import find_input, names, package_file
 from dpo_dist.config.guesses import guess
 from dpo_dist.config.messages import SECTIONS, KeyPath, describe, dotted, key_path, meant_keys, shown
-from dpo_dist.config.models import DataSource, RunConfig
+from dpo_dist.config.models import RunConfig
 from dpo_dist.config.rules import broken_rules, is_set, keys_without_effect, value_at
 from dpo_dist.config.yaml_lines import dump
 from dpo_dist.errors import ConfigError
@@ -196,7 +197,9 @@ def _deepspeed_problems(config: RunConfig) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    return [item.path if isinstance(item, DataSource) else item for item in value] if isinstance(value, list) else value
+    return (
+        [item.shown if isinstance(item, DataSource) else item for item in value] if isinstance(value, list) else value
+    )
 
 
 def _without_null(value: Any) -> Any:

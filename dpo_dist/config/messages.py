@@ -9,9 +9,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from dpo_dist.config.data import DataSource
 from dpo_dist.config.foreign import FOREIGN_ALSO, FOREIGN_KEYS, FOREIGN_SOURCE_KEYS, FOREIGN_VALUES, FOREIGN_WITHIN
 from dpo_dist.config.guesses import guess
-from dpo_dist.config.models import DataSource, RunConfig
+from dpo_dist.config.models import RunConfig
 from dpo_dist.config.section import UNION_TAGS
 
 KeyPath = tuple[str | int, ...]

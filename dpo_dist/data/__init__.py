@@ -16,7 +16,10 @@
     demonstrations.py rows of a supervised run  one completion
     rows.py      one row, of any accepted shape PreferenceExample or RowFault
     held_out.py  prompts kept out of training   by their own hash
-    sources.py   one entry of data.train        local file, folder of splits, or hub data set
+    sources.py   one entry of data.train        file, folder of splits, or hub data set
+    folders.py   a folder                       the files of a split
+    remote.py    a URL                          copies of its files on this machine
+    remote_file.py a file on another machine    what can be asked of it: web.py, stores.py (fsspec)
     hub.py       a hub data set               by the library datasets, which nothing else imports
 
 A *file fault* hides the rows behind it (a cut .gz or Parquet file, a JSON array that breaks off) and is always a

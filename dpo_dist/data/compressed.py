@@ -3,7 +3,7 @@
 import gzip
 import io
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ COMPRESSIONS = (".gz", ".zst")
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
-def plain_name(path: Path) -> str:
+def plain_name(path: PurePath) -> str:
     """The name in small letters, without what says how it is compressed."""
     name = path.name.lower()
     return next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), name)

@@ -6,7 +6,7 @@ JSON Lines and Parquet/Arrow are streamed; a JSON array is held as one text whil
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from dpo_dist.data.published import PUBLISHED_COLUMNS
 from dpo_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
+FORMATS = f"{', '.join(SUFFIXES)}, each plain, .gz or .zst"
 ROWS_PER_BATCH = 1024
 _LFS_POINTER = b"version https://git-lfs"
 _PROMPTS = HOLDING_TEXT - {"chosen", "rejected"}  # with one of these, a row says what its prompt is
@@ -32,9 +33,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _AS_THEY_ARE = ColumnPaths("columns", {})
 
 
-def data_suffix(path: Path) -> str | None:
+def data_suffix(path: PurePath) -> str | None:
     """The suffix that names the format, without .gz or .zst; None if the file is not one we read."""
-    suffix = Path(plain_name(path)).suffix
+    suffix = PurePath(plain_name(path)).suffix
     return suffix if suffix in SUFFIXES else None
 
 

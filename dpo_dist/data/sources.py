@@ -1,4 +1,4 @@
-"""One entry of data.train or data.evaluation: a local file, a folder of splits, or a hub data set."""
+"""One entry of data.train or data.evaluation: a file, a folder of splits, or a hub data set."""
 
 import glob
 import hashlib
@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dpo_dist.config import DataSource, Pairing
+from dpo_dist.config import DataSource, Pairing, is_url
 from dpo_dist.data.columns import COLUMNS, HOLDING_TEXT, Row, holds_token_ids, ignored_columns
 from dpo_dist.data.example import (
     BROKEN_JSON,
@@ -22,12 +22,12 @@ from dpo_dist.data.example import (
     RowFault,
     fault_of,
 )
-from dpo_dist.data.files import SUFFIXES, data_suffix, read_rows
+from dpo_dist.data.files import FORMATS, data_suffix, read_rows
+from dpo_dist.data.folders import split_files
 from dpo_dist.data.held_out import Part
 from dpo_dist.data.mapping import ColumnPaths
 from dpo_dist.data.published import as_ranking
 from dpo_dist.data.rows import parse_row
-from dpo_dist.data.saved import saved_files
 from dpo_dist.data.values import without_nulls
 from dpo_dist.errors import DataError
 
@@ -38,9 +38,6 @@ else:
 
 # `name` or `owner/name`, as the hub allows them: anything else can only be a local path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<total>\d{5})\.")
-_DESCRIPTIONS = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
-_FORMATS = f"{', '.join(SUFFIXES)}, each plain, .gz or .zst"
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Source:
     columns: ColumnPaths
     fraction: float = 1.0
     files: tuple[tuple[Path, str], ...] = ()
-    """Local files in order, each with its name in messages."""
+    """Local files, or copies of what is on other machines, in order; each with its name in messages."""
     hub_dataset: Dataset | None = None
     part: Part = "whole"
     held_out_share: float = 0.0
@@ -163,7 +160,9 @@ def _is_tokenised(row: Row | RowFault) -> bool | None:
     return holds_token_ids(row)
 
 
-def open_source(source: DataSource, key: str, part: Part = "whole", held_out_share: float = 0.0) -> Source:
+def open_source(
+    source: DataSource, key: str, part: Part = "whole", held_out_share: float = 0.0, cache_dir: Path | None = None
+) -> Source:
     """Find the files or the hub data set that an entry names.
 
     Args:
@@ -171,6 +170,7 @@ def open_source(source: DataSource, key: str, part: Part = "whole", held_out_sha
         key: the entry's place in the configuration, for messages.
         part: its prompts that are trained on, those that are held out, or all.
         held_out_share: how many are held out.
+        cache_dir: where tokenised data are kept, and copies of what is on other machines; a URL needs it.
     Raises:
         DataError: if there is nothing to read; says what was looked for.
     """
@@ -182,10 +182,12 @@ def open_source(source: DataSource, key: str, part: Part = "whole", held_out_sha
             f"{', '.join(COLUMNS)}"
         )
     rest = (source.limit, columns, source.fraction)
+    if is_url(source.path):
+        return Source(key, source.shown, *rest, _remote(source, key, cache_dir), None, part, held_out_share)
     if path.exists() or glob.has_magic(source.path):
         _refuse_hub_keys(source, key)
         if path.is_dir():
-            files = _split_files(path, source, key)
+            files = split_files(path, source, key)
         else:
             found = [(path, source.path)] if path.exists() else _matching(source, key)
             files = tuple(_single_file(*one, source, key) for one in found)
@@ -194,7 +196,7 @@ def open_source(source: DataSource, key: str, part: Part = "whole", held_out_sha
     if not is_hub_id:
         raise DataError(
             f"{key}.path={source.path} does not exist (looked for {path.absolute()}); "
-            f"give a file ({_FORMATS}), a folder of such files named by split, or a hub id such as owner/name"
+            f"give a file ({FORMATS}), a folder of such files named by split, or a hub id such as owner/name"
         )
     from dpo_dist.data.hub import load_split  # noqa: PLC0415  (the library behind it takes a second to import)
 
@@ -205,9 +207,20 @@ def open_source(source: DataSource, key: str, part: Part = "whole", held_out_sha
 def _refuse_hub_keys(source: DataSource, key: str) -> None:
     for name in ("name", "revision"):
         if (value := getattr(source, name)) is not None:
-            raise DataError(
-                f"{key}.{name}={value} belongs to a hub id, and {source.path} is on this machine; leave it out"
-            )
+            what = "a URL" if is_url(source.path) else "on this machine"
+            raise DataError(f"{key}.{name}={value} belongs to a hub id, and {source.shown} is {what}; leave it out")
+
+
+def _remote(source: DataSource, key: str, cache_dir: Path | None) -> tuple[tuple[Path, str], ...]:
+    """Copies of what a URL names."""
+    from dpo_dist.data.remote import remote_files  # noqa: PLC0415  (a run on local files does not import fsspec)
+
+    _refuse_hub_keys(source, key)
+    if data_suffix(PurePosixPath(source.shown.removesuffix("?***"))) is not None:
+        _refuse_split(source, key, source.shown)
+    if cache_dir is None:
+        raise ValueError("a URL is read from a copy, which needs a folder")
+    return remote_files(source, key, cache_dir / "copies")
 
 
 def _matching(source: DataSource, key: str) -> list[tuple[Path, str]]:
@@ -221,63 +234,16 @@ def _matching(source: DataSource, key: str) -> list[tuple[Path, str]]:
 
 def _single_file(path: Path, shown: str, source: DataSource, key: str) -> tuple[Path, str]:
     if data_suffix(path) is None:
-        raise DataError(f"{key}.path={shown} is not a file of a known type; give one of {_FORMATS}")
+        raise DataError(f"{key}.path={shown} is not a file of a known type; give one of {FORMATS}")
+    _refuse_split(source, key, shown)
+    return path, shown
+
+
+def _refuse_split(source: DataSource, key: str, shown: str) -> None:
     if source.split != "train":
         raise DataError(
             f"{key}.split={source.split} has no effect on the single file {shown}; "
             "leave split out, or give a folder with a file per split"
-        )
-    return path, shown
-
-
-def _split_files(folder: Path, source: DataSource, key: str) -> tuple[tuple[Path, str], ...]:
-    """`<split>.<suffix>`, or the shards `<split>-00000-of-00002.<suffix>` in order, here or in the folder `data`.
-
-    A folder that `save_to_disk` has written names its files itself.
-    """
-    saved = saved_files(folder, source, key)
-    if saved is not None:
-        return saved
-    found = _data_files(folder)
-    if (folder / "data").is_dir() and not any(path.name.startswith(source.split) for path in found):
-        found = _data_files(folder / "data")  # as in a clone of a hub repository
-    stems = {path: path.name[: path.name.lower().rindex(data_suffix(path) or "")] for path in found}
-    whole = [path for path in found if stems[path] == source.split]
-    shards = [path for path in found if stems[path].startswith(f"{source.split}-")]
-    if len(whole) > 1 or (whole and shards):
-        names = ", ".join(path.name for path in (*whole, *shards))
-        raise DataError(
-            f"{key}.path={source.path} holds split {source.split} more than once ({names}); keep one of them"
-        )
-    _require_complete(shards, source, key)
-    if not whole and not shards:
-        below = sorted({path.parent for path in folder.rglob("*") if data_suffix(path) is not None} - {folder})
-        names = ", ".join(path.name for path in found) or "no data file"
-        names += f" (its folder {below[0].relative_to(folder)} has some: name that one)" if below else ""
-        raise DataError(
-            f"{key}.split={source.split} is not in the folder {source.path}, which holds {names}; "
-            f"name a file {source.split}.jsonl, or set split to one that is there"
-        )
-    shown = source.path.rstrip("/")
-    return tuple((path, f"{shown}/{path.relative_to(folder)}") for path in (whole or shards))
-
-
-def _data_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if path.is_file() and path.name not in _DESCRIPTIONS)
-    return sorted(path for path in files if data_suffix(path) is not None)
-
-
-def _require_complete(shards: list[Path], source: DataSource, key: str) -> None:
-    """Refuse shards of which one is missing, or there twice."""
-    found = [match for path in shards if (match := _SHARD.search(path.name))]
-    if not found:
-        return
-    totals, numbers = {match["total"] for match in found}, sorted(int(match["number"]) for match in found)
-    if len(totals) > 1 or numbers != list(range(int(found[0]["total"]))):
-        names = ", ".join(path.name for path in shards)
-        raise DataError(
-            f"{key}.path={source.path} does not hold every shard of split {source.split} once ({names}); copy the "
-            "folder again, or remove what is left of another version"
         )
 
 

@@ -12,18 +12,16 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from dpo_dist.config import DataConfig, DataSource, Rated
 from dpo_dist.data import RowFault, Source, open_source
 from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED, UNPAIRED
 from dpo_dist.data.held_out import Part
-from dpo_dist.durable import sync
+from dpo_dist.durable import locked, sync
 from dpo_dist.errors import DataError
 from dpo_dist.phases import inject
 from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
@@ -74,7 +72,7 @@ def prepare_dataset(
         ModelError: if text has to be tokenised, and the tokenizer cannot be loaded or lacks what the rows need.
     """
     opened = [
-        open_source(source, f"{section}.{first_index + index}", part, data.holdout)
+        open_source(source, f"{section}.{first_index + index}", part, data.holdout, cache_dir)
         for index, source in enumerate(sources)
     ]
     needs_tokenizer = not all(source.holds_token_ids() for source in opened)
@@ -90,7 +88,7 @@ def prepare_dataset(
         try:
             # Conversations are their owner's affair.
             cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with _locked(folder):
+            with locked(folder, "tokenises the same data"):
                 if not is_whole(folder):
                     place = section if len(opened) > 1 else opened[0].key
                     if "strftime_now" in encoder.chat_template:
@@ -124,10 +122,10 @@ def repeated_data(data: DataConfig, training: TokenizedDataset, held_out: Sequen
         first = first_key.setdefault(_place(source), key)
         if first != key:
             found.append(
-                f"{key}.path={source.path} names the same data as {first}: its rows are trained on twice in an epoch"
+                f"{key}.path={source.shown} names the same data as {first}: its rows are trained on twice in an epoch"
             )
     for index, (source, dataset) in enumerate(zip(data.evaluation, given, strict=True)):
-        key = f"data.evaluation.{index}.path={source.path}"
+        key = f"data.evaluation.{index}.path={source.shown}"
         if first := first_key.get(_place(source)):
             found.append(f"{key} names the same data as {first}: what it measures was trained on")
         elif dataset.fingerprint == training.fingerprint:
@@ -162,22 +160,6 @@ def _cache_key(
     if data.chat_template_kwargs and tokenizer is not None:
         parts["chat_template_kwargs"] = data.chat_template_kwargs
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a data set; the system frees it if its holder dies."""
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    while True:
-        try:
-            lock.acquire(timeout=_LOG_EVERY_S)
-            break
-        except Timeout:
-            _LOGGER.info("waiting for another process that tokenises the same data (%s)", lock.lock_file)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write(

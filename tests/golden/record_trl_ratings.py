@@ -1,23 +1,35 @@
-"""Record trl_ratings.json: `python -m tests.golden.record_trl_ratings`, where TRL 1.16 is installed.
+"""Record what TRL 1.16 makes of rated rows: `python -m tests.golden.record_trl_ratings`, where it is installed.
 
-What TRL's `KTOTrainer` does with one completion of each pair of `pairs.jsonl`, four in a step, as in
+`trl_ratings.json`: what its `KTOTrainer` does with one completion of each pair of `pairs.jsonl`, four in a step, as in
 `trl_trajectories.json`: the tiny models, AdamW, clip 1.0, a constant rate. A batch is a step, so that TRL's batch, in
-which completions are exchanged, is a step's as well.
+which completions are exchanged, is a step's as well. `trl_rated_tokens.json`: the ids that it makes of conversations.
 """
 
 import json
 import logging
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.golden.ratings import CASES, FOLDER, PER_STEP, RECORDED, STEPS, rated_rows
+from tests.byte_tokenizer import save_tokenizer
+from tests.chat_templates import ALL
+from tests.golden.ratings import (
+    CASES,
+    FOLDER,
+    PER_STEP,
+    RECORDED,
+    RECORDED_TOKENS,
+    STEPS,
+    rated_conversations,
+    rated_rows,
+)
 
 
 def word(number: int) -> str:
@@ -74,11 +86,33 @@ def run(name: str, loss: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"loss": loss, "logs": logs, "final_param_norms": norms}
 
 
+def tokens(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]] | str:
+    """What `KTOTrainer` makes of a rated row of messages: ids by column, or the kind of error."""
+    trainer = object.__new__(trl.KTOTrainer)
+    trainer._tokenizer, trainer.calculate_KL = tokenizer, False
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, desirable_weight=1.0, undesirable_weight=1.0)
+    try:
+        (found,) = trainer._prepare_dataset(Dataset.from_list([row]), tokenizer, arguments, "train")
+    except Exception as error:
+        return type(error).__name__
+    return {name: found[name] for name in ("prompt_ids", "completion_ids")}
+
+
+def all_tokens(folder: Path) -> dict[str, Any]:
+    """The rows of `rated_conversations` by each template."""
+    found: dict[str, Any] = {"trl": trl.__version__}
+    for name, template in ALL.items():
+        tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder / name, template).path)
+        found[name] = {case: tokens(tokenizer, row) for case, row in rated_conversations().items()}
+    return found
+
+
 def main() -> None:
-    """Write the file."""
+    """Write the files."""
     datasets.disable_progress_bars()
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
+        RECORDED_TOKENS.write_text(json.dumps(all_tokens(Path(folder))) + "\n", encoding="utf-8")
         cases = {name: run(name, loss, Path(folder)) for name, loss in CASES.items()}
     RECORDED.write_text(json.dumps({"trl": trl.__version__, "cases": cases}) + "\n", encoding="utf-8")
 

@@ -14,8 +14,10 @@ from dpo_dist.tokenization.encode import Encoder
 from tests.byte_tokenizer import save_tokenizer
 from tests.chat_templates import ALL
 from tests.golden.conversations import ROWS
+from tests.golden.ratings import RECORDED_TOKENS, rated_conversations
 
 RECORDED = json.loads(Path(__file__).with_name("trl_tokens.json").read_text())
+RECORDED_RATED = json.loads(RECORDED_TOKENS.read_text())
 
 # What TRL trains on without a word, and why the row is refused here; of all other rows the ids are equal.
 REFUSED = {
@@ -65,6 +67,19 @@ def test_ids_are_trls_or_refused(encoders: dict[str, Encoder], template: str, ca
         assert ids != theirs
     else:
         assert ids == theirs
+
+
+@pytest.mark.parametrize("case", rated_conversations())
+@pytest.mark.parametrize("template", ALL)
+def test_ids_of_rated_rows_are_those_of_its_kto_trainer(encoders: dict[str, Encoder], template: str, case: str) -> None:
+    ours, theirs = encoded(encoders[template], rated_conversations()[case]), RECORDED_RATED[template][case]
+    reason, templates = REFUSED.get(case, ("", []))
+    if template in templates:
+        assert isinstance(ours, RowFault) and ours.reason == reason
+        return
+    assert isinstance(ours, TokenizedExample) and ours.ratings == (True,)
+    ids = {"prompt_ids": list(ours.prompt_ids), "completion_ids": list(ours.completion_ids[0])}
+    assert (ids == theirs) == ((template, case) not in DIFFERENT)
 
 
 def test_what_is_refused_lost_something_in_trl() -> None:

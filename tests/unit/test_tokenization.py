@@ -15,6 +15,7 @@ from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.data import Pair, PreferenceExample, RowFault
 from dpo_dist.data.example import EMPTY_COMPLETION
 from dpo_dist.demo import demo_model_folder
+from dpo_dist.durable import locked
 from dpo_dist.errors import DataError, ModelError
 from dpo_dist.tokenization import (
     TokenizedDataset,
@@ -479,15 +480,15 @@ def test_waiting_for_the_lock_is_logged_and_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(prepare, "_LOG_EVERY_S", 0.05)
+    monkeypatch.setattr("dpo_dist.durable._LOG_EVERY_S", 0.05)
     entered = threading.Event()
 
     def wait() -> None:
-        with prepare._locked(tmp_path / "x"):
+        with locked(tmp_path / "x", "tokenises the same data"):
             entered.set()
 
     waiter = threading.Thread(target=wait)
-    with prepare._locked(tmp_path / "x"):
+    with locked(tmp_path / "x", "tokenises the same data"):
         waiter.start()
         assert not entered.wait(0.3)
     waiter.join(timeout=10)

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.doctor.findings import Finding
 from dpo_dist.cli.requirements import require_trackers
-from dpo_dist.config import DataSource, RunConfig, load_deepspeed
+from dpo_dist.config import DataSource, RunConfig, is_url, load_deepspeed
 from dpo_dist.data import open_source
 from dpo_dist.errors import ConfigError, DpoDistError
 from dpo_dist.pretrained import (
@@ -92,6 +92,9 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, DataSource]]:
 
 
 def _data(key: str, source: DataSource, is_offline: bool) -> Finding:
+    if is_url(source.path):
+        text = f"{source.shown} is copied into the cache when a run starts; whether it can be read was not tried"
+        return Finding(SECTION, key, text, "warning", "run dpo-dist check, which copies it")
     path = Path(source.path).expanduser()
     looks_local = path.exists() or path.suffix or source.path.count("/") > 1 or source.path.startswith((".", "/", "~"))
     if not looks_local:

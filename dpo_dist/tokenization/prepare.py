@@ -35,7 +35,7 @@ from dpo_dist.tokenization.worker import Work
 from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
 
 # Raise when the same rows would be written as other ids or in another layout.
-DATA_FORMAT = 5
+DATA_FORMAT = 6
 _LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
 _DATED = "the chat template writes today's date into prompts: data tokenised on another day will differ"

@@ -33,6 +33,7 @@ _JUDGED = {
     ),
 }
 _SUMS = {*HEALTH, *HEALTH.values()}
+_SEEN = ("num_pairs", "num_desirable", "num_undesirable")  # of these at least health.check_pairs are judged at once
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Health:
         """
         unknown = values.keys() - {known.name for known in dataclasses.fields(cls)}
         health = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-        if unknown := sorted(unknown | health.sums.keys() - _SUMS):
+        if unknown := sorted(unknown | health.sums.keys() - _SUMS - {*_SEEN}):
             raise ValueError(f"health has no {', '.join(unknown)}; another version of dpo-dist wrote it")
         return health
 
@@ -105,16 +106,17 @@ def judge_step(health: Health, totals: Mapping[str, float], config: RunConfig) -
     health.num_pairs += totals["num_pairs"]
     if not config.has_reference:
         return []
-    for name in _SUMS:
+    for name in {*_SUMS, *_SEEN}:
         health.sums[name] = health.sums.get(name, 0.0) + totals[name]
-    num_pairs = health.sums["num_pairs"]
-    if num_pairs < config.health.check_pairs:
+    num_pairs, num_seen = health.sums["num_pairs"], sum(health.sums[name] for name in _SEEN)
+    if num_seen < config.health.check_pairs:
         return []
     sums, health.sums = health.sums, {}
-    said = []
+    said, kind = [], "pairs" if num_pairs == num_seen else "ratings" if not num_pairs else "pairs and ratings"
     for name, (meaning, knob) in _JUDGED.items():
-        what = f"over the last {num_pairs:.0f} pairs {meaning}; {knob}"
-        said += _cross(health, config.health, name, sums[name] / sums[HEALTH[name]], what)
+        if number := sums[HEALTH[name]]:
+            what = f"over the last {num_seen:.0f} {kind} {meaning}; {knob}"
+            said += _cross(health, config.health, name, sums[name] / number, what)
     return said
 
 

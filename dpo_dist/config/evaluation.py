@@ -64,7 +64,8 @@ class HealthConfig(Section):
     """`warn`: say so, and which setting to change, each time a threshold is crossed; `stop`: say so, and end the run as
     early stopping does, with a checkpoint and a model."""
     check_pairs: Annotated[int, Field(ge=1)] = 512
-    """Judge training by the means over this many pairs at a time, and no evaluation after fewer."""
+    """Judge training by the means over this many pairs (of ratings: completions) at a time, and no evaluation after
+    fewer."""
     max_kl: Annotated[Number, Field(gt=0)] = 1.0
     """Nats per token that completions of the data may have become less likely than under the reference (`kl`)."""
     max_displacement: Share = 0.9

@@ -41,6 +41,10 @@ def _of_health(config: RunConfig) -> dict[KeyPath, Unread]:
         for key in _OF_TRAINING:
             why = "has no effect without a reference; leave this out"
             found["health", key] = Unread(("reference", "source"), why, warns_only)
+    if config.has_reference and config.rated == "all":
+        for key in ("max_displacement", "max_length_drift"):
+            why = "has no effect: losses of single completions alone compare no pairs; leave this out"
+            found["health", key] = Unread(("loss", "loss_type"), why, warns_only)
     if not has_held_out_pairs:
         why = "has no effect without held-out pairs (data.evaluation, data.holdout); leave this out"
         found["health", "max_accuracy_gap"] = Unread(("data", "evaluation"), why, warns_only)

@@ -92,6 +92,21 @@ def test_without_a_reference_there_is_no_distance_from_it(path: Path) -> None:
     assert health.num_pairs == 800  # accuracies are known nevertheless
 
 
+def test_rated_completions_are_judged_by_their_number(path: Path) -> None:
+    """A run on ratings alone has no pairs, and a policy that leaves the reference all the same."""
+    config = load_config(path, ["health.check_pairs=8", "loss.loss_type=kto"])
+    rated = totals(num_pairs=0.0, num_desirable=3.0, num_undesirable=1.0, kl=101.0, **{"rewards/accuracies": 0.0})
+    health, said = judged(config, rated, rated)
+    assert said[0] == []
+    assert [text.partition("; ")[0] for text in said[1]] == [
+        "health.max_kl=1: kl is 1.01: over the last 8 ratings completions have become less likely than under the "
+        "reference by so many nats per token"
+    ]
+    assert Health.from_json(replace(health, sums=dict.fromkeys(("num_desirable", "kl"), 1.0)).to_json()).sums
+    with pytest.raises(ConfigError, match=r"max_displacement.*compare no pairs"):
+        load_config(path, ["loss.loss_type=kto", "health.max_displacement=0.5", "health.action=stop"])
+
+
 # ---- evaluation
 
 

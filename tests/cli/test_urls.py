@@ -66,6 +66,11 @@ def test_a_copy_that_fails(config: Path, web: WebServer, command: str, status: i
     assert SECRET not in said
 
 
+@pytest.mark.parametrize("override", ["data.train.path=", "data.train.0.pth=", "loss.beta="])
+def test_a_mistake_beside_it(config: Path, web: WebServer, override: str) -> None:
+    assert SECRET not in refuse(config, f"{override}{address(web)}")
+
+
 def test_a_bad_row_is_named_by_the_address(config: Path, web: WebServer) -> None:
     web.put("pairs.jsonl", b'{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4, 3]}\n{\n')
     assert f"{web.url}/pairs.jsonl?***:2: broken JSON" in refuse(config, f"data.train.0.path={address(web)}")

@@ -23,6 +23,8 @@ _PATTERNS = (
         ),
         rf"\1{HIDDEN}",
     ),
+    # The query of a data file, whatever its keys are called; behind one that is hidden already stands a line.
+    (re.compile(r"(://[^\s?]*\.(?:jsonl?|parquet|arrow|csv)(?:\.gz|\.zst)?\?)(?!\*{3})[^\s\"')\]]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
     (re.compile(r"(?<![A-Za-z0-9])(hf_|api_org_|gh[pousr]_|github_pat_|glpat-)\w{16,}"), rf"\1{HIDDEN}"),
 )

@@ -6,7 +6,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _USER = re.compile(r"(?<=://)[^/\s@]*(?=@)")
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 # Everywhere else a question mark may stand in a name, or in a pattern: `s3://bucket/pairs-?.jsonl`.
-_WEB_QUERY = re.compile(r"(https?://[^\s?'\")]*\?)[^\s'\")]+", re.IGNORECASE)
+_WEB_QUERY = re.compile(r"(https?://[^\s?'\")]*\?)(?!\*{3})[^\s'\")]+", re.IGNORECASE)
 _QUERY = re.compile(r"(\w://[^\s?'\")]*\?)[\w.~%-]+=[^\s'\")]*")
 _HIDDEN = "***"
 

@@ -7,6 +7,7 @@
     published.py rows of well-known sets        as rows of many completions
     columns.py   the columns of a row           each checked, and in one form
     unread.py    text in columns nobody reads   refused, where there is no prompt
+    meter.py     how far the reading has come   a share
     values.py    what is inside of them         text, token ids, no nulls
     json_columns.py columns that hold JSON      their values
     arrow_checks.py a damaged Arrow file        an error, not a signal

@@ -3,9 +3,13 @@
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 import pyarrow as pa
+
+from dpo_dist.data.meter import Meter
 
 COMPRESSIONS = (".gz", ".zst")
 # What reading a damaged file raises: a cut gzip ends in EOFError, a flipped bit in zlib.error or an OSError; both are
@@ -19,14 +23,26 @@ def plain_name(path: PurePath) -> str:
     return next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), name)
 
 
-def open_bytes(path: Path) -> io.BufferedIOBase:
-    """The content from its beginning on; a stream that breaks off raises one of `READ_ERRORS`, and never just ends."""
+@contextmanager
+def open_bytes(path: Path, meter: Meter | None = None) -> Iterator[io.BufferedIOBase]:
+    """The content from its beginning on; a stream that breaks off raises one of `READ_ERRORS`, and never just ends.
+
+    Args:
+        path: the file.
+        meter: is told how much of it has been read.
+    """
     name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if name.endswith(".zst"):
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # pyright: ignore
-    return path.open("rb")
+    with path.open("rb") as stored:
+        if meter is not None:
+            meter.enter(stored.tell)
+        if name.endswith(".gz"):
+            with gzip.open(stored, "rb") as stream:
+                yield stream
+        elif name.endswith(".zst"):
+            with io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stored), "zstd")) as stream:  # pyright: ignore
+                yield stream
+        else:
+            yield stored
 
 
 def open_seekable(path: Path) -> pa.NativeFile:

@@ -19,6 +19,7 @@ from dpo_dist.data.csv_rows import csv_rows
 from dpo_dist.data.example import BROKEN_JSON, BROKEN_TEXT, WRONG_TYPE, RowError, RowFault, fault_of
 from dpo_dist.data.json_columns import json_decoders
 from dpo_dist.data.mapping import ColumnPaths
+from dpo_dist.data.meter import Meter
 from dpo_dist.data.published import PUBLISHED_COLUMNS
 from dpo_dist.errors import DataError
 
@@ -30,6 +31,7 @@ _PROMPTS = HOLDING_TEXT - {"chosen", "rejected"}  # with one of these, a row say
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream; pyarrow takes one without it for whole
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_Batch = tuple[pa.RecordBatch, dict[str, None]]
 _AS_THEY_ARE = ColumnPaths("columns", {})
 
 
@@ -40,7 +42,7 @@ def data_suffix(path: PurePath) -> str | None:
 
 
 def read_rows(
-    path: Path, shown: str, columns: ColumnPaths = _AS_THEY_ARE
+    path: Path, shown: str, columns: ColumnPaths = _AS_THEY_ARE, meter: Meter | None = None
 ) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     """(line, row) of every row: the line where it begins, or the row's number in Parquet and Arrow, from 1.
 
@@ -51,21 +53,22 @@ def read_rows(
         path: the file; data_suffix(path) is not None.
         shown: its name in messages, as the user wrote it.
         columns: which ones are read under another name; they still have their own in the rows.
+        meter: is told how much of the file has been read.
     Raises:
         DataError: where nothing can be read any more, or if the file holds no row.
     """
     suffix = data_suffix(path)
     _require_content(path, shown)
     if suffix == ".parquet":
-        rows = _columnar_rows(_parquet_batches(path, shown, columns), shown)
+        rows = _columnar_rows(_parquet_batches(path, shown, columns, meter), shown)
     elif suffix == ".arrow":
-        rows = _columnar_rows(_arrow_batches(path, shown, columns), shown)
+        rows = _columnar_rows(_arrow_batches(path, shown, columns, meter), shown)
     elif suffix == ".csv":
-        rows = csv_rows(_text_lines(path, shown), shown, columns)
+        rows = csv_rows(_text_lines(path, shown, meter), shown, columns)
     elif _is_json_array(path, shown):
-        rows = _json_array_rows(path, shown)
+        rows = _json_array_rows(path, shown, meter)
     else:
-        rows = _json_lines_rows(path, shown)
+        rows = _json_lines_rows(path, shown, meter)
     empty = True
     for line, row in rows:
         empty = False
@@ -92,18 +95,18 @@ def _require_content(path: Path, shown: str) -> None:
 # ---- JSON
 
 
-def _lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, shown: str, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
     line = 0
     try:
-        with open_bytes(path) as stream:
+        with open_bytes(path, meter) as stream:
             for line, raw in enumerate(stream, start=1):
                 yield line, raw.removeprefix(_BYTE_ORDER_MARK) if line == 1 else raw
     except READ_ERRORS as error:
         raise _damaged(shown, line + 1, error) from error
 
 
-def _text_lines(path: Path, shown: str) -> Iterator[tuple[int, str]]:
-    return ((line, _decode(raw, shown, line)) for line, raw in _lines(path, shown))
+def _text_lines(path: Path, shown: str, meter: Meter | None) -> Iterator[tuple[int, str]]:
+    return ((line, _decode(raw, shown, line)) for line, raw in _lines(path, shown, meter))
 
 
 def _is_json_array(path: Path, shown: str) -> bool:
@@ -113,8 +116,8 @@ def _is_json_array(path: Path, shown: str) -> bool:
     return False
 
 
-def _json_lines_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
-    for line, raw in _lines(path, shown):
+def _json_lines_rows(path: Path, shown: str, meter: Meter | None) -> Iterator[tuple[int, Any]]:
+    for line, raw in _lines(path, shown, meter):
         try:
             # Without its end of line: what is missing at the end would be reported as column 1 of the next.
             if text := _decode(raw, shown, line).rstrip():
@@ -130,12 +133,15 @@ def _json_row(text: str, shown: str, line: int) -> Any:
         raise _broken_json(shown, line, _problem(error, text, "line")) from None
 
 
-def _json_array_rows(path: Path, shown: str) -> Iterator[tuple[int, Any]]:
+def _json_array_rows(path: Path, shown: str, meter: Meter | None) -> Iterator[tuple[int, Any]]:
     text = "".join(_decode(raw, shown, line) for line, raw in _lines(path, shown))
     decoder = json.JSONDecoder()
     position, line, counted = _skip_whitespace(text, text.index("[") + 1), 1, 0
     if text[position : position + 1] == "]":
         return
+    if meter is not None:
+        size = path.stat().st_size
+        meter.enter(lambda: size * position / len(text))
     while True:
         line, counted = line + text.count("\n", counted, position), position
         try:
@@ -193,9 +199,7 @@ def _broken_json(shown: str, line: int, problem: str) -> RowError:
 # ---- Parquet and Arrow
 
 
-def _columnar_rows(
-    batches: Iterator[tuple[pa.RecordBatch, dict[str, None]]], shown: str
-) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
+def _columnar_rows(batches: Iterator[_Batch], shown: str) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     line = 0
     try:
         for batch, unread in batches:
@@ -214,20 +218,27 @@ def _columnar_rows(
         raise _damaged(shown, line + 1, error) from error
 
 
-def _parquet_batches(path: Path, shown: str, paths: ColumnPaths) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
+def _parquet_batches(path: Path, shown: str, paths: ColumnPaths, meter: Meter | None) -> Iterator[_Batch]:
     # Parquet is read from its end.
     with open_seekable(path) as stream, pq.ParquetFile(stream) as file:
         columns, unread = _columns(file.schema_arrow, shown, paths)
+        num_read, num_rows, size = 0, file.metadata.num_rows, path.stat().st_size
+        if meter is not None:
+            meter.enter(lambda: size * num_read / num_rows)
         for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
             yield batch, unread
+            num_read += batch.num_rows
 
 
-def _arrow_batches(path: Path, shown: str, paths: ColumnPaths) -> Iterator[tuple[pa.RecordBatch, dict[str, None]]]:
+def _arrow_batches(path: Path, shown: str, paths: ColumnPaths, meter: Meter | None) -> Iterator[_Batch]:
     """Both forms of the IPC format: files, and the streams that the datasets library writes."""
+    size, index = path.stat().st_size, 0
     with open_seekable(path) as stream:
         if stream.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(stream)
             columns, unread = _columns(reader.schema, shown, paths)
+            if meter is not None:
+                meter.enter(lambda: size * index / reader.num_record_batches)
             for index in range(reader.num_record_batches):
                 yield checked_batch(reader.get_batch(index).select(columns)), unread
             return
@@ -238,6 +249,8 @@ def _arrow_batches(path: Path, shown: str, paths: ColumnPaths) -> Iterator[tuple
         if not has_end:
             raise DataError(f"{shown}:1: the stream has no end: cut off? Copy the file again, or write it again")
         columns, unread = _columns(reader.schema, shown, paths)
+        if meter is not None:
+            meter.enter(lambda: size * stream.tell() / stream.size())
         for batch in reader:
             yield checked_batch(batch.select(columns)), unread
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from dpo_dist.data.files import FORMATS, data_suffix, read_rows
 from dpo_dist.data.folders import split_files
 from dpo_dist.data.held_out import Part
 from dpo_dist.data.mapping import ColumnPaths
+from dpo_dist.data.meter import Meter
 from dpo_dist.data.published import as_ranking
 from dpo_dist.data.rows import parse_row
 from dpo_dist.data.values import without_nulls
@@ -56,6 +57,8 @@ class Source:
     hub_dataset: Dataset | None = None
     part: Part = "whole"
     held_out_share: float = 0.0
+    meter: Meter = field(default_factory=Meter, compare=False, repr=False)
+    """How far `rows` and the like have come."""
 
     def identity(self) -> list[str]:
         """What the rows depend on: names and SHA-256 of all files, or the hub data set's fingerprint.
@@ -106,6 +109,7 @@ class Source:
     def raw_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
         """The row of every item of `examples` of the whole, as it stands in the file, with its `path:line`."""
         for number, found in enumerate(islice(self._file_rows(), self.limit)):
+            self.meter.num_rows = number + 1
             # Evenly spread, so that no order of the rows matters.
             if math.floor((number + 1) * self.fraction) > math.floor(number * self.fraction):
                 yield found
@@ -116,13 +120,18 @@ class Source:
             yield where, row if isinstance(row, RowFault) else _checked_row(row, self.columns, where)
 
     def _file_rows(self) -> Iterator[tuple[str, Row | RowFault]]:
+        most_rows, sizes = self.limit, [_size(path) for path, _ in self.files]
+        if self.hub_dataset is not None:
+            most_rows = min(len(self.hub_dataset), self.limit or len(self.hub_dataset))
+        self.meter.begin(sum(sizes), most_rows)
         if self.hub_dataset is not None:
             for number, row in enumerate(self.hub_dataset, start=1):
                 yield f"{self.name}:{number}", dict[str, Any](row)
             return
-        for path, shown in self.files:
-            for line, row in read_rows(path, shown, self.columns):
+        for (path, shown), size in zip(self.files, sizes, strict=True):
+            for line, row in read_rows(path, shown, self.columns, self.meter):
                 yield f"{shown}:{line}", row
+            self.meter.leave(size)
 
 
 def example_of(
@@ -245,6 +254,14 @@ def _refuse_split(source: DataSource, key: str, shown: str) -> None:
             f"{key}.split={source.split} has no effect on the single file {shown}; "
             "leave split out, or give a folder with a file per split"
         )
+
+
+def _size(path: Path) -> int:
+    """In bytes; what is not there is told when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _digest(path: Path, shown: str) -> str:

@@ -17,6 +17,7 @@
     bad_rows.py   rows without use         counts, and a message
     writer.py     tokenised examples       Arrow file and its summary
     dataset.py    the same, memory-mapped  any row in constant time
+    progress.py   what a user sees of that a bar, or a line now and then
     prepare.py    entries of data.train    one TokenizedDataset, tokenised once and found again
 
 Rows that hold token ids already pass through unchanged, and no tokenizer is loaded for them. Needs no process group.

@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,6 +27,7 @@ from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
 from dpo_dist.tokenization.dataset import TokenizedDataset
 from dpo_dist.tokenization.gathering import Gathering
 from dpo_dist.tokenization.processes import RowProcesses
+from dpo_dist.tokenization.progress import telling
 from dpo_dist.tokenization.ratings import RatedCompletions
 from dpo_dist.tokenization.row_encoder import RowEncoder
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
@@ -36,7 +36,6 @@ from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWri
 
 # Raise when the same rows would be written as other ids or in another layout.
 DATA_FORMAT = 6
-_LOG_EVERY_S = 10.0
 _LOGGER = logging.getLogger(__name__)
 _DATED = "the chat template writes today's date into prompts: data tokenised on another day will differ"
 
@@ -235,20 +234,19 @@ def _write_source(
     """
     left_out = BadRows()
     gathering = Gathering(writer.write, data, found.rated, found.kind, found.entry)
-    num_read, next_log_s = 0, time.monotonic() + _LOG_EVERY_S
-    for encoded in processes.encoded(source.rows()):
-        inject("tokenise")
-        found.notes.update(encoded.notes)
-        found.ignored |= encoded.ignored
-        for result in encoded.results:
-            num_read += 1
-            if isinstance(result, RowFault):
-                (left_out if _is_left_out(result, data) else found.refused).add(result)
-            elif not found.refused.total:  # else only the bad ones matter from here on
-                gathering.add(result)
-        if time.monotonic() >= next_log_s:
-            next_log_s += _LOG_EVERY_S
-            _LOGGER.info("%s: %s rows read, %s tokens", source.key, f"{num_read:,}", f"{writer.num_tokens:,}")
+    num_read = 0
+    with telling(source) as tell:
+        for encoded in processes.encoded(source.rows()):
+            inject("tokenise")
+            found.notes.update(encoded.notes)
+            found.ignored |= encoded.ignored
+            for result in encoded.results:
+                num_read += 1
+                if isinstance(result, RowFault):
+                    (left_out if _is_left_out(result, data) else found.refused).add(result)
+                elif not found.refused.total:  # else only the bad ones matter from here on
+                    gathering.add(result)
+            tell(num_read, writer.num_tokens)
     found.notes.update(gathering.finish(is_last))
     counts = left_out.counts + Counter({UNPAIRED: found.rated.num_unpaired})
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))

@@ -306,6 +306,7 @@ def test_secrets_are_part_of_no_name(web: WebServer, tmp_path: Path) -> None:
     [
         ("https://u:p@h/a.jsonl?x", "https://***@h/a.jsonl?***"),
         ("(http://h/a?b=c&d=e) and 'https://h/b?c'", "(http://h/a?***) and 'https://h/b?***'"),
+        ("https://h/a.jsonl?***:3: broken", "https://h/a.jsonl?***:3: broken"),
         ("s3://bucket/pairs-?.jsonl", "s3://bucket/pairs-?.jsonl"),
         ("s3://bucket/pairs.jsonl?versionId=abc", "s3://bucket/pairs.jsonl?***"),
         ("s3://bucket/me@home.jsonl: why?", "s3://bucket/me@home.jsonl: why?"),

@@ -27,6 +27,8 @@ ENVIRONMENT = "0123456789abcdef" * 2  # as a key of Weights & Biases
         ("https://ghp@host/a@b", "https://***@host/a@b"),
         ("(https://host/a?token=abc&b=1) failed", "(https://host/a?token=***&b=1) failed"),
         ("https://host/a?b=1&X-Amz-Signature=abc", "https://host/a?b=1&X-Amz-Signature=***"),
+        ("x=https://host/a.jsonl.gz?code=abc&b=1 and more", "x=https://host/a.jsonl.gz?*** and more"),
+        ("https://host/a.jsonl?***:3: broken", "https://host/a.jsonl?***:3: broken"),
         (f"runs/{HUB}/x", "runs/hf_***/x"),
         ("Authorization: Bearer abcdefgh.ijk", "Authorization: Bearer ***"),
         (f"key {ENVIRONMENT} refused", "key *** refused"),

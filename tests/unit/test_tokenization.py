@@ -471,7 +471,7 @@ def test_a_full_disk_is_the_users_to_solve(run: Any, tmp_path: Path, monkeypatch
 
 def test_progress_is_logged(run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(prepare, "_LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("dpo_dist.tokenization.progress._LOG_EVERY_S", 0.0)
     run(strings(600))
     assert "data.train.0: 512 rows read," in caplog.text
 

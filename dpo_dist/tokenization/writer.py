@@ -173,8 +173,8 @@ def _id_columns(examples: list[TokenizedExample], ids: list[np.ndarray]) -> tupl
     num_completion = [len(part) for example in examples for part in example.completion_ids]
     prompts = np.concatenate([one[:count] for one, count in zip(ids, num_prompt, strict=True)])
     completions = np.concatenate([one[count:] for one, count in zip(ids, num_prompt, strict=True)])
-    flat = _lists(num_completion, pa.array(completions))
-    return _lists(num_prompt, pa.array(prompts)), _lists([len(example.completion_ids) for example in examples], flat)
+    flat = _lists(num_completion, _numbers(completions))
+    return _lists(num_prompt, _numbers(prompts)), _lists([len(example.completion_ids) for example in examples], flat)
 
 
 def _pair_column(examples: list[TokenizedExample]) -> pa.Array:
@@ -186,7 +186,12 @@ def _pair_column(examples: list[TokenizedExample]) -> pa.Array:
 def _lists(lengths: list[int], values: pa.Array) -> pa.Array:
     """Lists of so many values each."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
+    return pa.ListArray.from_arrays(_numbers(offsets), values)
+
+
+def _numbers(values: np.ndarray) -> pa.Array:
+    """An int32 array as it is; `pa.array` of one imports pandas where that is installed, for a second."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int32))])
 
 
 def _canonical_bytes(example: TokenizedExample, ids: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@
     meter.py     how far the reading has come   a share
     values.py    what is inside of them         text, token ids, no nulls
     json_columns.py columns that hold JSON      their values
+    arrow_arrays.py numpy arrays                in Arrow
     arrow_checks.py a damaged Arrow file        an error, not a signal
     saved.py     a folder of save_to_disk       its files
     labels.py    the numbers of a row           weight, margin, probability, scores, ranks

@@ -15,6 +15,7 @@ import pyarrow as pa
 import xxhash
 from jaxtyping import Bool, Float32, Int64, UInt64
 
+from dpo_dist.data.arrow_arrays import arrow_array, numpy_array
 from dpo_dist.reference.keys import KEY_BYTES
 
 SCHEMA = pa.schema(
@@ -55,14 +56,16 @@ def make_batch(
         lists, starts, values = pa.nulls(len(keys), SCHEMA.field("token_logps").type), np.zeros(1, "i4"), b""
     else:
         starts, values = np.concatenate([[0], ends]).astype(np.int32), token_logps.astype("<f4").tobytes()
-        lists = pa.ListArray.from_arrays(pa.array(starts), pa.array(token_logps), SCHEMA.field("token_logps").type)
+        lists = pa.ListArray.from_arrays(
+            arrow_array(starts), arrow_array(token_logps), SCHEMA.field("token_logps").type
+        )
     headers = _headers(keys, num_tokens, logps, has_tokens)
     columns = [
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(keys.tobytes())]),
-        pa.array(num_tokens, pa.int32()),
-        pa.array(logps, pa.float32()),
+        arrow_array(num_tokens.astype(np.int32)),
+        arrow_array(logps.astype(np.float32)),
         lists,
-        pa.array(_checksums(headers, starts, values, seed), pa.uint64()),
+        arrow_array(_checksums(headers, starts, values, seed).astype(np.uint64)),
     ]
     return pa.record_batch(columns, schema=SCHEMA)
 
@@ -95,7 +98,7 @@ class PartReader:
                 yield batch
             else:
                 self.num_damaged += int((~sound).sum())
-                yield batch.filter(pa.array(sound))
+                yield batch.filter(arrow_array(sound))
 
     def _readable(self) -> Iterator[pa.RecordBatch]:
         if not self.path.stat().st_size:
@@ -123,8 +126,8 @@ def is_sound(batch: pa.RecordBatch, seed: int) -> Bool[np.ndarray, " N"]:
         return np.zeros(batch.num_rows, dtype=bool)
     lists = batch.column("token_logps")
     headers = _headers(keys_of(batch), _column(batch, "num_tokens"), _column(batch, "logps"), has_tokens(batch))
-    values = lists.values.to_numpy(zero_copy_only=False).astype("<f4").tobytes()
-    return _checksums(headers, lists.offsets.to_numpy(), values, seed) == _column(batch, "checksum")
+    values = numpy_array(lists.values).astype("<f4").tobytes()
+    return _checksums(headers, numpy_array(lists.offsets), values, seed) == _column(batch, "checksum")
 
 
 def keys_of(batch: pa.RecordBatch) -> UInt64[np.ndarray, "N 2"]:
@@ -143,11 +146,11 @@ def logps_of(batch: pa.RecordBatch) -> Float32[np.ndarray, " N"]:
 
 def has_tokens(batch: pa.RecordBatch) -> Bool[np.ndarray, " N"]:
     """Which rows hold a value for every token."""
-    return batch.column("token_logps").is_valid().to_numpy(zero_copy_only=False)
+    return numpy_array(batch.column("token_logps").is_valid())
 
 
 def _column(batch: pa.RecordBatch, name: str) -> Any:
-    return batch.column(name).to_numpy(zero_copy_only=False)
+    return numpy_array(batch.column(name))
 
 
 def _headers(keys: np.ndarray, num_tokens: np.ndarray, logps: np.ndarray, tokens_are_there: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float32, UInt64
 
+from dpo_dist.data.arrow_arrays import arrow_array
 from dpo_dist.durable import sync
 from dpo_dist.errors import ConfigError
 from dpo_dist.reference.identity import CacheIdentity, check_identity, write_identity
@@ -196,7 +197,7 @@ class ReferenceStore:
         begin = 0
         for path in parts:
             for batch in PartReader(path, self.identity.seed).batches():
-                yield batch.filter(pa.array(needed[begin : begin + batch.num_rows]))
+                yield batch.filter(arrow_array(needed[begin : begin + batch.num_rows]))
                 begin += batch.num_rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from dpo_dist.data.arrow_arrays import arrow_array, arrow_strings
 from dpo_dist.tokenization.encode import TokenizedExample
 
 EXAMPLES_FILE = "examples.arrow"
@@ -156,10 +157,10 @@ class ExampleWriter:
         columns = [
             *_id_columns(self._buffer, self._ids),
             _pair_column(self._buffer),
-            pa.array([example.source for example in self._buffer], pa.string()),
-            pa.array([example.weight for example in self._buffer], pa.float64()),
-            pa.array([example.ratings for example in self._buffer], pa.list_(pa.bool_())),
-            pa.array([example.entry for example in self._buffer], pa.int32()),
+            arrow_strings([example.source for example in self._buffer]),
+            arrow_array(np.array([example.weight for example in self._buffer], dtype=np.float64)),
+            _rating_column(self._buffer),
+            arrow_array(np.array([example.entry for example in self._buffer], dtype=np.int32)),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._buffer.clear()
@@ -173,25 +174,30 @@ def _id_columns(examples: list[TokenizedExample], ids: list[np.ndarray]) -> tupl
     num_completion = [len(part) for example in examples for part in example.completion_ids]
     prompts = np.concatenate([one[:count] for one, count in zip(ids, num_prompt, strict=True)])
     completions = np.concatenate([one[count:] for one, count in zip(ids, num_prompt, strict=True)])
-    flat = _lists(num_completion, _numbers(completions))
-    return _lists(num_prompt, _numbers(prompts)), _lists([len(example.completion_ids) for example in examples], flat)
+    flat = _lists(num_completion, arrow_array(completions))
+    return _lists(num_prompt, arrow_array(prompts)), _lists([len(example.completion_ids) for example in examples], flat)
 
 
 def _pair_column(examples: list[TokenizedExample]) -> pa.Array:
     pairs = [pair for example in examples for pair in example.pairs]
-    fields = [pa.array([getattr(pair, field.name) for pair in pairs], field.type) for field in _PAIR]
+    fields = [
+        arrow_array(
+            np.array([getattr(pair, one.name) for pair in pairs], "i4" if one.type == pa.int32() else "f8"),
+        )
+        for one in _PAIR
+    ]
     return _lists([len(example.pairs) for example in examples], pa.StructArray.from_arrays(fields, fields=list(_PAIR)))
+
+
+def _rating_column(examples: list[TokenizedExample]) -> pa.Array:
+    flat = np.array([good for example in examples for good in example.ratings], dtype=bool)
+    return _lists([len(example.ratings) for example in examples], arrow_array(flat))
 
 
 def _lists(lengths: list[int], values: pa.Array) -> pa.Array:
     """Lists of so many values each."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(_numbers(offsets), values)
-
-
-def _numbers(values: np.ndarray) -> pa.Array:
-    """An int32 array as it is; `pa.array` of one imports pandas where that is installed, for a second."""
-    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int32))])
+    return pa.ListArray.from_arrays(arrow_array(offsets), values)
 
 
 def _canonical_bytes(example: TokenizedExample, ids: np.ndarray) -> bytes:

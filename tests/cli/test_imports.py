@@ -27,7 +27,9 @@ def imported(tmp_path: Path, command: str, exit_code: int = 0, **sections: dict[
     for section, values in sections.items():
         config[section] = {**config.get(section, {}), **values}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    done = launch(1, "tests.imports_worker", str(tmp_path / "modules.json"), command, "run.yaml", cwd=tmp_path)
+    # A cache of its own: what another test has tokenised would not be tokenised here.
+    env = {"DPO_DIST_CACHE": str(tmp_path / "cache")}
+    done = launch(1, "tests.imports_worker", str(tmp_path / "modules.json"), command, "run.yaml", cwd=tmp_path, env=env)
     assert done.returncode == exit_code, done.stderr
     return set(json.loads((tmp_path / "modules.json").read_text()))
 
@@ -37,6 +39,14 @@ def test_a_run_of_all_weights(tmp_path: Path) -> None:
     assert modules & (ADAPTER | HUB | TRACKERS | COMPILER) == set()
     assert modules >= MODEL_CLASS
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_a_run_with_a_cached_reference(tmp_path: Path) -> None:
+    """When the cache is written, and when it is read."""
+    for output in ("out", "again"):
+        train = {"output_dir": str(tmp_path / output)}
+        modules = imported(tmp_path, "train", reference={"source": "cache"}, train=train)
+        assert modules & (ADAPTER | HUB | TRACKERS | COMPILER) == set()
 
 
 def test_a_run_with_an_adapter_and_a_tracker(tmp_path: Path) -> None:

@@ -99,6 +99,17 @@ def told(rounds: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def full_stops(folder: Path) -> str:
+    """How many of each round's answers are as the judge likes them: those of the second are of the first's model."""
+    found = []
+    for number in ROUNDS:
+        lines = (folder / f"ranked{number}.jsonl").read_text("utf-8").splitlines()
+        answers = [answer[-1]["content"] for line in lines for answer in json.loads(line)["completions"]]
+        num_ended = sum(answer.strip().endswith(".") for answer in answers)
+        found.append(f"{num_ended} of {len(answers)} in round {number}")
+    return f"answers that end with a full stop: {', '.join(found)}"
+
+
 def _num_completions(partial: Path) -> int:
     """Its first line is the settings."""
     return max(partial.read_bytes().count(b"\n") - 1, 0) if partial.exists() else 0
@@ -132,5 +143,5 @@ if __name__ == "__main__":
         raise SystemExit(f"{folder} is there already; give another folder, or remove it") from None
     with serving(verdict) as server:
         ended = play(Story(folder), server.url)
-    print("\n" + "\n".join(told(ended)))
+    print("\n" + "\n".join([*told(ended), full_stops(folder)]))
     print(f"{(time.monotonic() - started) / 60:.0f} minutes; all of it lies in {folder}")

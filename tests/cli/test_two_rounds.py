@@ -1,6 +1,8 @@
 """The example of docs/feedback.md on a small model: two rounds, and `sample` killed in the middle of both."""
 
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tests.byte_tokenizer import CHATML, save_tokenizer
 from tests.forking import fork_ranks
 from tests.full_stop_judge import verdict
 from tests.openai_server import longer, serving
-from tests.two_rounds import Story, as_typed, kill_in_the_middle, play, told
+from tests.two_rounds import Story, as_typed, full_stops, kill_in_the_middle, play, told
 
 NUM_PROMPTS = 24
 
@@ -87,11 +89,40 @@ def test_two_rounds_with_kills_end_as_without(model: Path, tmp_path: Path, monke
         weights = f"rounds/round-{number:03d}/model/model.safetensors"
         assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
     assert (killed / "ranked1.jsonl").read_bytes() != (killed / "ranked2.jsonl").read_bytes()
+    number = rf"\d+ of {3 * NUM_PROMPTS}"
+    said = full_stops(killed)
+    assert re.fullmatch(f"answers that end with a full stop: {number} in round 1, {number} in round 2", said), said
     lines = told(rounds)
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "round 1, train-0001", "round 2, train-0001", "round 2, train-0002"
     ]  # fmt: skip
     assert all(" -> " in line for line in lines[2:])
+
+
+def test_thumbs_that_stay_unpaired_are_trained_on_beside_pairs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPO_DIST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(round_running, "_launched", forked)
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"Pair {n}", "completion": "no", "corrected": "yes"} for n in range(12)]
+    thumbs = [{"prompt": f"Thumb {n}", "completion": "so", "label": n % 2 == 0} for n in range(12)]
+    words = ["round", "two_rounds", f"model.model_name_or_path={model}", "train.max_steps=2"]
+
+    def add_and_train(name: str, events: list[dict[str, Any]]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(event) + "\n" for event in events))
+        assert CliRunner().invoke(app, ["feedback", "add", name, "--to", "feedback"]).exit_code == 0
+        ended = CliRunner().invoke(app, [*words, "loss.loss_type=[sigmoid, kto]"])
+        assert ended.exit_code == 0, ended.output
+        return ended.output
+
+    assert "train-0001:holdout (new):" in add_and_train("first.jsonl", pairs + thumbs)
+    steps = (tmp_path / "rounds/round-001/metrics.jsonl").read_text().splitlines()
+    assert any({"rewards/desirable", "rewards/undesirable"} & json.loads(line).keys() for line in steps)
+    said = add_and_train("second.jsonl", [{**one, "prompt": f"Other {n}"} for n, one in enumerate(thumbs)])
+    assert "train-0001:holdout (old):" in said
+    assert "train-0002:holdout: no pair of it is held out, so it is not judged" in said
 
 
 def test_a_command_as_typed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.full_stop_judge [PORT]
 
-It speaks OpenAI's protocol and knows nothing. What it likes is easy to learn, and easy to see in the answers.
+It speaks OpenAI's protocol and knows nothing about the world. Whoever reads the answers can check its verdicts.
 """
 
 import sys

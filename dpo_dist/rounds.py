@@ -151,6 +151,8 @@ class Rounds:
     def judge(self, one: Round, names: Sequence[str]) -> list[Verdict]:
         """The held-out accuracy of each version before the first update, and of the exported model's.
 
+        A version of which no pair is held out has none: no prompt, or only completions that are called good or bad.
+
         Args:
             one: a round whose run has ended.
             names: of its held-out sets, in the order of its versions.
@@ -165,7 +167,7 @@ class Rounds:
                 _accuracy(lines, name, exported),
             )
             for place, name in enumerate(names)
-            if any(line.get("dataset") == name for line in lines)  # one may have had no prompt to hold out
+            if any(line.get("dataset") == name and ACCURACY in line for line in lines)
         ]
 
 

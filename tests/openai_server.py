@@ -36,8 +36,8 @@ class Server:
 
 
 @contextmanager
-def serving(reply: Reply) -> Iterator[Server]:
-    """Runs while the block does."""
+def serving(reply: Reply, port: int = 0) -> Iterator[Server]:
+    """Runs while the block does; port 0 is one that is free."""
     server = Server(reply)
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,7 +61,7 @@ def serving(reply: Reply) -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     http.daemon_threads = True
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -32,7 +32,7 @@ def add(
     as_text: Annotated[bool, typer.Option("--text", help="Leave strings as they are, no messages.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out events that cannot be used.")] = False,
 ) -> None:
-    """Add thumbs, edits, choices and regenerations of logs to a set, as a version of its own; nothing twice."""
+    """Add thumbs, edits, choices, rankings and regenerations of logs to a set, as one version; nothing twice."""
     with user_errors():
         quiet_imports()
         from dpo_dist.cli.feeding import run_add

@@ -56,10 +56,12 @@ def run_round(
     if code:
         print(f"round {one.number} has not ended; the same command goes on with it", file=sys.stderr, flush=True)
         return code
-    verdicts = rounds.judge(one, config.data.evaluation_names[len(config.data.evaluation) :])
+    names = config.data.evaluation_names[len(config.data.evaluation) :]
+    verdicts = rounds.judge(one, names)
     accepted = not any(verdict.has_fallen(max_drop) for verdict in verdicts)
     rounds.write(replace(one, accepted=accepted, verdicts=verdicts))
-    print("\n".join(_told(one, verdicts, accepted, max_drop, str(folder))))
+    silent = [name for name in names if name not in {verdict.dataset for verdict in verdicts}]
+    print("\n".join(_told(one, verdicts, silent, max_drop, str(folder))))
     return 0 if accepted else 1
 
 
@@ -85,14 +87,15 @@ def _launched(words: list[str], where: Where) -> int:
             signal.signal(number, handler)
 
 
-def _told(one: Round, verdicts: list[Verdict], accepted: bool, max_drop: float, folder: str) -> list[str]:
+def _told(one: Round, verdicts: list[Verdict], silent: list[str], max_drop: float, folder: str) -> list[str]:
     lines = [f"round {one.number}: held-out pairs preferred more than before it"]
     if one.reference is not None:
         lines = [f"round {one.number}: held-out pairs preferred more than by {one.reference}, before and after"]
     for verdict in verdicts:
         before = "" if verdict.before is None else f"{verdict.before:.1%} -> "
         lines.append(f"  {verdict.dataset} ({'old' if verdict.is_old else 'new'}): {before}{verdict.after:.1%}")
-    if accepted:
+    lines += [f"  {name}: no pair of it is held out, so it is not judged" for name in silent]
+    if not any(verdict.has_fallen(max_drop) for verdict in verdicts):
         return [*lines, f"accepted: the next round begins with {folder}/model"]
     return [
         *lines,

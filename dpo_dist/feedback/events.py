@@ -3,6 +3,7 @@
     thumbs        prompt, completion, label (true or false)              the completion is good, or bad
     edit          prompt, completion, corrected                          corrected over completion
     choice        prompt, completions, choice (from 0; null: none)       the chosen one over each other
+    ranking       prompt, completions, scores or ranks                   each better one over each worse one
     regeneration  prompt, completion, regenerated                        the one that was kept over the one before
 
 `messages` may stand for `prompt` and `completion`: the last turn is the completion. Strings are what a user and the
@@ -15,31 +16,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.data import PreferenceExample, RowFault
+from dpo_dist.data.columns import MissingValueError
 from dpo_dist.data.example import (
     EMPTY_COMPLETION,
     IDENTICAL_COMPLETIONS,
     MISSING_COLUMN,
+    MISSING_VALUE,
     TIED,
     WRONG_NUMBER,
     WRONG_TYPE,
     RowError,
     fault_of,
 )
+from dpo_dist.data.labels import values_of
+from dpo_dist.data.ranked import preferences
 from dpo_dist.data.rows import parse_row
 from dpo_dist.data.values import check_text
 
 Event = dict[str, Any]
 # An event is what the first of these says of which it has a value.
-_TELLS = {"choice": "completions", "edit": "corrected", "regeneration": "regenerated", "thumbs": "label"}
+_TELLS = {
+    "choice": ("choice",),
+    "edit": ("corrected",),
+    "regeneration": ("regenerated",),
+    "ranking": ("scores", "ranks"),
+    "thumbs": ("label",),
+}
+_OF_MANY = ("choice", "ranking")  # say something of completions only
 KINDS = tuple(_TELLS)
 _ASSISTANT = ("assistant", "gpt")
-_SHAPES = "an event has label (thumbs), corrected (edit), completions and choice, or regenerated"
+_SHAPES = "an event has label (thumbs), corrected (edit), completions with choice, scores or ranks, or regenerated"
 # Where and when it was said; kept beside the rows under these names.
 PROVENANCE = ("id", "time", "model")
 # What else a row may say of its prompt, and how much it counts.
 _BESIDE = ("system", "tools", "weight")
 EVENT_COLUMNS = frozenset(
-    ("prompt", "messages", "completion", "completions", "choice", "corrected", "regenerated", "label")
+    ("prompt", "messages", "completion", "completions", *(name for names in _TELLS.values() for name in names))
 ) | {*PROVENANCE, *_BESIDE}
 
 
@@ -75,14 +87,19 @@ def statements_of(event: Event, source: str, as_text: bool) -> list[Statement] |
         ]
     except RowError as error:
         return fault_of(error, source)
+    except MissingValueError as error:
+        return RowFault(MISSING_VALUE, source, str(error))
     faults = [one for one in found if isinstance(one, RowFault)]
     return faults[0] if faults else [one for one in found if isinstance(one, Statement)]
 
 
 def _kind(event: Event, source: str) -> str:
-    for kind, column in _TELLS.items():
-        if event.get(column) is not None:
+    has_many = event.get("completions") is not None
+    for kind, columns in _TELLS.items():
+        if any(event.get(column) is not None for column in columns) and (has_many or kind not in _OF_MANY):
             return kind
+    if has_many and "choice" in event:
+        raise RowError(f"{source}: choice is null: none of the completions was chosen", TIED)
     if "label" in event:
         raise RowError(f"{source}: label is null: nobody said whether it is good", TIED)
     there = ", ".join(event) or "nothing"
@@ -117,11 +134,7 @@ def _edit(event: Event, source: str) -> list[Event]:
 
 
 def _choice(event: Event, source: str) -> list[Event]:
-    completions, choice = event["completions"], event.get("choice")
-    if not isinstance(completions, list) or len(completions) < 2:
-        raise RowError(f"{source}: completions is no list of two or more; give what was to choose from", WRONG_TYPE)
-    if choice is None:
-        raise RowError(f"{source}: choice is null: none of the completions was chosen", TIED)
+    completions, choice = _many(event, source), event["choice"]
     if type(choice) is not int or not 0 <= choice < len(completions):
         what = f"{source}: choice={choice!r} is no place in completions"
         raise RowError(f"{what}; give one from 0 to {len(completions) - 1}", WRONG_NUMBER)
@@ -132,11 +145,39 @@ def _choice(event: Event, source: str) -> list[Event]:
     return [_pair(event, chosen, other, source) for other in others]
 
 
+def _ranking(event: Event, source: str) -> list[Event]:
+    completions = _many(event, source)
+    values = values_of(event, len(completions), source)
+    first_place = [completions.index(completion) for completion in completions]
+    for place, first in enumerate(first_place):
+        if values[place] != values[first]:
+            what = f"{source}: completion {place} is identical to completion {first}, which is ranked otherwise"
+            raise RowError(what, IDENTICAL_COMPLETIONS)
+    places = sorted(set(first_place))
+    ends = preferences([values[place] for place in places], "all")
+    if not ends:
+        raise RowError(f"{source}: all completions are ranked alike", TIED)
+    return [_pair(event, completions[places[better]], completions[places[worse]], source) for better, worse in ends]
+
+
+def _many(event: Event, source: str) -> list[Any]:
+    completions = event["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise RowError(f"{source}: completions is no list of two or more; give what was to choose from", WRONG_TYPE)
+    return completions
+
+
 def _regeneration(event: Event, source: str) -> list[Event]:
     return [_pair(event, event["regenerated"], _value(event, "completion", source), source)]
 
 
-_READERS = {"choice": _choice, "edit": _edit, "regeneration": _regeneration, "thumbs": _thumbs}
+_READERS = {
+    "choice": _choice,
+    "edit": _edit,
+    "regeneration": _regeneration,
+    "ranking": _ranking,
+    "thumbs": _thumbs,
+}
 
 
 def _pair(event: Event, chosen: Any, rejected: Any, source: str) -> Event:

@@ -18,13 +18,14 @@ _MEANINGS = {
 }
 
 
-def describe_notes(notes: dict[str, int], num_rows: int) -> list[str]:
+def describe_notes(notes: dict[str, int], num_examples: int) -> list[str]:
     """A line for each note: how many rows, their share, what it means.
 
     Args:
         notes: rows by note.
-        num_rows: of the whole data set.
+        num_examples: of the whole data set, each made of one row or, by prompt, of several.
     """
+    num_rows = num_examples + notes.get(MERGED, 0)
     return [
         f"{count:,} of {num_rows:,} rows ({100 * count / num_rows:.3g} %): {note}: {_MEANINGS[note]}"
         for note, count in notes.items()

@@ -21,6 +21,7 @@ from dpo_dist.feedback import FeedbackSet, statements_of
 THUMBS = {"prompt": "2 + 2?", "completion": "4", "label": True, "id": 7, "time": "2026-11-01", "model": "m1"}
 EDIT = {"prompt": "Spell color", "completion": "colour", "corrected": "color"}
 CHOICE = {"prompt": "Say hi", "completions": ["Hi", "Hello", "Go away"], "choice": 1}
+RANKING = {"prompt": "Say hi", "completions": ["Hi", "Go away"], "scores": [1, 0]}
 AGAIN = {"prompt": "Joke?", "completion": "No.", "regenerated": "Why not?"}
 EVENTS = [THUMBS, {**THUMBS, "completion": "5", "label": False}, EDIT, CHOICE, AGAIN]
 
@@ -119,6 +120,29 @@ def test_a_choice_of_none_is_left_out_and_counted(add: Any) -> None:
     assert "1 event left out (tied: 1)" in add([{**CHOICE, "choice": None}, EDIT])[1]
 
 
+def test_a_ranking_says_that_each_better_answer_is_better_than_each_worse_one(add: Any, tmp_path: Path) -> None:
+    asked = {"prompt": "Say hi", "completions": ["Hi", "Go away", "Hello", "Hi"]}
+    alike = {"prompt": "Why?", "completions": ["a", "b"], "scores": [1, 1], "choice": None}
+    code, output = add([{**asked, "scores": [2, 0, 1.5, 2]}, alike], "--weight", "ranking=0.5")
+    assert (code, "1 event left out (tied: 1)" in output, "version 1 of 3 rows (ranking: 3)" in output) == (0, 1, 1)
+    rows = read(tmp_path / "set")
+    expected = [("Hi", "Hello"), ("Hi", "Go away"), ("Hello", "Go away")]
+    assert [row.completions for row in rows] == [(said(better), said(worse)) for better, worse in expected]
+    assert all((row.prompt, row.pairs[0].weight) == (said("Say hi", "user"), 0.5) for row in rows)
+    # The same as ranks says nothing new, and a choice that is made counts more than scores beside it.
+    assert "3 statements said before" in add([{**asked, "ranks": [1, 3, 2, 1]}], name="ranks.jsonl")[1]
+    code, output = add([{**CHOICE, "prompt": "Hi?", "scores": [9, 0, 0]}], name="choice.jsonl")
+    assert (code, "version 2 of 2 rows (choice: 2)" in output) == (0, True)
+
+
+def test_a_prompt_that_was_sampled_is_a_ranking(add: Any, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hi"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Yo", "Hello")]
+    assert add([{"prompt": talk, "completions": answers, "scores": [0.0, 1.0]}])[0] == 0
+    (row,) = read(tmp_path / "set")
+    assert (row.prompt, row.completions) == (said("Hi", "user"), (said("Hello"), said("Yo")))
+
+
 def test_what_a_prompt_has_beside_it_is_kept(add: Any, tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     events = [{**CHOICE, "system": "Be brief."}, {**EDIT, "tools": tools}, {**EDIT, "prompt": "Other", "weight": 3}]
@@ -164,6 +188,18 @@ BAD = [
     ({**CHOICE, "choice": 3}, "wrong_number", "choice=3 is no place in completions; give one from 0 to 2"),
     ({**CHOICE, "choice": True}, "wrong_number", "choice=True is no place in completions"),
     ({**CHOICE, "completions": ["Hi"]}, "wrong_type", "completions is no list of two or more"),
+    (
+        {"prompt": "Hi", "completions": ["a", "b"]},
+        "missing_column",
+        "nothing tells what was said (the event has prompt, completions); an event has label (thumbs), corrected "
+        "(edit), completions with choice, scores or ranks",
+    ),
+    ({**RANKING, "scores": [1]}, "wrong_number", "scores has 1 values for 2 completions"),
+    ({**RANKING, "ranks": [1, 2]}, "missing_column", "completions come with both scores and ranks"),
+    ({**RANKING, "scores": [1, None]}, "missing_value", "scores[1] is null"),
+    ({**RANKING, "completions": ["a", "a"]}, "identical_completions", "completion 1 is identical to completion 0"),
+    ({**RANKING, "completions": ["a", " "]}, "empty_completion", "there is no answer"),
+    ({"scores": [1, 0], "prompt": "Hi"}, "missing_column", "nothing tells what was said"),
     ({**EDIT, "completion": None}, "missing_column", "completion is missing or null"),
     ({**EDIT, "corrected": "colour"}, "identical_completions", "nothing was changed"),
     ({**EDIT, "corrected": " "}, "empty_completion", "there is no answer"),

@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self) -> None:
         self.configs: list[Any] = []
         self.code = 0
-        self.accuracies = [(0.5, 0.9)]  # of each version, before and after
+        self.accuracies: list[tuple[float, float] | None] = [(0.5, 0.9)]  # of each version, before and after
 
     def __call__(self, words: list[str], where: Any) -> int:
         config = load_config(words[0], words[1:])
@@ -59,6 +59,9 @@ class Trainer:
         (out / "model" / "dpo_dist.json").write_text(json.dumps({"step": 2}))
         lines: list[dict[str, Any]] = [{"step": 1, "loss": 0.7}]
         for name, both in zip(config.data.evaluation_names, self.accuracies, strict=True):
+            if both is None:  # thumbs that stay unpaired have a loss, and no pairs
+                lines += [{"step": step, "split": "evaluation", "dataset": name, "loss": 0.5} for step in (0, 2)]
+                continue
             for step, accuracy in zip((0, 2), both, strict=True):
                 lines.append({"step": step, "split": "evaluation", "dataset": name, "rewards/accuracies": accuracy})
             lines.append({"step": 4, "split": "evaluation", "dataset": name, "rewards/accuracies": 0.0})  # not exported
@@ -107,6 +110,16 @@ def test_a_round_that_forgets_is_not_the_start_of_the_next(folder: Path, trainer
     assert trainer.configs[2].model.model_name_or_path == str(folder / "rounds/round-001/model")
     assert "train-0002:holdout (new)" in said  # no accepted round was trained on it
     assert [one.accepted for one in Rounds(load_config("rounds.yaml")).all()] == [True, False, True]
+
+
+@pytest.mark.parametrize("reference", ["last", "first"])
+def test_a_version_without_held_out_pairs_is_not_judged(folder: Path, trainer: Trainer, reference: str) -> None:
+    assert run("round", "rounds.yaml")[0] == 0
+    feed(folder, "second")
+    trainer.accuracies = [(0.5, 0.6), None]
+    code, said = run("round", "rounds.yaml", "--reference", reference)
+    assert (code, "train-0002:holdout: no pair of it is held out, so it is not judged" in said) == (0, True), said
+    assert [one.dataset for one in Rounds(load_config("rounds.yaml")).all()[1].verdicts] == ["train-0001:holdout"]
 
 
 @pytest.mark.parametrize(

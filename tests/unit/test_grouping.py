@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.data import Pair
-from dpo_dist.tokenization import TokenizerSpec
+from dpo_dist.tokenization import TokenizerSpec, describe_notes
 from tests.byte_tokenizer import save_tokenizer
 from tests.unit.test_ranked_rows import tokenized
 
@@ -29,6 +29,8 @@ def test_rows_of_one_prompt_become_one_example(tmp_path: Path, spec: TokenizerSp
     assert dataset[0].completion_ids == ((10,), (11,), (12,))
     assert dataset[0].pairs == (Pair(0, 1), Pair(0, 2, 2.0), Pair(2, 1))
     assert dataset.notes == {"merged_by_prompt": 2}
+    (note,) = describe_notes(dataset.notes, len(dataset))
+    assert note.startswith(f"2 of {len(dataset) + 2} rows (")  # of the rows, not of the examples that they became
     assert dataset.source_of(0).endswith(":1")
 
 

@@ -32,8 +32,8 @@ _JUDGED = {
         "set loss.rdpo_alpha or loss.ld_alpha, or use loss.loss_type=sigmoid_norm",
     ),
 }
-_SUMS = {*HEALTH, *HEALTH.values()}
 _SEEN = ("num_pairs", "num_desirable", "num_undesirable")  # of these at least health.check_pairs are judged at once
+_SUMS = {*HEALTH, *HEALTH.values(), *_SEEN}
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Health:
         """
         unknown = values.keys() - {known.name for known in dataclasses.fields(cls)}
         health = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-        if unknown := sorted(unknown | health.sums.keys() - _SUMS - {*_SEEN}):
+        if unknown := sorted(unknown | health.sums.keys() - _SUMS):
             raise ValueError(f"health has no {', '.join(unknown)}; another version of dpo-dist wrote it")
         return health
 
@@ -106,7 +106,7 @@ def judge_step(health: Health, totals: Mapping[str, float], config: RunConfig) -
     health.num_pairs += totals["num_pairs"]
     if not config.has_reference:
         return []
-    for name in {*_SUMS, *_SEEN}:
+    for name in _SUMS:
         health.sums[name] = health.sums.get(name, 0.0) + totals[name]
     num_pairs, num_seen = health.sums["num_pairs"], sum(health.sums[name] for name in _SEEN)
     if num_seen < config.health.check_pairs:

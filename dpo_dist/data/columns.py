@@ -21,6 +21,7 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _TOKENS = (*TOKEN_COLUMNS, "completion_ids", "completions_ids")
 _TEXTS = ("prompt", "chosen", "rejected", "conversations", "completion", "messages", "completions")
 _NUMBERS = ("weight", "margin", "chosen_probability", "scores", "ranks", "label")
+KEPT_BESIDE = "feedback_"  # how columns begin that say where a row of feedback comes from
 # These change what the model sees; a run that ignored them would train on something else than the user wrote.
 REFUSED_COLUMNS = {
     "images": "images are not supported",
@@ -87,12 +88,18 @@ def ignored_columns(row: Row, demonstrations: bool = False) -> set[str]:
     """The columns of a row that mean nothing here, so that the user can be told of them.
 
     One that means something in other rows is named only where it holds a value: one schema for all rows gives every
-    row the columns of every other.
+    row the columns of every other. What `dpo-dist feedback` keeps beside its rows is no news.
     """
     used = {"weight", "system", "tools", *REFUSED_COLUMNS, *read_columns(row)}
     if not demonstrations and kind_of(row) == "pair":
         used |= {"margin", "chosen_probability"}
-    return {column for column in row if column not in used and (column not in COLUMNS or row[column] is not None)}
+    return {
+        column
+        for column in row
+        if column not in used
+        and not column.startswith(KEPT_BESIDE)
+        and (column not in COLUMNS or row[column] is not None)
+    }
 
 
 def read_columns(row: Row) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from dpo_dist.data.columns import KEPT_BESIDE
 from dpo_dist.durable import sync
 from dpo_dist.errors import DataError
 from dpo_dist.feedback.events import PROVENANCE, Statement
@@ -26,7 +27,7 @@ _SCHEMA = pa.schema(
         *((name, pa.json_()) for name in _TEXTS),
         ("label", pa.bool_()),
         ("weight", pa.float64()),
-        *((f"feedback_{name}", pa.string()) for name in ("kind", "source", *PROVENANCE, "key", "opposite")),
+        *((f"{KEPT_BESIDE}{name}", pa.string()) for name in ("kind", "source", *PROVENANCE, "key", "opposite")),
     ]
 )
 
@@ -150,11 +151,11 @@ def _row(entry: Entry, weights: dict[str, float]) -> dict[str, Any]:
         **texts,
         "label": statement.row.get("label"),
         "weight": weight if weight != 1 else None,
-        "feedback_kind": statement.kind,
-        "feedback_source": entry.source,
-        **{f"feedback_{name}": None if value is None else str(value) for name, value in known.items()},
-        "feedback_key": statement.key,
-        "feedback_opposite": statement.opposite,
+        f"{KEPT_BESIDE}kind": statement.kind,
+        f"{KEPT_BESIDE}source": entry.source,
+        **{f"{KEPT_BESIDE}{name}": None if value is None else str(value) for name, value in known.items()},
+        f"{KEPT_BESIDE}key": statement.key,
+        f"{KEPT_BESIDE}opposite": statement.opposite,
     }
 
 
@@ -167,4 +168,4 @@ def _version_of(path: Path) -> Version:
 
 def _keys_of(path: Path) -> list[str]:
     _version_of(path)
-    return pq.read_table(path, columns=["feedback_key"]).column(0).to_pylist()
+    return pq.read_table(path, columns=[f"{KEPT_BESIDE}key"]).column(0).to_pylist()

@@ -123,7 +123,8 @@ def test_columns_that_mean_nothing_are_named() -> None:
         "messages",
         "scores",
     }
-    assert ignored_columns({"prompt": "Q", "completions": ["A", "B"], "scores": [1, 2], "id": 3}) == {"id"}
+    ranked = {"prompt": "Q", "completions": ["A", "B"], "scores": [1, 2], "id": 3, "feedback_id": "3"}
+    assert ignored_columns(ranked) == {"id"}
 
 
 # ---- as token ids

@@ -187,7 +187,7 @@ class Pace:
 
     Args:
         stopwatch: listens to phases.
-        peak: of one device, operations per second.
+        peak: of one device, operations per second; at least what its steps have done.
         num_devices: of the run: ranks.
         cost: of the policy.
         reference_cost: of a reference that is computed in the step; None: there is none.
@@ -231,6 +231,8 @@ class Pace:
         spent, steps = self._read(), self._steps
         pairs, tokens, flops = self._pairs, self._tokens, self._flops
         self._steps, self._pairs, self._tokens, self._flops = 0, 0, 0, 0.0
+        # What was measured while the machine did other work is less than the peak: steps that do more than it show so.
+        self.peak = max(self.peak, flops / (seconds * self.num_devices))
         return {
             **({"pairs_per_second": pairs / seconds} if pairs else {}),
             "tokens_per_second": tokens / seconds,

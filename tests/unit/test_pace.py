@@ -135,6 +135,15 @@ def test_a_line_is_of_the_steps_since_the_last_one(clock: Clock, reference: Cost
     assert line["mfu"] == pytest.approx(flops / (8.0 * 100.0 * 2))
 
 
+def test_a_peak_below_what_steps_have_done_was_none(clock: Clock) -> None:
+    """It was measured while the machine did other work: `mfu` was 254 % once."""
+    meter = pace_with(clock)
+    for seconds, expected in ((0.1, 1.0), (0.2, 0.5)):
+        clock.walk(meter.stopwatch, STEP | {"numbers": 1.0})
+        meter.add(SIZES, 1, 4)
+        assert meter.line(seconds)["mfu"] == pytest.approx(expected)
+
+
 def test_the_verdict_is_of_all_steps_with_those_that_no_line_has(clock: Clock) -> None:
     meter = pace_with(clock)
     assert meter.verdict() == "", "no step was made"

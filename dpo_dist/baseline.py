@@ -2,8 +2,9 @@
 
 `kto`: how far the policy has moved from the reference on completions that do not belong to their prompts, an estimate
 of their KL divergence (Ethayarajh et al. 2024, arXiv:2402.01306). Each prompt of the step takes a completion of
-the rated example before it, as in TRL, whose batch is the whole step here. `bco`: the mean reward of all rated
-completions so far, this step's among them (Jung et al. 2024, arXiv:2404.04656; a running mean as in TRL).
+the rated example before it, as in TRL, whose batch is the whole step here; TRL takes one after the same prompt too.
+`bco`: the mean reward of all rated completions so far, this step's among them (Jung et al. 2024, arXiv:2404.04656; a
+running mean as in TRL).
 
 Both are of the whole step and without gradient: known before the first backward by one more forward of the policy, and
 for `kto` one of the reference. So neither packing nor the number of ranks changes them.
@@ -130,7 +131,9 @@ class Baseline:
 class Strangers(Examples):
     """Each prompt of a step's rated examples, with a completion of the one before it; the first takes the last's.
 
-    Where an example has several completions, they take turns. A data set that is indexed by the same rows, `rows`.
+    One with the same prompt is passed over, for its completions belong to this prompt; where no other prompt is left,
+    there is nothing to compare. Where an example has several completions, they take turns. A data set that is indexed
+    by the same rows, `rows`.
 
     Args:
         dataset: the run's.
@@ -141,12 +144,15 @@ class Strangers(Examples):
     def __init__(self, dataset: TokenizedDataset, examples: Sequence[int], max_tokens: int) -> None:
         self._dataset = dataset
         rated = [(row, size) for row, size in zip(examples, sizes_of(dataset, examples), strict=True) if size.ratings]
-        self.rows = [row for row, _ in rated]
+        before = _with_another_prompt([dataset[row].prompt_ids for row, _ in rated])
+        self.rows = [row for (row, _), other in zip(rated, before, strict=True) if other is not None]
         self.sizes: list[ExampleSize] = []
         """Of each of them its prompt and the other's completion."""
         self._taken: dict[int, tuple[int, int, int]] = {}  # of each row the other one, which completion, its tokens
         for place, (row, size) in enumerate(rated):
-            other, lengths = rated[place - 1][0], rated[place - 1][1].completions
+            if (taken := before[place]) is None:
+                continue
+            other, lengths = rated[taken][0], rated[taken][1].completions
             number = place % len(lengths)
             length = min(lengths[number], max_tokens - size.prompt)
             self._taken[row] = (other, number, length)
@@ -161,3 +167,11 @@ class Strangers(Examples):
         other, number, length = self._taken[row]
         own, foreign = self._dataset[row], self._dataset[other].completion_ids[number]
         return TokenizedExample(own.prompt_ids, (foreign[:length],), (), own.source)
+
+
+def _with_another_prompt(prompts: Sequence[tuple[int, ...]]) -> list[int | None]:
+    """Of each place the nearest one before it, in a circle, that has another prompt; None where all are the same."""
+    found: list[int | None] = [None] * len(prompts)
+    for place in (*range(len(prompts)), *range(len(prompts))):  # the second time round the last ones are known
+        found[place] = place - 1 if prompts[place - 1] != prompts[place] else found[place - 1]
+    return [None if place is None else place % len(prompts) for place in found]

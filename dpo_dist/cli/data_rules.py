@@ -34,6 +34,36 @@ def require_data_for(config: RunConfig, sets: Mapping[str, TokenizedDataset]) ->
         )
 
 
+def require_metric_in(config: RunConfig, held_out: Mapping[str, TokenizedDataset]) -> None:
+    """The number that the best model is chosen by is one that its held-out set has.
+
+    Args:
+        config: the run's.
+        held_out: the sets by their names.
+    Raises:
+        ConfigError: it has none.
+    """
+    named = config.evaluation.best_of(tuple(held_out))
+    if named is None:
+        return
+    name, metric = named
+    found = held_out[name].preferences
+    has_good = found.num_desirable > 0
+    has = {
+        "rewards/accuracies": False,
+        "rewards/margins": has_good and found.num_rated > found.num_desirable,
+        "logps/chosen": has_good,
+        "mean_token_accuracy": has_good or not found.num_rated,
+    }
+    if found.num_pairs or has.get(metric, True):
+        return
+    raise ConfigError(
+        f"evaluation.metric_for_best_model={config.evaluation.metric_for_best_model}: {name} has no {metric}, for it "
+        f"holds no pairs, {found.num_desirable} good and {found.num_rated - found.num_desirable} bad completions; "
+        "take loss, or give other held-out data"
+    )
+
+
 def data_remarks(config: RunConfig, sets: Iterable[TokenizedDataset]) -> list[str]:
     """What to know of settings and data that go together, a sentence each.
 

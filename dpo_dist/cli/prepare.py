@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.architectures import Architecture, require_positions
-from dpo_dist.cli.data_rules import require_data_for
+from dpo_dist.cli.data_rules import require_data_for, require_metric_in
 from dpo_dist.cli.reading import datasets_of, tokenizer_of
 from dpo_dist.cli.requirements import (
     require_no_gpu_meant,
@@ -206,6 +206,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     found = datasets_of(config, tokenizer, cache_dir / "data", model_config.vocab_size)
     dataset, evaluation_sets = found.training, found.held_out
     require_data_for(config, found.places)
+    require_metric_in(config, found.held_out)
     train = config.train
     sampler = Sampler(len(dataset), train.examples_per_step, train.seed, train.shuffle)
     prepared = Prepared(

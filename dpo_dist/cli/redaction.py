@@ -15,7 +15,7 @@ from typing import Any
 
 HIDDEN = "***"
 _PATTERNS = (
-    (re.compile(r"(?<=://)[^/\s@]+(?=@)"), HIDDEN),
+    (re.compile(r"(?<=://)[^/\s]+(?=@)"), HIDDEN),
     (re.compile(r"(?<=://)([^/\s:@]+):\S+(?=@[\w.-]+)"), HIDDEN),  # a slash in the password
     (
         re.compile(

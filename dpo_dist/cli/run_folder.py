@@ -17,7 +17,7 @@ import xxhash
 from dpo_dist.checkpoint import explain_write_error, free_bytes, human_bytes, replace_text
 from dpo_dist.cli.redaction import redacted_values
 from dpo_dist.cli.requirements import LOCK_FILE
-from dpo_dist.config import RunConfig, dump_resolved, without_secrets
+from dpo_dist.config import RunConfig, dump_resolved
 from dpo_dist.distributed import Ranks, broadcast_json, raising_together
 from dpo_dist.errors import ConfigError, FolderInUseError, StorageError
 from dpo_dist.metrics import TRACKERS, MetricsFile
@@ -169,8 +169,8 @@ def start_trackers(config: RunConfig, metrics: MetricsFile, first_step: int) -> 
     """
     folder, values = Path(config.train.output_dir), redacted_values(config.model_dump(mode="json"))
     for section in ("train", "evaluation"):
-        for source in values["data"][section]:
-            source["path"] = without_secrets(source["path"])
+        for source, given in zip(values["data"][section], getattr(config.data, section), strict=True):
+            source["path"] = given.shown
     for name in config.log.report_to:
         try:
             metrics.add_tracker(name, TRACKERS[name](folder, values, first_step))

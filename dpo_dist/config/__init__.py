@@ -22,7 +22,7 @@ Imports neither torch nor transformers: a mistake in a configuration is reported
 """
 
 from dpo_dist.config.adapter import AdapterConfig
-from dpo_dist.config.addresses import is_url, is_web, without_secrets
+from dpo_dist.config.addresses import is_url, is_web, shown_url, without_secrets
 from dpo_dist.config.data import DataConfig, DataSource, Pairing, Rated
 from dpo_dist.config.deepspeed import load_deepspeed
 from dpo_dist.config.evaluation import BEST_BY, EvaluationConfig, HealthConfig
@@ -72,5 +72,6 @@ __all__ = [
     "load_deepspeed",
     "options_table",
     "package_file",
+    "shown_url",
     "without_secrets",
 ]

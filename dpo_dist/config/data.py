@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dpo_dist.config.addresses import is_url, without_secrets
+from dpo_dist.config.addresses import is_url, shown_url
 from dpo_dist.config.section import Flag, Number, Section, Text
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl|json|parquet|arrow|csv)(\.gz|\.zst)?$", re.IGNORECASE)
@@ -43,7 +43,7 @@ class DataSource(Section):
     @property
     def shown(self) -> str:
         """The path for messages and metrics: of a URL without what may be secret in it."""
-        return without_secrets(self.path) if is_url(self.path) else self.path
+        return shown_url(self.path) if is_url(self.path) else self.path
 
 
 class DataConfig(Section):

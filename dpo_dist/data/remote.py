@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
-from dpo_dist.config import DataSource, is_web, without_secrets
+from dpo_dist.config import DataSource, is_web, shown_url, without_secrets
 from dpo_dist.data.files import FORMATS, data_suffix
 from dpo_dist.data.remote_file import REFUSED, RemoteFile, State
 from dpo_dist.data.stores import stored_files
@@ -44,7 +44,7 @@ def remote_files(source: DataSource, key: str, copies: Path) -> tuple[tuple[Path
             be written; it changed while it was copied.
     """
     found = _named(source, key)
-    shown = [without_secrets(file.url) for file in found]
+    shown = [shown_url(file.url) for file in found]
     for one in shown:
         if data_suffix(_path_of(one)) is None:
             raise DataError(f"{key}.path={one} is not a file of a known type; give one of {FORMATS}")

@@ -13,6 +13,7 @@ from dpo_dist.data.remote_file import Readable, State
 
 _TIMEOUT_S = 60.0  # without a byte
 _TRY_AGAIN = frozenset({408, 425, 429})  # and all from 500 on
+_NO_ADDRESS = "a space, a letter beyond ASCII or a port that is no number; write such a character as %20 and the like"
 _VALIDATORS = ("ETag", "Last-Modified", "Content-Length")
 
 
@@ -56,7 +57,9 @@ class WebFile:
         except urllib.error.URLError as error:
             raise ConnectionError(str(error.reason)) from error
         except http.client.InvalidURL as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(_NO_ADDRESS) from error  # its text quotes the query
+        except UnicodeError as error:
+            raise ValueError(_NO_ADDRESS) from error
         except http.client.HTTPException as error:
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
 

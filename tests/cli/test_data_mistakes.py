@@ -91,3 +91,21 @@ def test_a_second_stage_without_its_first(config: Path) -> None:
     """The shipped configuration of two stages names a folder that the first writes."""
     message = refuse(config, "model.model_name_or_path=runs/smollm2_sft/model")
     assert "model.model_name_or_path=runs/smollm2_sft/model" in message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("loss", "metric", "error"),
+    [
+        ("bco", "mean_token_accuracy", "held has no mean_token_accuracy, for it holds no pairs, 0 good and 2 bad"),
+        ("[sigmoid, bco]", "rewards/accuracies", "held has no rewards/accuracies, for it holds no pairs"),
+    ],
+)
+def test_a_best_model_by_a_number_that_there_will_not_be(
+    config: Path, command: str, loss: str, metric: str, error: str
+) -> None:
+    rated = [{"prompt_ids": [k], "completion_ids": [8, 2], "label": k == 3} for k in (3, 4, 5)]
+    written(config, PAIR, *rated)
+    (config / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated[1:]))
+    held_out = ["data.evaluation=[{path: held.jsonl}]", "evaluation.eval_steps=1", f"loss.loss_type={loss}"]
+    assert error in refuse(config, *held_out, f"evaluation.metric_for_best_model={metric}", command=command)

@@ -51,8 +51,21 @@ def test_what_would_be_too_long_is_cut(dataset: TokenizedDataset) -> None:
     assert [size.completions for size in strangers.sizes] == [(3,), (1,), (1,)]
 
 
-def test_in_a_step_of_one_it_takes_its_own(dataset: TokenizedDataset) -> None:
-    assert Strangers(dataset, (1,), max_tokens=100)[1].completion_ids == ((23,),)
+def test_in_a_step_of_one_there_is_no_stranger(dataset: TokenizedDataset) -> None:
+    assert Strangers(dataset, (1,), max_tokens=100).rows == []
+
+
+def test_completions_after_the_same_prompt_are_no_strangers(tmp_path: Path) -> None:
+    prompts = (1, 1, 2, 2, 1)
+    rows = [{"prompt_ids": [p], "completion_ids": [20 + k], "label": k % 2 == 0} for k, p in enumerate(prompts)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=[DataSource(path=str(path))])
+    dataset = prepare_dataset(data.train, data, save_tokenizer(tmp_path / "t"), tmp_path / "cache", rated="all")
+    strangers = Strangers(dataset, (0, 1, 2, 3, 4), max_tokens=100)
+    assert [strangers[row].completion_ids[0][0] for row in strangers.rows] == [23, 23, 21, 21, 23]
+    assert [strangers[row].prompt_ids for row in strangers.rows] == [(p,) for p in prompts]
+    assert Strangers(dataset, (4, 0, 1), max_tokens=100).rows == []
 
 
 def test_denominators(dataset: TokenizedDataset) -> None:

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from datasets import Dataset
 
-from dpo_dist.config import DataConfig, DataSource, is_url, load_config, without_secrets
+from dpo_dist.config import DataConfig, DataSource, is_url, load_config, shown_url, without_secrets
 from dpo_dist.config.files import find_input
 from dpo_dist.data import PreferenceExample, RowFault, Source, open_source, remote, stores
 from dpo_dist.errors import DataError
@@ -315,6 +315,39 @@ def test_secrets_are_part_of_no_name(web: WebServer, tmp_path: Path) -> None:
 def test_secrets_are_hidden(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
     assert without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://u:p@q@h/it's (1).jsonl?code=a'b)c d", "https://***@h/it's (1).jsonl?***"),
+        ("https://u:p/q@h/a.jsonl", "https://***@h/a.jsonl"),
+        ("s3://key:se/cret@bucket/a.jsonl", "s3://***@bucket/a.jsonl"),
+        ("https://h:8000/a@b.jsonl?***", "https://h:8000/a@b.jsonl?***"),
+        ("hf://datasets/owner/name@main/a.jsonl", "hf://datasets/owner/name@main/a.jsonl"),
+        ("s3://bucket/pairs-?.jsonl", "s3://bucket/pairs-?.jsonl"),
+        ("s3://bucket/it's.jsonl?versionId=a'b", "s3://bucket/it's.jsonl?***"),
+    ],
+)
+def test_secrets_of_an_address_are_hidden_whatever_stands_beside_them(url: str, shown: str) -> None:
+    assert shown_url(url) == DataSource(path=url).shown == shown
+    assert shown_url(shown) == shown
+
+
+@pytest.mark.parametrize("query", ["code=abc'd", "code=abc)d"])
+def test_quotes_in_a_query(web: WebServer, tmp_path: Path, query: str) -> None:
+    web.put("it's (1).jsonl", TEXT)
+    source = opened(f"{web.url}/it's (1).jsonl?{query}", tmp_path)
+    assert source.files[0][1] == f"{web.url}/it's (1).jsonl?***"
+    assert len(list(source.examples())) == len(ROWS)
+
+
+@pytest.mark.parametrize("query", ["code=abc d", "code=abcö", "code=abc\x01"])
+def test_a_query_that_is_none_is_not_quoted(web: WebServer, tmp_path: Path, query: str) -> None:
+    web.put("pairs.jsonl", TEXT)
+    with pytest.raises(DataError, match="write such a character as %20") as caught:
+        read(f"{web.url}/pairs.jsonl?{query}", tmp_path)
+    assert "abc" not in str(caught.value)
 
 
 def test_a_url_is_not_looked_up_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

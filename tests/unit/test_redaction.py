@@ -24,6 +24,7 @@ ENVIRONMENT = "0123456789abcdef" * 2  # as a key of Weights & Biases
     ("text", "shown"),
     [
         ("model=https://me:secret@host/a", "model=https://***@host/a"),
+        ("https://me:se@cret@host/a", "https://***@host/a"),
         ("https://ghp@host/a@b", "https://***@host/a@b"),
         ("(https://host/a?token=abc&b=1) failed", "(https://host/a?token=***&b=1) failed"),
         ("https://host/a?b=1&X-Amz-Signature=abc", "https://host/a?b=1&X-Amz-Signature=***"),

@@ -144,7 +144,7 @@ class Strangers(Examples):
     def __init__(self, dataset: TokenizedDataset, examples: Sequence[int], max_tokens: int) -> None:
         self._dataset = dataset
         rated = [(row, size) for row, size in zip(examples, sizes_of(dataset, examples), strict=True) if size.ratings]
-        before = _with_another_prompt([dataset[row].prompt_ids for row, _ in rated])
+        before = _with_another_prompt([dataset.prompt_of(row) for row, _ in rated])
         self.rows = [row for (row, _), other in zip(rated, before, strict=True) if other is not None]
         self.sizes: list[ExampleSize] = []
         """Of each of them its prompt and the other's completion."""

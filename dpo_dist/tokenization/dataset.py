@@ -151,6 +151,11 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         batch, row = self._locate(index)
         return tuple(Pair(**pair) for pair in batch.column("pairs")[row].as_py())
 
+    def prompt_of(self, index: int) -> tuple[int, ...]:
+        """The prompt of one example; nothing else of it is read."""
+        batch, row = self._locate(index)
+        return _row_ids(batch.column("prompt_ids")[row].values)
+
     def ratings_of(self, index: int) -> tuple[bool, ...]:
         """Of each completion of an example whether it is called good; empty where the data do not say."""
         if not self.preferences.num_rated:

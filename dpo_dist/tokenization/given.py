@@ -125,8 +125,11 @@ def given_spans(
 
 
 def _with_given(ids: Sequence[int], offsets: Spans, spans: Spans) -> tuple[int, ...]:
-    """The ids, those marked that lie wholly in one of the spans."""
+    """The ids, those marked that lie wholly in one of the spans.
+
+    Some tokenizers leave spaces out: a token of spaces alone has no width, and stands where it ends.
+    """
     return tuple(
-        given(token) if any(begin <= first and last <= end for begin, end in spans) else token
+        given(token) if any(begin <= first and begin < last <= end for begin, end in spans) else token
         for token, (first, last) in zip(ids, offsets, strict=True)
     )

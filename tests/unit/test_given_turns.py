@@ -32,10 +32,14 @@ class Data:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def of(self, row: dict[str, Any], template: str = CHATML, **settings: Any) -> TokenizedDataset:
+    def of(self, row: dict[str, Any], template: str = CHATML, trims: bool = False, **settings: Any) -> TokenizedDataset:
         path = self.folder / "rows.jsonl"
         path.write_text(json.dumps(row) + "\n")
         self.spec = save_tokenizer(self.folder / "tokenizer", template)
+        if trims:
+            file = self.folder / "tokenizer" / "tokenizer.json"
+            trimming = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+            file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": trimming}))
         data = DataConfig(train=[DataSource(path=str(path))], **settings)
         return prepare_dataset(data.train, data, self.spec, self.folder / "cache")
 
@@ -150,3 +154,15 @@ def test_a_given_token_is_no_token_id() -> None:
     assert [given(0), given(5)] == [-1, -6]
     assert plain([given(0), 3, given(5)]) == (0, 3, 5)
     assert [is_learned(token) for token in (given(0), 0, 3)] == [False, True, True]
+
+
+def test_a_tokenizer_that_leaves_spaces_out_of_places(data: Data) -> None:
+    """Llama 3's does (`trim_offsets`): a token of spaces has no width, and stands where the next turn begins."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[U]{{ m['content'] }}[A]{% else %}{{ m['content'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    row = {**ROW, "chosen": [say("assistant", "Yes.  "), say("user", "  Sure?  "), say("assistant", "  Very.")]}
+    for trims in (False, True):
+        dataset = data.of(row, template, trims=trims)
+        assert data.learned(dataset) == ["Yes.  ", "  Very."]

@@ -86,7 +86,9 @@ class Baseline:
 
     def _divergence(self, plan: StepPlan, work: RankWork) -> float:
         dataset: Any = work.dataset
-        strangers = Strangers(dataset, plan.examples, self._most_tokens)
+        # As long as what stands in the data: that fits, and no setting for memory decides what is compared.
+        longest = dataset.most_tokens if self.max_length is None else min(self.max_length, dataset.most_tokens)
+        strangers = Strangers(dataset, plan.examples, longest)
         if not strangers.rows:
             return 0.0
         share = RankWork(
@@ -98,12 +100,6 @@ class Baseline:
         reference_logps_C = self.reference.completion_logps(share)
         total, count = self._log_ratios(share.reference_bins(), reference_logps_C, rated_only=False)
         return max(total / count, 0.0)
-
-    @property
-    def _most_tokens(self) -> int:
-        """Of a prompt with a completion; the last token of one is never an input."""
-        fits = min(self.packer.max_tokens, self.packer.reference_max_tokens) + 1
-        return fits if self.max_length is None else min(self.max_length, fits)
 
     def _learn(self, batches: Sequence[MicroBatch], reference_logps_C: Tensor, rewards: RewardMean) -> None:
         total, count = self._log_ratios(batches, reference_logps_C, rated_only=True)

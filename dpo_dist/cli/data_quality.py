@@ -21,7 +21,7 @@ def describe_quality(dataset: TokenizedDataset) -> list[str]:
     number_of = DistinctKeys(dataset_keys([dataset])).group
     chosen, rejected = number_of[chosen_P], number_of[rejected_P]
     prompts = len(DistinctKeys(_prompts(dataset)))
-    lengths = dataset.completion_lengths.flat
+    lengths = dataset.learned_lengths.flat
     longer = share_of_longer(lengths[chosen_P], lengths[rejected_P])
     of_lengths = "" if longer is None else f"; chosen is the longer one in {longer:.0%} of those that differ in length"
     found = [f"{counted(len(chosen), 'pair')} of {counted(prompts, 'different prompt')}{of_lengths}"]

@@ -78,8 +78,8 @@ def suggested_length(columns: PairColumns) -> int:
 
 def rules(columns: PairColumns) -> list[Rule]:
     """How often they are right, each among the pairs that it tells apart."""
-    flat = columns.dataset.completion_lengths.flat
-    found = [_rule("the longer completion", flat[columns.chosen], flat[columns.rejected])]
+    flat, learned = columns.dataset.completion_lengths.flat, columns.dataset.learned_lengths.flat
+    found = [_rule("the longer completion", learned[columns.chosen], learned[columns.rejected])]
     listed = _in_lists(columns)
     if len(listed):
         # The place in the file is that in the row's list; the smaller one wins.

@@ -213,6 +213,11 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         place = int(np.argmax(sequences))
         return int(sequences[place]), int(np.searchsorted(starts, place, side="right")) - 1
 
+    @cached_property
+    def most_tokens(self) -> int:
+        """Of a prompt with one completion."""
+        return self.longest_sequence()[0]
+
     def stats(self) -> dict[str, dict[str, int | float]]:
         """Token counts: min, percentiles, max, mean and sum of prompts, completions, sequences and examples.
 

@@ -53,6 +53,7 @@ class Plain:
             for name in ("tiny_policy", "tiny_reference")
         )
         self.seen: list[float] = []
+        self.longest = 0
 
     def ratio(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
         with torch.no_grad():
@@ -61,16 +62,17 @@ class Plain:
 
     @torch.no_grad()
     def strangers(self, items: list[Item]) -> float:
-        """KTO's z: every prompt with a completion of the rated one before it, in turns."""
+        """KTO's z: every prompt with a completion of the rated one before it, in turns, cut where it is too long."""
         rated = [item for item in items if item.good]
-        ratios = [
-            self.ratio(item.prompt, rated[k - 1].completions[k % len(rated[k - 1].completions)])
-            for k, item in enumerate(rated)
-        ]
+        ratios: list[Tensor] = []
+        for k, item in enumerate(rated):
+            foreign = rated[k - 1].completions[k % len(rated[k - 1].completions)]
+            ratios.append(self.ratio(item.prompt, foreign[: self.longest - len(item.prompt)]))
         return max(0.0, float(torch.stack(ratios).mean()))
 
     def run(self, items: list[Item], names: list[str]) -> Iterator[dict[str, float]]:
         optimizer = torch.optim.AdamW(self.policy.parameters(), 1e-3, (0.9, 0.999), eps=1e-8, weight_decay=0)
+        self.longest = max(len(item.prompt) + len(ids) for item in items for ids in item.completions)
         for step in range(STEPS):
             part = items[step * PER_STEP : (step + 1) * PER_STEP]
             value, baseline = self.loss(part, names)
@@ -116,6 +118,16 @@ def pair(row: dict[str, Any], good: tuple[bool, ...]) -> Item:
     return Item(tuple(row["prompt_ids"]), (tuple(row["chosen_ids"]), tuple(row["rejected_ids"])), good)
 
 
+def lopsided_rows() -> list[dict[str, Any]]:
+    """Long prompts with short completions beside short ones with long ones: crossed, they fit into no micro-batch."""
+    ids = [3 + k * k % 121 for k in range(400)]
+    sizes = [(100, 5) if k % 2 else (4, 90) for k in range(STEPS * PER_STEP)]
+    return [
+        {"prompt_ids": ids[k : k + p], "completion_ids": ids[2 * k + p : 2 * k + p + c], "label": k % 3 == 0}
+        for k, (p, c) in enumerate(sizes)
+    ]
+
+
 def stories() -> dict[str, tuple[list[str], list[dict[str, Any]], list[Item]]]:
     """Of each run its losses, its rows, and what they are to become."""
     rated, pairs = rated_rows(), pair_rows()
@@ -127,6 +139,7 @@ def stories() -> dict[str, tuple[list[str], list[dict[str, Any]], list[Item]]]:
     split = [pair(row, (True, False)) for row in pairs]
     return {
         "bco": (["bco"], rated, [single(row) for row in rated]),
+        "lopsided": (["kto"], lopsided_rows(), [single(row) for row in lopsided_rows()]),
         "weighted": (["kto"], weighted, [replace(item, weight=1.0 + k % 3) for k, item in enumerate(split)]),
         "pairs": (["kto"], pairs, split),
         "pairs_bco": (["bco"], pairs, split),

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from dpo_dist.batch import build_micro_batch
+from dpo_dist.cli.data_quality import describe_quality
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.errors import DataError
+from dpo_dist.inspection.columns import PairColumns
+from dpo_dist.inspection.lengths import rules
 from dpo_dist.packing import sizes_of
 from dpo_dist.selfcheck.comparison import alone
 from dpo_dist.tokenization import TokenizedDataset, load_tokenizer, prepare_dataset
@@ -166,3 +169,11 @@ def test_a_tokenizer_that_leaves_spaces_out_of_places(data: Data) -> None:
     for trims in (False, True):
         dataset = data.of(row, template, trims=trims)
         assert data.learned(dataset) == ["Yes.  ", "  Very."]
+
+
+def test_the_longer_completion_is_the_one_with_more_that_is_learned(data: Data) -> None:
+    short = say("assistant", "Yes.")
+    many_given = [short, say("user", "And is that so, even on a day like this?"), short]
+    dataset = data.of({"prompt": PROMPT, "chosen": many_given, "rejected": [say("assistant", "No." * 12)]})
+    assert "chosen is the longer one in 0%" in describe_quality(dataset)[0]
+    assert rules(PairColumns(dataset))[0].right == 0.0

@@ -25,7 +25,10 @@ _SETTLED_NS = 2 * 10**9
 
 
 # Of config.json, what says nothing of the numbers that the model computes; a run has a dtype of its own.
-_NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+_NAMES = (
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 def identity(folder: Path, memory: Path) -> str:

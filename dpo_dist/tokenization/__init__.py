@@ -15,6 +15,9 @@
     ratings.py    rows called good or bad  pairs, by prompt
     gathering.py  what of that applies     to a source
     bad_rows.py   rows without use         counts, and a message
+    writing.py    rows of all sources     one folder, gone on from where it was left (journal.py)
+    stored.py     what was written        tokenised examples
+    summary.py    a finished folder       what is in it, and whether it is whole
     writer.py     tokenised examples       Arrow file and its summary
     dataset.py    the same, memory-mapped  any row in constant time
     progress.py   what a user sees of that a bar, or a line now and then

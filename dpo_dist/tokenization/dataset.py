@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.data import Pair
 from dpo_dist.errors import DataError
 from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.stored import example_in, row_ids
+from dpo_dist.tokenization.summary import EXAMPLES_FILE, PreferenceCounts, read_summary
 from dpo_dist.tokenization.turns import plain
-from dpo_dist.tokenization.writer import EXAMPLES_FILE, PreferenceCounts, read_summary
 
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
 
@@ -123,16 +124,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         """One example, or several."""
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        batch, row = self._locate(index)
-        return TokenizedExample(
-            prompt_ids=_row_ids(batch.column("prompt_ids")[row].values),
-            completion_ids=tuple(_row_ids(ids.values) for ids in batch.column("completion_ids")[row]),
-            pairs=self.pairs_of(index),
-            source=batch.column("source")[row].as_py(),
-            weight=float(self.weights[index]),
-            ratings=self.ratings_of(index),
-            entry=int(batch.column("entry")[row].as_py()),
-        )
+        return example_in(*self._locate(index))
 
     def id_columns(self) -> Iterator[IdColumns]:
         """The ids of all examples, in order, some at a time; nothing is copied."""
@@ -154,7 +146,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     def prompt_of(self, index: int) -> tuple[int, ...]:
         """The prompt of one example; nothing else of it is read."""
         batch, row = self._locate(index)
-        return _row_ids(batch.column("prompt_ids")[row].values)
+        return row_ids(batch.column("prompt_ids")[row].values)
 
     def ratings_of(self, index: int) -> tuple[bool, ...]:
         """Of each completion of an example whether it is called good; empty where the data do not say."""
@@ -262,10 +254,6 @@ def _check_example(example: TokenizedExample, vocab_size: int) -> None:
                 f"vocabulary (0 to {vocab_size - 1}); tokenise with the model's own tokenizer, "
                 "or use the model the data was made for"
             )
-
-
-def _row_ids(values: pa.Array) -> tuple[int, ...]:
-    return tuple(np.from_dlpack(values).tolist())
 
 
 def _list_lengths(lists: pa.ListArray) -> np.ndarray:

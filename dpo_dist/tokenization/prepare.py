@@ -2,37 +2,28 @@
 
 The folder's name is a hash of all that decides what is in it. It is written under a temporary name and renamed when it
 is complete and on the disk, behind a file lock: of any number of processes one tokenises, the others wait and map its
-result, and a kill at any moment leaves nothing that could be taken for whole.
+result. A kill at any moment leaves nothing that could be taken for whole, and what the next start goes on from.
 """
 
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo_dist.config import DataConfig, DataSource, Rated
-from dpo_dist.data import RowFault, Source, open_source
-from dpo_dist.data.example import CUT_ALIKE, OVER_LONG, TIED, UNPAIRED
+from dpo_dist.data import open_source
 from dpo_dist.data.held_out import Part
-from dpo_dist.durable import locked, sync
+from dpo_dist.durable import locked
 from dpo_dist.errors import DataError
-from dpo_dist.phases import inject
-from dpo_dist.tokenization.bad_rows import BadRows, nothing_left
 from dpo_dist.tokenization.dataset import TokenizedDataset
-from dpo_dist.tokenization.gathering import Gathering
 from dpo_dist.tokenization.processes import RowProcesses
-from dpo_dist.tokenization.progress import telling
-from dpo_dist.tokenization.ratings import RatedCompletions
 from dpo_dist.tokenization.row_encoder import RowEncoder
+from dpo_dist.tokenization.summary import is_whole
 from dpo_dist.tokenization.tokenizer import TokenizerSpec, load_tokenizer, tokenizer_digest
 from dpo_dist.tokenization.worker import Work
-from dpo_dist.tokenization.writer import EXAMPLES_FILE, SUMMARY_FILE, ExampleWriter, is_whole
+from dpo_dist.tokenization.writing import write_dataset
 
 # Raise when the same rows would be written as other ids or in another layout.
 DATA_FORMAT = 6
@@ -93,7 +84,7 @@ def prepare_dataset(
                     if "strftime_now" in encoder.chat_template:
                         _LOGGER.warning(_DATED)
                     with closing(RowProcesses(encoder, work, digest)) as processes:
-                        _write(folder, opened, identities, data, processes, place, rated)
+                        write_dataset(folder, opened, identities, data, processes, place, rated)
         except OSError as error:
             raise DataError(
                 f"{cache_dir}: tokenised data cannot be written ({error.strerror or error}); "
@@ -159,109 +150,3 @@ def _cache_key(
     if data.chat_template_kwargs and tokenizer is not None:
         parts["chat_template_kwargs"] = data.chat_template_kwargs
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _write(
-    folder: Path,
-    sources: Sequence[Source],
-    identities: Sequence[list[str]],
-    data: DataConfig,
-    processes: RowProcesses,
-    place: str,
-    rated: Rated,
-) -> None:
-    """Tokenise into a temporary folder, bring it to the disk, give it its name. Needs the lock."""
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(leftover)
-    if folder.exists():
-        _LOGGER.warning("%s is damaged and is written again", folder)
-        shutil.rmtree(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        with closing(ExampleWriter(partial)) as writer:
-            found = _Found(RatedCompletions(data.pairing, keeps_rest=rated == "rest"), rated)
-            for found.entry, source in enumerate(sources):
-                found.num_read += _write_source(source, data, processes, writer, found, source is sources[-1])
-            if found.refused.total:
-                raise DataError(found.refused.refusal(place, found.num_read))
-            _require_unchanged(sources, identities)
-            notes = dict(sorted(found.notes.items()))
-            writer.finish(dict(sorted(found.bad_rows.items())), notes, sorted(found.ignored))
-        for name in (EXAMPLES_FILE, SUMMARY_FILE, "."):
-            sync(partial / name)
-        partial.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _LOGGER.info(
-        "tokenised %s examples, %s tokens, into %s", f"{writer.num_examples:,}", f"{writer.num_tokens:,}", folder
-    )
-
-
-def _require_unchanged(sources: Sequence[Source], identities: Sequence[list[str]]) -> None:
-    """The folder's name says what was in the files before they were read: it must be so still."""
-    for source, before in zip(sources, identities, strict=True):
-        if source.identity() != before:
-            raise DataError(
-                f"{source.key}.path={source.name} changed while it was read; wait until it is complete, and start again"
-            )
-
-
-@dataclass
-class _Found:
-    """What is told of the rows of all sources, and those of them that wait for others."""
-
-    rated: RatedCompletions
-    kind: Rated
-    entry: int = 0
-    """Of the source that is read."""
-    num_read: int = 0
-    refused: BadRows = field(default_factory=BadRows)
-    bad_rows: Counter[str] = field(default_factory=Counter[str])
-    """Those left out, by reason."""
-    notes: Counter[str] = field(default_factory=Counter[str])
-    ignored: set[str] = field(default_factory=set[str])
-
-
-def _write_source(
-    source: Source, data: DataConfig, processes: RowProcesses, writer: ExampleWriter, found: _Found, is_last: bool
-) -> int:
-    """Write the examples of a source, and count its bad rows: those left out, and those that refuse the run.
-
-    Returns:
-        How many rows were read.
-    """
-    left_out = BadRows()
-    gathering = Gathering(writer.write, data, found.rated, found.kind, found.entry)
-    num_read = 0
-    with telling(source) as tell:
-        for encoded in processes.encoded(source.rows()):
-            inject("tokenise")
-            found.notes.update(encoded.notes)
-            found.ignored |= encoded.ignored
-            for result in encoded.results:
-                num_read += 1
-                if isinstance(result, RowFault):
-                    (left_out if _is_left_out(result, data) else found.refused).add(result)
-                elif not found.refused.total:  # else only the bad ones matter from here on
-                    gathering.add(result)
-            tell(num_read, writer.num_tokens)
-    found.notes.update(gathering.finish(is_last))
-    counts = left_out.counts + Counter({UNPAIRED: found.rated.num_unpaired})
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
-    has_some = gathering.num_taken > 0 or found.refused.total > 0
-    waits = gathering.num_rated > 0 and (not is_last or writer.num_examples > 0)
-    is_held_out = source.part == "trained" and num_read == 0 and writer.num_examples > 0
-    if not (has_some or waits or is_held_out):
-        raise nothing_left(source, data, num_read, reasons, left_out)
-    if counts:
-        _LOGGER.warning("%s: %d of %d rows left out (%s)", source.key, counts.total(), num_read, reasons)
-    found.bad_rows.update(counts)
-    return num_read
-
-
-def _is_left_out(fault: RowFault, data: DataConfig) -> bool:
-    # Completions that are all equally good, or were cut to the same, are no mistake of the data.
-    is_expected = fault.reason in (TIED, CUT_ALIKE) or (fault.reason == OVER_LONG and data.truncation_mode != "error")
-    return data.on_bad_row == "skip" or is_expected

@@ -25,6 +25,11 @@ class RatedCompletions:
         self._keeps_rest = keeps_rest
         self._of_prompt: dict[Ids, list[TokenizedExample]] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether none waits."""
+        return not self._of_prompt
+
     def add(self, example: TokenizedExample) -> None:
         """Take the next one; it has a rating.
 

@@ -24,6 +24,8 @@ class EncodedRows:
 
     results: list[TokenizedExample | RowFault]
     notes: Counter[str]
+    num_rows: int
+    """Of the group, in the part or not."""
     ignored: set[str]
     """Columns that mean nothing here."""
 
@@ -68,7 +70,7 @@ class RowEncoder:
             if self._is_in_part(result):
                 results.append(result)
                 notes.update(own_notes)
-        return EncodedRows(results, notes, ignored)
+        return EncodedRows(results, notes, len(rows), ignored)
 
     def _is_in_part(self, result: TokenizedExample | RowFault) -> bool:
         """Faults are told of once, with what is trained on."""

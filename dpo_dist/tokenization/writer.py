@@ -1,8 +1,7 @@
 """Tokenised examples written to an Arrow file in batches, and summed up."""
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,23 @@ import pyarrow as pa
 import xxhash
 
 from dpo_dist.data.arrow_arrays import arrow_array, arrow_strings
+from dpo_dist.data.arrow_checks import checked_batch
 from dpo_dist.tokenization.encode import TokenizedExample
+from dpo_dist.tokenization.stored import example_from, examples_of
+from dpo_dist.tokenization.summary import (
+    BLOCK,
+    EXAMPLES_FILE,
+    PreferenceCounts,
+    Summary,
+    digest_of,
+    write_summary,
+)
 
-EXAMPLES_FILE = "examples.arrow"
-SUMMARY_FILE = "summary.json"
 # Bounds the memory of writing, and the 32-bit offsets of Arrow lists.
 _ROWS_PER_BATCH = 1024
 _TOKENS_PER_BATCH = 2**22
 
+_MAGIC_BYTES = 8  # of an Arrow file, before what is a stream as well
 _IDS = pa.list_(pa.int32())
 _PAIR = pa.struct(
     [
@@ -41,60 +49,6 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is known of a data set without reading its rows."""
-
-    num_examples: int
-    digest: str
-    """xxh3_128 of the Arrow file."""
-    fingerprint: str
-    max_token_id: int
-    bad_rows: dict[str, int]
-    notes: dict[str, int]
-    ignored_columns: list[str]
-    preferences: dict[str, int]
-    """As `PreferenceCounts`."""
-
-
-@dataclass
-class PreferenceCounts:
-    """What kinds of preferences a data set holds."""
-
-    num_pairs: int = 0
-    max_completions: int = 0
-    """Of one example."""
-    num_ranked: int = 0
-    """Examples whose rows held a list of completions."""
-    num_weighted: int = 0
-    """Examples with a pair whose weight is not 1, or that have another weight themselves."""
-    num_margins: int = 0
-    """Pairs with a margin other than 0."""
-    num_given_margins: int = 0
-    """Those of them that come from a column `margin`, not from scores."""
-    num_soft_labels: int = 0
-    """Pairs whose label is not sure."""
-    num_rated: int = 0
-    """Completions that are called good or bad, in no pair."""
-    num_given_tokens: int = 0
-    """Tokens of completions that are not learned."""
-    num_desirable: int = 0
-    """Those of them that are called good."""
-
-    def add(self, example: TokenizedExample) -> None:
-        """Count one example."""
-        num_margins = sum(pair.margin != 0 for pair in example.pairs)
-        self.num_pairs += len(example.pairs)
-        self.max_completions = max(self.max_completions, len(example.completion_ids))
-        self.num_ranked += example.is_ranked
-        self.num_weighted += any(weight != 1 for weight in (example.weight, *(pair.weight for pair in example.pairs)))
-        self.num_margins += num_margins
-        self.num_given_margins += 0 if example.is_ranked else num_margins
-        self.num_rated += len(example.ratings)
-        self.num_desirable += sum(example.ratings)
-        self.num_soft_labels += sum(pair.probability != 1 for pair in example.pairs)
-
-
 class ExampleWriter:
     """Writes examples to a folder, and sums them up; nothing is valid before `finish` returns."""
 
@@ -108,13 +62,59 @@ class ExampleWriter:
         self._digest = hashlib.sha256()
         self._max_token_id = -1
         self._buffered_tokens = 0
+        self._bytes_digest, self._num_hashed = xxhash.xxh3_128(), 0  # of what is in the file
+        self._num_batches = 0
         self.num_examples = 0
         self.num_tokens = 0
         self._preferences = PreferenceCounts()
 
+    def state(self) -> dict[str, Any]:
+        """What there is so far, as JSON values; `restore` of a new writer makes it the same one."""
+        self._file.flush()
+        with (self._folder / EXAMPLES_FILE).open("rb") as file:
+            file.seek(self._num_hashed)
+            while block := file.read(BLOCK):
+                self._bytes_digest.update(block)
+                self._num_hashed += len(block)
+        return {
+            "num_bytes": self._num_hashed,
+            "digest": self._bytes_digest.hexdigest(),
+            "fingerprint": self._digest.hexdigest(),
+            "num_batches": self._num_batches,
+            "buffer": [asdict(example) for example in self._buffer],
+            "max_token_id": self._max_token_id,
+            "num_examples": self.num_examples,
+            "num_tokens": self.num_tokens,
+            "preferences": asdict(self._preferences),
+        }
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take over what another writer has written to a folder until it gave its state.
+
+        Raises:
+            ValueError, KeyError, TypeError, OSError, pa.ArrowException: it is not that; this writer is of no use then.
+        """
+        if digest_of(folder / EXAMPLES_FILE, state["num_bytes"]) != state["digest"]:
+            raise ValueError("it is damaged")
+        with (folder / EXAMPLES_FILE).open("rb") as file:
+            file.seek(_MAGIC_BYTES)
+            stream = pa.ipc.open_stream(file) if state["num_batches"] else None
+            for _ in range(state["num_batches"]):
+                assert stream is not None
+                batch = checked_batch(stream.read_next_batch())
+                for example in examples_of(batch):
+                    self._digest.update(_canonical_bytes(example, _ids_of(example)))
+                self._write_batch(batch)
+        for values in state["buffer"]:
+            self.write(example_from(values))
+        if self._digest.hexdigest() != state["fingerprint"]:
+            raise ValueError("what was written is not what the journal says")
+        self._max_token_id, self.num_examples = state["max_token_id"], state["num_examples"]
+        self.num_tokens, self._preferences = state["num_tokens"], PreferenceCounts(**state["preferences"])
+
     def write(self, example: TokenizedExample) -> None:
         """Append one example."""
-        ids = np.array([*example.prompt_ids, *chain.from_iterable(example.completion_ids)], dtype="<i4")
+        ids = _ids_of(example)
         self._digest.update(_canonical_bytes(example, ids))
         self._max_token_id = max(self._max_token_id, int(np.maximum(ids, ~ids).max()))
         num_tokens = len(ids)
@@ -135,7 +135,7 @@ class ExampleWriter:
         self.close()
         summary = Summary(
             num_examples=self.num_examples,
-            digest=_digest(self._folder / EXAMPLES_FILE),
+            digest=digest_of(self._folder / EXAMPLES_FILE),
             fingerprint=self._digest.hexdigest(),
             max_token_id=self._max_token_id,
             bad_rows=bad_rows,
@@ -143,9 +143,7 @@ class ExampleWriter:
             ignored_columns=ignored_columns,
             preferences=asdict(self._preferences),
         )
-        values = asdict(summary)
-        text = json.dumps({**values, "sha256": _seal(values)}, indent=2) + "\n"
-        (self._folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
+        write_summary(self._folder, summary)
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -162,10 +160,19 @@ class ExampleWriter:
             _rating_column(self._buffer),
             arrow_array(np.array([example.entry for example in self._buffer], dtype=np.int32)),
         ]
-        self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        self._write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._buffer.clear()
         self._ids.clear()
         self._buffered_tokens = 0
+
+    def _write_batch(self, batch: pa.RecordBatch) -> None:
+        self._stream.write_batch(batch)
+        self._num_batches += 1
+
+
+def _ids_of(example: TokenizedExample) -> np.ndarray:
+    """Of prompt and completions, one behind the other."""
+    return np.array([*example.prompt_ids, *chain.from_iterable(example.completion_ids)], dtype="<i4")
 
 
 def _id_columns(examples: list[TokenizedExample], ids: list[np.ndarray]) -> tuple[pa.Array, pa.Array]:
@@ -213,38 +220,3 @@ def _canonical_bytes(example: TokenizedExample, ids: np.ndarray) -> bytes:
         + np.array(pairs, dtype="<f8").tobytes()
         + (b"" if set(more) == {1.0} else further)
     )
-
-
-def read_summary(folder: Path) -> Summary:
-    """What a folder's summary says.
-
-    Raises:
-        ValueError: it is not as it was written.
-        OSError: it cannot be read.
-    """
-    values = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or values.pop("sha256", None) != _seal(values):
-        raise ValueError(f"{SUMMARY_FILE} is damaged")
-    return Summary(**values)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a finished data set, every byte as it was written.
-
-    All of it is read: a flipped bit would be trained on, or end the process where a length is wrong.
-    """
-    try:
-        return _digest(folder / EXAMPLES_FILE) == read_summary(folder).digest
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _digest(path: Path) -> str:
-    """A hash of a whole file, at the pace of memory."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
-
-
-def _seal(values: dict[str, Any]) -> str:
-    """A hash of everything else that a summary says."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -172,6 +172,7 @@ def test_identity_follows_what_the_model_computes(folder: Path) -> None:
     """Weights, the settings that make numbers of them, and the model's own code; no names."""
     before = identity(folder, folder.parent / "memory")
     edit_config(folder, transformers_version="0.0.1", _name_or_path="other", dtype="bfloat16", use_cache=False)
+    edit_config(folder, pad_token_id=5, eos_token_id=[2, 7], initializer_range=0.5)
     assert identity(folder, folder.parent / "memory") == before
     found = {before}
     for changes in ({"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):

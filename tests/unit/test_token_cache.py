@@ -10,7 +10,7 @@ import pytest
 
 from dpo_dist.config import DataConfig, DataSource
 from dpo_dist.errors import DataError
-from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare, prepare_dataset
+from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec, prepare_dataset, writing
 
 ROWS = [
     {"prompt_ids": [n, 1, 2], "chosen_ids": [2, 3, n], "rejected_ids": [4] * (1 + n % 5), "weight": 1 + n / 8}
@@ -82,14 +82,14 @@ def test_a_data_file_that_grows_while_it_is_read(
     read: Callable[[], TokenizedDataset], source: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows must not be kept under the name of the shorter file."""
-    path, write = Path(source.path), prepare._write_source
+    path, write = Path(source.path), writing._write_source
 
     def growing(*arguments: Any) -> int:
         count = write(*arguments)
         path.write_text(path.read_text() + json.dumps(ROWS[0]) + "\n")
         return count
 
-    monkeypatch.setattr(prepare, "_write_source", growing)
+    monkeypatch.setattr(writing, "_write_source", growing)
     with pytest.raises(DataError, match=r"data\.train\.0\.path=.*pairs\.jsonl changed while it was read; wait until"):
         read()
     monkeypatch.undo()

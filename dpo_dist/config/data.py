@@ -114,11 +114,12 @@ class DataConfig(Section):
 
 
 def _shortest_names(sources: Sequence[DataSource], suffixes: Sequence[str]) -> tuple[str, ...]:
-    """The shortest end of each path that tells it apart, with its suffix."""
+    """The shortest end of each path that tells it apart, with its suffix; where only what is hidden does, a number."""
     paths = [PurePosixPath(_DATA_SUFFIX.sub("", one.shown.removesuffix("?***")), one.name or "") for one in sources]
     parts = [path.parts for path in paths]
     for depth in range(1, max((len(part) for part in parts), default=0) + 1):
         names = tuple("/".join(part[-depth:]) + end for part, end in zip(parts, suffixes, strict=True))
         if len(set(names)) == len(names):
             return names
-    return tuple(source.shown + end for source, end in zip(sources, suffixes, strict=True))
+    whole = [source.shown.removesuffix("?***") + end for source, end in zip(sources, suffixes, strict=True)]
+    return tuple(name + (f":{k}" if whole.index(name) < k else "") for k, name in enumerate(whole))

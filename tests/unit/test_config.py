@@ -700,6 +700,8 @@ def test_names_of_evaluation_sets_tell_them_apart():
     assert names(("owner/name", "test"), ("owner/name", "train")) == ("name:test", "name")
     assert names(("/a/b/test.jsonl", "train"), ("/a/c/test.jsonl", "train")) == ("b/test", "c/test")
     assert names(("/a/test.jsonl", "train"), ("/a/test.json", "train")) == ("/a/test.jsonl", "/a/test.json")
+    queries = (("https://h/d.jsonl?id=1", "train"), ("https://h/d.jsonl?id=2", "train"))
+    assert names(*queries) == ("https://h/d.jsonl", "https://h/d.jsonl:1")
 
 
 # ---- the shipped files, and back to YAML
@@ -1070,3 +1072,5 @@ def test_names_of_data_that_is_trained_on() -> None:
     assert names({"path": "x/hh.jsonl"}, {"path": "y/uf.parquet", "split": "extra"}) == ("hh", "uf:extra")
     assert names({"path": "x/hh.jsonl"}, {"path": "y/hh.jsonl"}) == ("x/hh", "y/hh")
     assert names({"path": "hh.jsonl"}, {"path": "uf.jsonl"}, {"path": "hh.jsonl", "limit": 5}) == ("hh", "uf", "hh:2")
+    of_queries = names({"path": "https://h/d.jsonl?id=1"}, {"path": "https://h/d.jsonl?id=2"})
+    assert of_queries == ("https://h/d.jsonl", "https://h/d.jsonl:1")

@@ -107,7 +107,8 @@ def report(config: RunConfig, cache_dir: Path, wanted: Wanted) -> str:
     reports = inspect_datasets(inspected.datasets, settings)
     if asked is not None:
         doubts = asked.doubts(inspected.datasets["data.train"], inspected.tokenizer)
-        reports[0] = replace(reports[0], doubts=doubts)
+        unasked = () if doubts else ("the model was not asked: it judges pairs, and data.train has none",)
+        reports[0] = replace(reports[0], doubts=doubts, remarks=(*reports[0].remarks, *unasked))
     done = [fixing.write(inspected, settings)] if fixing is not None else []
     if wanted.html is not None:
         _write_page(wanted.html, inspected, reports, missing)

@@ -178,6 +178,7 @@ def test_without_pairs_no_model_is_asked(config: Path) -> None:
     write_rows(config / "pairs.jsonl", [{"prompt_ids": [5, 6], "completion_ids": [7, row]} for row in range(8, 11)])
     said = inspect("--model", "model.reference_name_or_path=null", "loss.loss_type=sft")
     assert "there are no preferences to judge" in said and "contradicts" not in said
+    assert "note: the model was not asked: it judges pairs, and data.train has none" in said
 
 
 def test_robust_scores() -> None:

@@ -96,7 +96,12 @@ def main() -> None:
         with patch("dpo_dist.cli.sources.LiveReference", ShuffledInTheLoop):
             attempt(raised, "shuffled", lambda: run(folder, "shuffled"))
         attempt(raised, "other configuration", lambda: run(folder, "configuration", f"loss.beta=0.{ranks.rank + 1}"))
-        with patch.object(sampler, "_epoch_order", lambda n, *_: (torch.arange(n) + ranks.rank).numpy() % n):
+        examples_of = sampler.Sampler.examples_of
+
+        def others(own: sampler.Sampler, step: int) -> tuple[int, ...]:
+            return tuple((row + ranks.rank) % own.num_examples for row in examples_of(own, step))
+
+        with patch.object(sampler.Sampler, "examples_of", others):
             attempt(raised, "other plan", lambda: run(folder, "plan"))
         with patch.object(Prepared, "cost", CostModel(1.0 + ranks.rank)):  # the first plan is the same
             attempt(raised, "other cost", lambda: run(folder, "cost"))

@@ -24,6 +24,7 @@ from dpo_dist.tokenization import (
     prepare,
     prepare_dataset,
     repeated_data,
+    writing,
 )
 from dpo_dist.tokenization.encode import Encoder
 from dpo_dist.tokenization.tokenizer import tokenizer_digest
@@ -461,7 +462,7 @@ def test_a_full_disk_is_the_users_to_solve(run: Any, tmp_path: Path, monkeypatch
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare.ExampleWriter, "finish", full)
+    monkeypatch.setattr(writing.ExampleWriter, "finish", full)
     with pytest.raises(
         DataError, match=r"/cache: tokenised data cannot be written \(No space left on device\); make room"
     ):

@@ -16,16 +16,21 @@ Tell = Callable[[int, int], None]
 
 
 @contextmanager
-def telling(source: Source) -> Iterator[Tell]:
+def telling(source: Source, rows_before: int = 0) -> Iterator[Tell]:
     """A function that is called as often as there is something new, with the rows read and the tokens written.
 
     Only the process that tokenises calls it, so that one bar is shown, whichever rank that is.
 
     Args:
         source: that is read.
+        rows_before: rows that an earlier process has tokenised; in no rate.
     """
     if not sys.stderr.isatty():
-        yield _every(_LOG_EVERY_S, lambda rows, tokens, rate: _LOGGER.info("%s", _line(source, rows, tokens, rate)))
+
+        def say(rows: int, tokens: int, rate: float) -> None:
+            _LOGGER.info("%s", _line(source, rows, tokens, rate))
+
+        yield _every(_LOG_EVERY_S, rows_before, say)
         return
     # Workers import this file too, and show nothing.
     from rich.console import Console  # noqa: PLC0415
@@ -40,7 +45,7 @@ def telling(source: Source) -> Iterator[Tell]:
             total = None if share is None else 1.0
             bar.update(task, total=total, completed=share or 0, description=_line(source, rows, tokens, rate))
 
-        yield _every(_BAR_EVERY_S, show)
+        yield _every(_BAR_EVERY_S, rows_before, show)
 
 
 def _line(source: Source, rows: int, tokens: int, rate: float) -> str:
@@ -49,7 +54,7 @@ def _line(source: Source, rows: int, tokens: int, rate: float) -> str:
     return f"{source.key}: {rows:,} rows read{known}, {rate:,.0f} rows/s, {tokens:,} tokens"
 
 
-def _every(interval_s: float, show: Callable[[int, int, float], None]) -> Tell:
+def _every(interval_s: float, rows_before: int, show: Callable[[int, int, float], None]) -> Tell:
     start_s = time.monotonic()
     next_s = start_s + interval_s
 
@@ -58,6 +63,6 @@ def _every(interval_s: float, show: Callable[[int, int, float], None]) -> Tell:
         now_s = time.monotonic()
         if now_s >= next_s:
             next_s = now_s + interval_s
-            show(rows, tokens, rows / max(now_s - start_s, 1e-9))
+            show(rows, tokens, (rows - rows_before) / max(now_s - start_s, 1e-9))
 
     return tell

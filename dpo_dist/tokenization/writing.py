@@ -146,7 +146,7 @@ def _write_source(
     here, found.here = found.here, _Here()
     left_out.counts.update(here.left_out)
     gathering.num_taken, num_read = here.num_taken, here.num_read
-    with telling(source) as tell:
+    with telling(source, here.num_read) as tell:
         for encoded in processes.encoded(islice(source.rows(), here.num_rows, None)):
             inject("tokenise")
             here.num_rows += encoded.num_rows

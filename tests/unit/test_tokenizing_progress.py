@@ -113,3 +113,12 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "data.train.0: 2,000 rows read, 100%" in shown
     assert "rows/s, 28,000 tokens" in shown
     assert not caplog.records
+
+
+def test_rows_of_an_earlier_process_are_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = iter([0.0, 10.0, 20.0]), []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    tell = progress._every(10.0, 1000, lambda rows, tokens, rate: said.append((rows, rate)))
+    tell(1500, 1)
+    tell(3000, 1)
+    assert said == [(1500, 50.0), (3000, 100.0)]

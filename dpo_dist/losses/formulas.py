@@ -246,8 +246,14 @@ def apo_zero_unpaired(
     undesirable_weight: float = 1.0,
 ) -> PerCompletion:
     """`kto` with z = 0."""
-    weights = _by_rating(ratings, desirable_weight, undesirable_weight)
-    return weights * (-ratings * beta * completion_logratios).sigmoid()
+    return kto(
+        completion_logratios,
+        ratings,
+        completion_logratios.new_zeros(()),
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
 
 
 def _by_rating(ratings: PerCompletion, of_good: float, of_bad: float) -> PerCompletion:

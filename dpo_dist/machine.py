@@ -1,6 +1,9 @@
-"""What this machine lets a process have of its memory."""
+"""What this process asks of its machine: memory, and the same bits again."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -38,3 +41,21 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         for option, size in _KEEPING.items():
             libc.mallopt(option, size)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, torch takes algorithms that give the same bits again, and warns where it has none."""
+    if not wanted:
+        yield
+        return
+    settings: Any = torch.utils.deterministic  # its attributes are made while it is imported
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Else every new tensor would be filled: it costs time, and none is read here before it is written.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = fills

@@ -18,14 +18,16 @@ from torch.nn.attention import (
     restore_flash_attention_impl,
 )
 
-from dpo_dist.attention.limits import AttentionNeeds, KernelLimits
+from dpo_dist.attention.limits import AttentionNeeds
 from dpo_dist.attention.packages import FLASH_3, FLASH_4, FlashPackage, find_package
 
 # What torch calls a package, and the devices it lets it run on: _fa3.py:152, _fa4.py:121.
 _IN_TORCH = {FLASH_3: ("FA3", (9,)), FLASH_4: ("FA4", (9, 10))}
 
 
-def find_activation(capability: tuple[int, int], needs: Sequence[AttentionNeeds]) -> tuple[str | None, str]:
+def find_activation(
+    capability: tuple[int, int], needs: Sequence[AttentionNeeds], deterministic: bool
+) -> tuple[str | None, str]:
     """What torch can be given in the place of its own kernels on a device, or None; and what that means, in words."""
     package, why = find_package(capability)
     if package is None:
@@ -35,7 +37,9 @@ def find_activation(capability: tuple[int, int], needs: Sequence[AttentionNeeds]
     name, generations = _IN_TORCH[package]
     if capability[0] not in generations:
         return None, f"with torch's own flash-attn 2: it takes {package.name} on other devices only"
-    if reason := _misfit(package) or _limits(package, capability).obstacle([_as_torch_asks(need) for need in needs]):
+    # torch asks for a deterministic backward only if it is told to be deterministic: _fa3.py:592.
+    limits = package.limits(capability, deterministic)
+    if reason := _misfit(package) or limits.obstacle([_as_torch_asks(need) for need in needs]):
         return None, f"with torch's own flash-attn 2: {package.name} {reason}"
     return name, f"with {package.name} activated in torch"
 
@@ -60,13 +64,6 @@ def _misfit(package: FlashPackage) -> str | None:
     if forward is None or len(typing.get_args(inspect.signature(forward).return_annotation)) != 2:
         return f"does not return what torch {torch.__version__} expects of it"
     return None
-
-
-def _limits(package: FlashPackage, capability: tuple[int, int]) -> KernelLimits:
-    # torch asks for a deterministic backward only if it is told to be deterministic: _fa3.py:592.
-    if package is FLASH_3 and not torch.are_deterministic_algorithms_enabled():
-        return KernelLimits(256)
-    return package.limits(capability)
 
 
 def _as_torch_asks(need: AttentionNeeds) -> AttentionNeeds:

@@ -1,6 +1,7 @@
 """The function that transformers calls for every layer: layout, gathered keys and values, kernel."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_dist.attention.activation import activate
+from dpo_dist.attention.choice import Determinism
 from dpo_dist.attention.gather import gather_tokens
 from dpo_dist.attention.segments import sdpa_segments
 from dpo_dist.attention.varlen import flash_attention, torch_attention
@@ -25,14 +27,17 @@ _KERNELS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def register(backend: str) -> str:
+def register(backend: str, deterministic: Determinism = "auto") -> str:
     """Make a backend that `choose_backend` gave known to transformers; returns the name to load a model with.
 
     What an earlier run of this process activated in torch is taken back: a run has what it names and nothing else.
     """
     kernel, _, implementation = backend.partition("+")
     activate(implementation or None)
-    AttentionInterface.register(_NAMES[kernel], _with_layout(_KERNELS[kernel]))
+    called = _KERNELS[kernel]
+    if kernel == "flash_attn":
+        called = partial(called, deterministic=deterministic is not False)
+    AttentionInterface.register(_NAMES[kernel], _with_layout(called))
     return _NAMES[kernel]
 
 

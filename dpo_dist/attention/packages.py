@@ -40,8 +40,10 @@ class FlashPackage:
         """
         return importlib.import_module(self.module).flash_attn_varlen_func
 
-    def limits(self, capability: tuple[int, int]) -> KernelLimits:
-        """What it can do on a device, forward and with a backward that is deterministic."""
+    def limits(self, capability: tuple[int, int], deterministic: bool = True) -> KernelLimits:
+        """What it can do on a device, forward and backward; with a backward that is deterministic, or with any."""
+        if self is FLASH_3 and not deterministic:
+            return KernelLimits(256)
         if self is FLASH_3:
             # hopper/flash_api_stable.cpp, mha_bwd: heads above 192 are rounded up to 256, and there "deterministic" is
             # refused. Builds from before that check took the flag and ignored it.

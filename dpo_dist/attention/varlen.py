@@ -29,8 +29,13 @@ def flash_attention(
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Float[Tensor, " N"] | None,
+    deterministic: bool = True,
 ) -> Float[Tensor, "1 T N W"]:
     """By whichever flash-attn package is installed.
+
+    Args:
+        query_1NTH, key_1KUH, value_1KUW, layout, scale, sliding_window, softcap, s_aux: as of `sdpa_segments`.
+        deterministic: the backward. Otherwise the queries' gradient is added up by atomics, in any order.
 
     Raises:
         ConfigError: there is none, or it lacks what the architecture needs; `choose_backend` finds that earlier.
@@ -52,7 +57,7 @@ def flash_attention(
         causal=True,  # aligned at the bottom right, in all of them
         window_size=package.no_window if sliding_window is None else (sliding_window - 1, 0),
         softcap=softcap or 0.0,
-        deterministic=True,  # else dq is added up by atomics, in any order
+        deterministic=deterministic,
         **({} if s_aux is None else {"learnable_sink": s_aux}),
     )
     out_TNW = out[0] if isinstance(out, tuple) else out  # flash-attn 4 returns the log-sum-exp as well

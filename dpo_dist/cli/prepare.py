@@ -191,7 +191,7 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
     reference_config = load_config(reference_folder, model.trust_remote_code, key)
     reference_dtype = DTYPES[config.reference.dtype or model.dtype]
     kernels = [
-        choose_backend(model.attn_implementation, device, its_dtype, [attention_needs(one)])
+        choose_backend(model.attn_implementation, device, its_dtype, [attention_needs(one)], model.deterministic)
         for one, its_dtype in ((model_config, dtype), (reference_config, reference_dtype))
     ]
     sharing = decide_sharing(model_config, model.prefix_sharing)

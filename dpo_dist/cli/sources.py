@@ -163,7 +163,7 @@ def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
     model = load_model(
         prepared.reference_folder,
         prepared.reference_config,
-        register(prepared.reference_attention[0]),
+        register(prepared.reference_attention[0], config.model.deterministic),
         prepared.reference_dtype,
         deepspeed,
         gradient_checkpointing=False,

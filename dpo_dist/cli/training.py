@@ -1,6 +1,7 @@
 """`dpo-dist train`: build a run, prove it, train it, export it."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -37,7 +38,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher, process_group
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.errors import NumericsError
-from dpo_dist.machine import keep_freed_memory
+from dpo_dist.machine import deterministic_algorithms, keep_freed_memory
 from dpo_dist.metrics import MetricsFile
 from dpo_dist.model import four_bits, load_model
 from dpo_dist.phases import reach
@@ -59,10 +60,14 @@ def run_training(config: RunConfig, cache_dir: Path) -> None:
 def run_prepared(prepared: Prepared, cache_dir: Path) -> None:
     """The same of a run whose mistakes have been looked for."""
     config = prepared.config
+    if config.model.deterministic is True:
+        # cuBLAS reads it when it begins; without it torch finds its products not repeatable.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     stop = StopRequest()
     end_with_launcher()
     timeout = timedelta(seconds=config.parallel.ddp_timeout)
-    with process_group(timeout, release_process_group) as ranks, stop.listening():
+    same_bits = deterministic_algorithms(config.model.deterministic is True)
+    with same_bits, process_group(timeout, release_process_group) as ranks, stop.listening():
         adopt_process_group()
         plan = prepared.first_plan(ranks.world_size)
         # Before the models are loaded: ranks that disagree would wait for each other's shards for ever.
@@ -169,7 +174,7 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
     model = load_model(
         prepared.model_folder,
         prepared.model_config,
-        register(prepared.attention[0]),
+        register(prepared.attention[0], config.model.deterministic),
         prepared.dtype,
         prepared.deepspeed,
         wanted_at_loading(prepared),

@@ -36,6 +36,10 @@ class ModelConfig(Section):
     """Attention kernel. `flash_attn`: the flash-attn package; `torch`: PyTorch's variable-length kernel, with
     flash-attn 3 or 4 activated in it where one is installed and fits; `sdpa`: one call for each completion, runs
     everywhere; `auto`: the fastest of these that this machine and dtype have."""
+    deterministic: Literal["auto"] | Flag = "auto"
+    """Whether gradients are the same bits when a run is repeated on the same GPUs. `auto`: flash-attn's backward is
+    asked to be, and a package that cannot is passed over; `true`: all of torch is, where it can, and warns where it
+    cannot; `false`: nothing is asked to be, which is faster. On a CPU they are the same in any case."""
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
     """Compute every prompt once for all its completions. `auto`: where the architecture is known to allow it; `on`: an
     error where it is not; `off`: each completion carries its own copy of the prompt (same result, more tokens)."""

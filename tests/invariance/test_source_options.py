@@ -1,5 +1,6 @@
 """Every option of the reference, and 4 bits, reach what they are about, through the function that `train` calls."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
         return found[-1]
 
     return start
+
+
+def test_deterministic(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    stock = training._prove
+    monkeypatch.setattr(
+        training, "_prove", lambda *args: asked.append(torch.are_deterministic_algorithms_enabled()) or stock(*args)
+    )
+    for value in ("auto", "false", "true"):
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        begin(f"model.deterministic={value}")
+    assert (asked, os.environ["CUBLAS_WORKSPACE_CONFIG"]) == ([False, False, True], ":4096:8")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_dtype(begin: Begin) -> None:

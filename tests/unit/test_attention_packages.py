@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_dist.attention import AttentionNeeds, choose_backend, varlen
+from dpo_dist.attention import AttentionNeeds, choose_backend, interface, varlen
+from dpo_dist.attention.choice import Determinism
 from dpo_dist.attention.interface import register
 from dpo_dist.attention.packages import FLASH_2, FLASH_3, FLASH_4, FlashPackage
 from dpo_dist.errors import ConfigError
@@ -141,8 +143,8 @@ def flash_4_that_returns(machine: Machine, annotation: object) -> None:
     machine.monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def torch_as_configured(*needs: AttentionNeeds) -> tuple[str, str]:
-    return choose_backend("torch", CUDA, torch.bfloat16, [LLAMA, *needs])
+def torch_as_configured(*needs: AttentionNeeds, deterministic: Determinism = "auto") -> tuple[str, str]:
+    return choose_backend("torch", CUDA, torch.bfloat16, [LLAMA, *needs], deterministic)
 
 
 @pytest.mark.usefixtures("flash_3")
@@ -175,16 +177,38 @@ def test_auto_activates_nothing(machine: Machine) -> None:
     assert choose_backend("auto", CUDA, torch.bfloat16, [LLAMA])[0] == "flash_attn"
 
 
+def test_a_backward_that_may_be_any_has_more_heads(machine: Machine) -> None:
+    machine.has("9.0", FLASH_3)
+    for deterministic, kernel in ((True, "torch"), ("auto", "torch"), (False, "flash_attn")):
+        assert choose_backend("auto", CUDA, torch.bfloat16, [AttentionNeeds(256)], deterministic)[0] == kernel
+    assert choose_backend("flash_attn", CUDA, torch.bfloat16, [AttentionNeeds(256)], False)[0] == "flash_attn"
+
+
+@pytest.mark.parametrize(("deterministic", "asked"), [("auto", True), (True, True), (False, False)])
+def test_the_package_is_asked_for_the_backward_that_is_wanted(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, deterministic: Determinism, asked: bool
+) -> None:
+    machine.has("8.0", FLASH_2)
+    calls = []
+
+    def kernel(query: Tensor, *arguments: object, deterministic: bool) -> Tensor:
+        calls.append(deterministic)
+        return query
+
+    monkeypatch.setitem(interface._KERNELS, "flash_attn", kernel)
+    attention = ALL_ATTENTION_FUNCTIONS[register("flash_attn", deterministic)]
+    q = torch.zeros(1, 1, 1, 8)
+    attention(torch.nn.Module(), q, q, q, dpo_layout=interface._one_segment(1, 1))
+    assert calls == [asked]
+
+
 @pytest.mark.usefixtures("flash_3")
 def test_flash_3_in_torch_has_large_heads_unless_they_must_be_deterministic(machine: Machine) -> None:
     machine.has("9.0", FLASH_3)
     assert torch_as_configured(AttentionNeeds(256))[0] == "torch+FA3"
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch_as_configured()[0] == "torch+FA3"
-        backend, why = torch_as_configured(AttentionNeeds(256))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert torch_as_configured(AttentionNeeds(256), deterministic=False)[0] == "torch+FA3"
+    assert torch_as_configured(deterministic=True)[0] == "torch+FA3"
+    backend, why = torch_as_configured(AttentionNeeds(256), deterministic=True)
     assert (backend, "flash-attn 3 has no deterministic backward kernel for heads of dimension 256" in why) == (
         "torch",
         True,

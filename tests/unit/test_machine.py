@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -56,3 +57,15 @@ def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"mem_get_info": (50, 100), "memory_reserved": 30, "memory_allocated": 20}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     assert machine.free_bytes(torch.device("cuda"), 8) == 60
+
+
+def test_torch_is_deterministic_inside_only() -> None:
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    for wanted in (False, True):
+        with machine.deterministic_algorithms(wanted):
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == wanted
+            assert settings.fill_uninitialized_memory == (fills and not wanted)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert settings.fill_uninitialized_memory == fills

@@ -118,7 +118,7 @@ def _device(config: RunConfig, policy: Path | None) -> Finding:
     model = config.model
     try:
         needs = [attention_needs(load_config(policy, model.trust_remote_code))] if policy is not None else []
-        kernel, why = choose_backend(model.attn_implementation, device, DTYPES[model.dtype], needs)
+        kernel, why = choose_backend(model.attn_implementation, device, DTYPES[model.dtype], needs, model.deterministic)
         if "float16" in (model.dtype, config.reference.dtype) and device.type == "cpu":
             raise ConfigError("float16 needs a GPU, and there is none; use float32 or bfloat16")
     except DpoDistError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpo_dist.baseline import Baseline
+from dpo_dist.batch import RankWork
 from dpo_dist.checkpoint import CheckpointStore, RunState, Weights
 from dpo_dist.config import RunConfig
 from dpo_dist.distributed import Ranks, StopRequest, raise_together
@@ -23,7 +24,7 @@ from dpo_dist.losses import Objective
 from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, RewardMean, Window, sum_names
 from dpo_dist.pace import Pace
 from dpo_dist.packing import Packer, StepPlan, sizes_of
-from dpo_dist.reference import Reference
+from dpo_dist.reference import CachedReference, NoReference, Reference
 from dpo_dist.sampler import Sampler
 from dpo_dist.selfcheck import Proof
 from dpo_dist.tokenization import TokenizedDataset
@@ -66,6 +67,20 @@ class Run:
         """The plan of a global step; every rank computes the same one."""
         rows = self.sampler.examples_of(step)
         return self.packer.plan(step, rows, sizes_of(self.dataset, rows))
+
+    def share(self, step: int) -> tuple[StepPlan, RankWork]:
+        """The plan of a global step, and this rank's part of it with its micro-batches, from any thread.
+
+        On a GPU they lie in pinned memory.
+        """
+        device = self.ranks.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread begins at the first one, where pinning might make a context
+        plan = self.plan(step)
+        work = RankWork(plan, self.ranks.rank, self.dataset, self.packer.share_prompts, self.config.loss.ld_alpha)
+        reads_bins = not isinstance(self.reference, CachedReference | NoReference)
+        work.make(reads_bins and not self.config.reference.per_microbatch, pinned=device.type == "cuda")
+        return plan, work
 
     @property
     def sum_names(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from dpo_dist.batch import RankWork
+from dpo_dist.ahead import Ahead
 from dpo_dist.distributed import Stopped, broadcast_json, sum_over_ranks
 from dpo_dist.errors import NumericsError
 from dpo_dist.evaluation import evaluate
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 def train(run: Run, progress: Progress) -> None:
     """Minimise the preference loss from where `progress` stands until the run is over."""
     beta, device = run.config.loss.beta, run.ranks.device
+    ahead = Ahead(run.share, run.num_steps)
     while not progress.is_over(run.num_steps):
         reach("step", progress.step + 1)
-        plan = run.plan(progress.step)
-        work = RankWork(plan, run.ranks.rank, run.dataset, run.packer.share_prompts, run.config.loss.ld_alpha)
+        plan, work = ahead.of(progress.step)
         sums = torch.zeros(len(run.sum_names), dtype=torch.float64, device=device)
 
         # 1. How likely is every completion under the frozen reference?  (no gradient, large bins)
@@ -59,6 +59,7 @@ def train(run: Run, progress: Progress) -> None:
 
             # 5. Divide by the step's total weight: the gradient cannot depend on how the step is split.
             run.policy.backward(mean_loss(losses, plan.weights))
+            ahead.begin(progress.step + 1)
             sums += step_sums(batch, logps, logratios, losses, beta, tokens, len(run.config.data.train))
 
         # 6. Update theta; then, once in a while: log, evaluate, save.

@@ -1,6 +1,7 @@
 """One micro-batch as flat tensors: shared prompts, scored positions, pairs.
 
 layout.py       which queries see which keys
+arrangement.py  where each token lies in it
 micro_batch.py  one packed forward and what to score in it
 rank_work.py    one rank's share of a planned step
 """

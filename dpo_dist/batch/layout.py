@@ -46,7 +46,7 @@ class AttentionLayout:
 
 
 def build_layout(
-    q_lengths: Sequence[int], k_lengths: Sequence[int], kv_index: Sequence[int], num_tokens: int
+    q_lengths: Sequence[int], k_lengths: Sequence[int], kv_index: Sequence[int] | np.ndarray, num_tokens: int
 ) -> AttentionLayout:
     """The layout of segments that follow one another.
 
@@ -65,10 +65,10 @@ def build_layout(
 
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
 
-def _gathering(kv_index: Sequence[int], num_tokens: int) -> dict[str, Any]:
+def _gathering(kv_index: Sequence[int] | np.ndarray, num_tokens: int) -> dict[str, Any]:
     """The fields of a layout that say which token is read where; none if every token is read once, in order."""
     tokens = np.asarray(kv_index)
     if len(tokens) == num_tokens and (tokens == np.arange(num_tokens)).all():

@@ -11,15 +11,17 @@ Knows nothing of models, ranks or losses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpo_dist.batch.arrangement import Arrangement
 from dpo_dist.batch.layout import AttentionLayout, build_layout
 from dpo_dist.data import Pair
 from dpo_dist.tokenization import TokenizedExample
-from dpo_dist.tokenization.turns import is_learned, number_learned, plain
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,23 @@ class MicroBatch:
         """The same micro-batch on a device, all of it by one copy."""
         if self.input_ids_T.device == device:
             return self
+        return self._with(_move_together(self._tensors(), device))
+
+    def pinned(self) -> "MicroBatch":
+        """The same in one piece of pinned memory: `to` has nothing left to do on the host but to ask for the copy."""
+        return self._with(_in_one_piece(self._tensors(), pinned=True))
+
+    def untouched(self) -> "MicroBatch":
+        """The same as if no model had seen it; it has the memory of its tensors in common with this one."""
+        return self._with(self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        return [*_tensors_of(self).values(), *_tensors_of(self.layout).values()]
+
+    def _with(self, tensors: Sequence[Tensor]) -> "MicroBatch":
         own, of_layout = _tensors_of(self), _tensors_of(self.layout)
-        moved = _move_together([*own.values(), *of_layout.values()], device)
-        own = dict(zip(own, moved[: len(own)], strict=True))
-        of_layout = dict(zip(of_layout, moved[len(own) :], strict=True))
+        own = dict(zip(own, tensors[: len(own)], strict=True))
+        of_layout = dict(zip(of_layout, tensors[len(own) :], strict=True))
         return replace(self, layout=replace(self.layout, masks={}, reached=set(), **of_layout), **own)
 
     def completion_sums(self, values_M: Float[Tensor, " M"], weighted: bool = True) -> Float[Tensor, " C"]:
@@ -93,122 +108,81 @@ def build_micro_batch(
         share_prompts: compute each prompt once, or once per completion.
         ld_alpha: weight of the tokens that a completion has beyond the shortest one of its example (LD-DPO). None: 1.
     """
-    parts = _Parts()
-    for example, offset in zip(examples, completion_offsets, strict=True):
-        parts.add_preferences(example)
-        for k, completion_ids in enumerate(example.completion_ids):
-            parts.add_completion(example.prompt_ids, completion_ids, offset + k, share_prompts and k > 0)
-        if ld_alpha is not None:
-            parts.weigh_tokens(example, ld_alpha)
-    if not examples:
-        parts.add_filler()
-    return parts.finish(is_filler=not examples)
+    laid, preferences = Arrangement(examples, share_prompts), _Preferences()
+    for example in examples:
+        preferences.add(example)
+    # One token that is run and not scored, where there are no examples.
+    ids_T, positions_T = (laid.input_ids(), laid.positions()) if examples else (_NOUGHT, _NOUGHT)
+    weights_M = None if ld_alpha is None or not laid.learned_C.any() else laid.token_weights(ld_alpha)
+    return MicroBatch(
+        input_ids_T=torch.tensor(ids_T),
+        position_ids_T=torch.tensor(positions_T),
+        layout=laid.layout() if examples else build_layout([1], [1], _NOUGHT, 1),
+        score_index_M=torch.from_numpy(laid.score_index()),
+        target_ids_M=torch.from_numpy(laid.targets()),
+        completion_of_M=torch.from_numpy(laid.completion_of()),
+        completion_index_C=_indices(
+            [
+                offset + k
+                for example, offset in zip(examples, completion_offsets, strict=True)
+                for k in range(len(example.completion_ids))
+            ]
+        ),
+        completion_length_C=torch.from_numpy(laid.learned_C),
+        num_tokens=laid.num_tokens,
+        token_weight_M=None if weights_M is None else torch.from_numpy(weights_M),
+        **preferences.fields(),
+    )
 
 
-class _Parts:
-    """Python lists that grow to a micro-batch."""
+_NOUGHT = np.zeros(1, dtype=np.int64)
+
+
+class _Preferences:
+    """Lists that grow by the preferences of one example after another."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.q_lengths: list[int] = []
-        self.k_lengths: list[int] = []
-        self.kv_index: list[int] = []
-        self.score_index: list[int] = []
-        self.targets: list[int] = []
-        self.completion_of: list[int] = []
-        self.completion_index: list[int] = []
-        self.completion_lengths: list[int] = []
-        self.token_weights: list[float] = []
-        self.pairs: list[tuple[int, int, Pair]] = []
-        self.entries: list[int] = []
-        self.chosen_weights: list[float] = []
-        self.example_weights: list[float] = []
-        self.ratings: list[float] = []
-        self.example_weight = 0.0
-        self.num_unshared_tokens = 0
-        self.prompt_start = 0
+        self._pairs: list[tuple[int, int, Pair]] = []
+        self._entries: list[int] = []
+        self._chosen_weights: list[float] = []
+        self._example_weights: list[float] = []
+        self._ratings: list[float] = []
+        self._example_weight = 0.0
+        self._num_unshared_tokens = 0
 
-    def add_preferences(self, example: TokenizedExample) -> None:
-        first, prompt = len(self.completion_index), len(example.prompt_ids)
+    def add(self, example: TokenizedExample) -> None:
+        first, prompt = len(self._example_weights), len(example.prompt_ids)
         lengths = [len(ids) for ids in example.completion_ids]
-        self.example_weight += example.weight
-        self.example_weights += [example.weight] * len(lengths)
-        self.ratings += [1.0 if good else -1.0 for good in example.ratings] or [0.0] * len(lengths)
+        self._example_weight += example.weight
+        self._example_weights += [example.weight] * len(lengths)
+        self._ratings += [1.0 if good else -1.0 for good in example.ratings] or [0.0] * len(lengths)
         if not example.pairs:  # demonstrations, or rated
-            self.chosen_weights += [example.weight * good for good in example.ratings or [True] * len(lengths)]
-            self.num_unshared_tokens += sum(prompt + length for length in lengths)
+            self._chosen_weights += [example.weight * good for good in example.ratings or [True] * len(lengths)]
+            self._num_unshared_tokens += sum(prompt + length for length in lengths)
             return
-        self.entries += [example.entry] * len(example.pairs)
+        self._entries += [example.entry] * len(example.pairs)
         chosen_weights = [0.0] * len(lengths)
         for pair in example.pairs:
-            self.pairs.append((first + pair.chosen, first + pair.rejected, pair))
+            self._pairs.append((first + pair.chosen, first + pair.rejected, pair))
             chosen_weights[pair.chosen] += pair.weight
-            self.num_unshared_tokens += 2 * prompt + lengths[pair.chosen] + lengths[pair.rejected]
-        self.chosen_weights += chosen_weights
+            self._num_unshared_tokens += 2 * prompt + lengths[pair.chosen] + lengths[pair.rejected]
+        self._chosen_weights += chosen_weights
 
-    def add_completion(
-        self, prompt: Sequence[int], completion: Sequence[int], index: int, prompt_is_there: bool
-    ) -> None:
-        if not prompt_is_there:
-            self.prompt_start = len(self.ids)
-            self.ids += prompt
-            self.positions += range(len(prompt))
-        own_start, num_inputs = len(self.ids), len(completion) - 1
-        ids = completion if min(completion) >= 0 else plain(completion)
-        self.ids += ids[:-1]  # nothing is predicted from the last token
-        self.positions += range(len(prompt), len(prompt) + num_inputs)
-        q_length = num_inputs + (0 if prompt_is_there else len(prompt))
-        if q_length:  # a one-token completion after a shared prompt has nothing of its own to compute
-            self.q_lengths.append(q_length)
-            self.k_lengths.append(len(prompt) + num_inputs)
-            self.kv_index += range(self.prompt_start, self.prompt_start + len(prompt))
-            self.kv_index += range(own_start, own_start + num_inputs)
-        # The last prompt position predicts the first token of every completion.
-        places = [self.prompt_start + len(prompt) - 1, *range(own_start, own_start + num_inputs)]
-        if ids is not completion:  # what is given is read, and not scored
-            places = [place for place, token in zip(places, completion, strict=True) if is_learned(token)]
-            ids = [token for token in completion if is_learned(token)]
-        self.score_index += places
-        self.targets += ids
-        self.completion_of += [len(self.completion_index)] * len(ids)
-        self.completion_index.append(index)
-        self.completion_lengths.append(len(ids))
-
-    def weigh_tokens(self, example: TokenizedExample, ld_alpha: float) -> None:
-        lengths = [number_learned(ids) for ids in example.completion_ids]
-        public = min(lengths)
-        for length in lengths:
-            self.token_weights += [1.0] * public + [ld_alpha] * (length - public)
-
-    def add_filler(self) -> None:
-        self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
-
-    def finish(self, is_filler: bool) -> MicroBatch:
-        layout = build_layout(self.q_lengths, self.k_lengths, self.kv_index, len(self.ids))
-        return MicroBatch(
-            input_ids_T=_indices(self.ids),
-            position_ids_T=_indices(self.positions),
-            layout=layout,
-            score_index_M=_indices(self.score_index),
-            target_ids_M=_indices(self.targets),
-            completion_of_M=_indices(self.completion_of),
-            completion_index_C=_indices(self.completion_index),
-            completion_length_C=_indices(self.completion_lengths),
-            pair_chosen_B=_indices([pair[0] for pair in self.pairs]),
-            pair_rejected_B=_indices([pair[1] for pair in self.pairs]),
-            pair_weight_B=_numbers([pair.weight for _, _, pair in self.pairs]),
-            pair_margin_B=_numbers([pair.margin for _, _, pair in self.pairs]),
-            pair_probability_B=_numbers([pair.probability for _, _, pair in self.pairs]),
-            pair_entry_B=_indices(self.entries),
-            chosen_weight_C=_numbers(self.chosen_weights),
-            example_weight_C=_numbers(self.example_weights),
-            rating_C=_numbers(self.ratings),
-            example_weight=self.example_weight,
-            num_tokens=0 if is_filler else len(self.ids),
-            num_unshared_tokens=self.num_unshared_tokens,
-            token_weight_M=_numbers(self.token_weights) if self.token_weights else None,
-        )
+    def fields(self) -> dict[str, Any]:
+        """Those of a micro-batch."""
+        return {
+            "pair_chosen_B": _indices([chosen for chosen, _, _ in self._pairs]),
+            "pair_rejected_B": _indices([rejected for _, rejected, _ in self._pairs]),
+            "pair_weight_B": _numbers([pair.weight for _, _, pair in self._pairs]),
+            "pair_margin_B": _numbers([pair.margin for _, _, pair in self._pairs]),
+            "pair_probability_B": _numbers([pair.probability for _, _, pair in self._pairs]),
+            "pair_entry_B": _indices(self._entries),
+            "chosen_weight_C": _numbers(self._chosen_weights),
+            "example_weight_C": _numbers(self._example_weights),
+            "rating_C": _numbers(self._ratings),
+            "example_weight": self._example_weight,
+            "num_unshared_tokens": self._num_unshared_tokens,
+        }
 
 
 def _indices(values: Sequence[int]) -> Tensor:
@@ -225,10 +199,22 @@ def _tensors_of(container: "MicroBatch | AttentionLayout") -> dict[str, Tensor]:
 
 def _move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Small one-dimensional tensors on a device by a single copy: each copy costs a launch, whatever its size."""
-    raw = [tensor.view(torch.uint8) for tensor in tensors]
-    sizes = [-(-len(one) // 8) * 8 for one in raw]  # every part begins where any dtype may begin
-    packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for part, one in zip(packed.split(sizes), raw, strict=True):
-        part[: len(one)] = one
-    parts = packed.to(device, non_blocking=True).split(sizes)
-    return [part[: len(one)].view(tensor.dtype) for part, one, tensor in zip(parts, raw, tensors, strict=True)]
+    first = tensors[0].untyped_storage().data_ptr()
+    if any(tensor.untyped_storage().data_ptr() != first for tensor in tensors):
+        tensors = _in_one_piece(tensors, pinned=device.type == "cuda")
+    packed = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())
+    moved = packed.to(device, non_blocking=True)
+    begins = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
+    return [
+        moved[begin : begin + tensor.nbytes].view(tensor.dtype) for begin, tensor in zip(begins, tensors, strict=True)
+    ]
+
+
+def _in_one_piece(tensors: Sequence[Tensor], pinned: bool) -> list[Tensor]:
+    """The same, one after another in one piece of memory."""
+    sizes = [-(-tensor.nbytes // 8) * 8 for tensor in tensors]  # every part begins where any dtype may begin
+    packed = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+    parts = [part[: tensor.nbytes] for part, tensor in zip(packed.split(sizes), tensors, strict=True)]
+    for part, tensor in zip(parts, tensors, strict=True):
+        part.numpy()[:] = tensor.numpy().view(np.uint8)  # torch would start threads for the long ones
+    return [part.view(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]

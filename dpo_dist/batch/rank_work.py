@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from dpo_dist.batch.micro_batch import MicroBatch, build_micro_batch
-from dpo_dist.packing import StepPlan
+from dpo_dist.packing import Bins, StepPlan
 from dpo_dist.phases import reach
 from dpo_dist.tokenization import TokenizedExample
 
@@ -40,6 +40,7 @@ class RankWork:
         self._plan, self._rank, self.share_prompts, self._ld_alpha = plan, rank, share_prompts, ld_alpha
         self.dataset = dataset
         self.rows = tuple(plan.examples[position] for position in plan.examples_of_rank(rank))
+        self._made: dict[str, list[MicroBatch]] = {}
         self._examples: dict[int, TokenizedExample] = {}
         self._offsets: dict[int, int] = {}
         self.num_completions = 0
@@ -52,11 +53,33 @@ class RankWork:
     def micro_batches(self) -> list[MicroBatch]:
         """What the policy runs forward and backward on; equally many on every rank, which all ask for them."""
         reach("data")  # or their making would count as the reference's time
-        return [self.build(positions, self.share_prompts) for positions in self._plan.micro_batches[self._rank]]
+        return self._ask("policy", self._plan.micro_batches[self._rank])
 
     def reference_bins(self) -> list[MicroBatch]:
         """The same examples in the larger bins of a forward without gradient; equally many on every rank."""
-        return [self.build(positions, self.share_prompts) for positions in self._plan.reference_bins[self._rank]]
+        return self._ask("reference", self._plan.reference_bins[self._rank])
+
+    def make(self, reads_bins: bool, pinned: bool) -> None:
+        """Build now what `micro_batches` and `reference_bins` will give; no phase is reached.
+
+        Args:
+            reads_bins: whether somebody will ask for `reference_bins`.
+            pinned: see `MicroBatch.pinned`.
+        """
+        wanted = {"policy": self._plan.micro_batches[self._rank]}
+        if reads_bins:
+            wanted["reference"] = self._plan.reference_bins[self._rank]
+        for name, bins in wanted.items():
+            built = self._built(bins)
+            self._made[name] = [batch.pinned() for batch in built] if pinned else built
+
+    def _ask(self, name: str, bins: Bins) -> list[MicroBatch]:
+        if name not in self._made:
+            return self._built(bins)
+        return [batch.untouched() for batch in self._made[name]]  # what layers keep with one goes when it has been run
+
+    def _built(self, bins: Bins) -> list[MicroBatch]:
+        return [self.build(positions, self.share_prompts) for positions in bins]
 
     def example(self, position: int) -> TokenizedExample:
         """One of the rank's examples, by its position in the step."""

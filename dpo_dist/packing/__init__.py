@@ -8,12 +8,13 @@ plan.py   who computes what in a step
 
 from dpo_dist.packing.bins import slots_of, span
 from dpo_dist.packing.cost import TOKENS, AttentionCost, CostModel
-from dpo_dist.packing.plan import Packer, StepPlan
+from dpo_dist.packing.plan import Bins, Packer, StepPlan
 from dpo_dist.packing.sizes import ExampleSize, Lengths, input_tokens_of, longest_example, sizes_of
 
 __all__ = [
     "TOKENS",
     "AttentionCost",
+    "Bins",
     "CostModel",
     "ExampleSize",
     "Lengths",

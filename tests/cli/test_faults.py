@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from dpo_dist.cli import app
 from dpo_dist.engine import TrainingEngine
 from dpo_dist.metrics import WALL_CLOCK
+from dpo_dist.packing import StepPlan
+from dpo_dist.run import Run
 from tests.forking import fork_ranks
 from tests.golden.trajectories import FOLDER
 
@@ -46,6 +49,29 @@ def train(monkeypatch: pytest.MonkeyPatch, faults: str, *overrides: str, code: i
 def train_lines(out: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "split" not in line]
+
+
+# ---- the data
+
+
+def test_data_that_cannot_be_read_end_a_run_at_the_step_that_needs_them(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step before is made, counted and saved while they are read, beside it."""
+    stock, threads = Run.plan, list[threading.Thread]()
+
+    def plan(run: Run, step: int) -> StepPlan:
+        if step == 2:
+            threads.append(threading.current_thread())
+            raise OSError(5, "Input/output error", "examples.arrow")
+        return stock(run, step)
+
+    monkeypatch.setattr(Run, "plan", plan)
+    result = CliRunner().invoke(app, ["train", "run.yaml"])
+    assert isinstance(result.exception, OSError) and result.exception.filename == "examples.arrow"
+    assert result.exit_code == 1
+    assert len(train_lines(out)) == 2 and (out / "checkpoints" / "step-000002" / "manifest.json").is_file()
+    assert len(threads) == 1 and threads[0] is not threading.current_thread()
 
 
 # ---- numbers that are not finite

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist import metrics, trainer
-from dpo_dist.batch import RankWork
+from dpo_dist.ahead import Ahead
 from dpo_dist.cli import training
 from dpo_dist.config import load_config
 from tests.launching import REPOSITORY
@@ -79,15 +79,16 @@ def observed(config: str) -> list[Counter[str]]:
     """Train, and tell what was seen in each step."""
     syncs = Syncs()
 
-    def noting(*arguments: Any) -> RankWork:
-        syncs.by_step.append(Counter())
-        return RankWork(*arguments)
+    class Noting(Ahead[Any]):
+        def of(self, step: int) -> Any:
+            syncs.by_step.append(Counter())
+            return super().of(step)
 
     def train(*arguments: Any) -> None:
         with syncs:
             trainer.train(*arguments)
 
-    trainer.RankWork = noting  # type: ignore[misc, assignment]
+    trainer.Ahead = Noting  # type: ignore[misc, assignment]
     training.train = train
     training.run_training(load_config(config), Path(config).parent / "cache")
     return syncs.by_step

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_dist import evaluation, metrics, trainer
-from dpo_dist.batch import RankWork
+from dpo_dist.ahead import Ahead
 from dpo_dist.checkpoint import CheckpointStore
 from dpo_dist.cli import training
 from dpo_dist.cli.prepare import prepare
@@ -92,12 +92,13 @@ def play(config_file: str, folder: Path, world_size: int, rank: int, fault: str 
     prepared = prepare(config, folder / "cache")
     ranks, stop, seen = Ranks(rank, world_size, 0, torch.device("cpu")), StopRequest(), Collectives()
 
-    def noting(plan: Any, *arguments: Any) -> RankWork:
-        seen.begin(f"step {plan.step}")
-        stop.requested = plan.step >= STOP_BEFORE_STEP and fault != "deaf, and scores twice"
-        if fault == "asks alone":
-            dist.all_reduce(torch.zeros(1))
-        return RankWork(plan, *arguments)
+    class Noting(Ahead[Any]):
+        def of(self, step: int) -> Any:
+            seen.begin(f"step {step}")
+            stop.requested = step >= STOP_BEFORE_STEP and fault != "deaf, and scores twice"
+            if fault == "asks alone":
+                dist.all_reduce(torch.zeros(1))
+            return super().of(step)
 
     stock_evaluate = trainer.evaluate_all
 
@@ -112,7 +113,7 @@ def play(config_file: str, folder: Path, world_size: int, rank: int, fault: str 
 
     if fault == "deaf, and scores twice":
         trainer.step_sums = scoring_twice
-    trainer.RankWork = noting  # type: ignore[misc, assignment]
+    trainer.Ahead = Noting  # type: ignore[misc, assignment]
     trainer.evaluate_all = evaluate_all
     # What is gathered is not real, so neither is a loss; a rank without examples would have nothing to divide by.
     trainer.not_finite = lambda *values: ""

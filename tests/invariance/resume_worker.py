@@ -44,24 +44,26 @@ class Outcome:
 def observed(action: Action, rank: int) -> Iterator[Outcome]:
     """Note every step the training loop takes up; send the action's signals there."""
     from dpo_dist import trainer
-    from dpo_dist.batch import RankWork
+    from dpo_dist.ahead import Ahead
     from dpo_dist.phases import arm
 
     outcome = Outcome()
 
-    def noting(plan: Any, *arguments: Any) -> RankWork:
-        outcome.steps.append((plan.step, list(plan.examples)))
-        return RankWork(plan, *arguments)
+    class Noting(Ahead[Any]):
+        def of(self, step: int) -> Any:
+            plan, work = super().of(step)
+            outcome.steps.append((plan.step, list(plan.examples)))
+            return plan, work
 
     kill = [] if action.kill_at is None else [f"kill@*:{action.kill_at + 1}:step"]
     stop = [] if action.stop_at is None else [f"term@{action.stop_rank}:{action.stop_at + 1}:step"]
     arm(",".join(kill + stop), rank)
-    trainer.RankWork = noting
+    trainer.Ahead = Noting
     try:
         yield outcome
     finally:
         arm("", rank)
-        trainer.RankWork = RankWork
+        trainer.Ahead = Ahead
 
 
 def perform(action: Action, results: Path, rank: int) -> Outcome:

@@ -117,13 +117,13 @@ pinned() { # pinned PACKAGE: its line in constraints.txt
   grep "^$1==" "$repo/constraints.txt"
 }
 
-# flash-attn's own kernels and signatures, which tests/gpu_contract holds the GPU code to on a CPU. In a folder of its own,
-# for what is installed there must never be taken for a package that a GPU can use.
+# flash-attn's and Liger's own kernels and signatures, which tests/gpu_contract holds the GPU code to on a CPU. In a folder
+# of its own, for what is installed there must never be taken for a package that a GPU can use.
 install_gpu_contract() {
   local folder=$state/gpu_contract
   rm -rf "$folder"
   FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE pip_install --no-deps --no-build-isolation \
-    --target "$folder" "$(pinned flash-attn)" "$(pinned triton)"
+    --target "$folder" "$(pinned flash-attn)" "$(pinned liger-kernel)" "$(pinned triton)"
   pip_install --no-deps --target "$folder/flash_attn_4" "$(pinned flash-attn-4)"
 }
 

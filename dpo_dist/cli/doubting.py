@@ -22,7 +22,7 @@ from dpo_dist.config import RunConfig
 from dpo_dist.errors import ModelError, NumericsError
 from dpo_dist.inspection import PairColumns
 from dpo_dist.inspection.doubts import Doubts, find_doubts
-from dpo_dist.model import ScoringModel, find_fit, four_bits, load_model, try_architecture
+from dpo_dist.model import ScoringModel, find_fit, four_bits, load_model, require_liger, try_architecture
 from dpo_dist.packing import TOKENS, Packer, longest_example, sizes_of
 from dpo_dist.pretrained import DTYPES, attention_needs, decide_sharing, load_config, resolve_folder
 from dpo_dist.reference.selection import Selection, plans, score
@@ -120,12 +120,15 @@ class Asked:
         kernel, _ = choose_backend(
             config.model.attn_implementation, device, dtype, [attention_needs(self._model_config)]
         )
+        if config.model.use_liger_kernel:
+            require_liger(device, self._model_config)
         # A quantised policy has its own frozen weights as reference; another model is read as it stands.
         quantization = four_bits(config.adapter, dtype) if self._is_policys_base else None
         with self._named():
             model = load_model(
                 self._folder, self._model_config, register(kernel), dtype, {}, gradient_checkpointing=False,
                 trust_remote_code=config.model.trust_remote_code, quantization=quantization,
+                use_liger_kernel=config.model.use_liger_kernel,
             )  # fmt: skip
         if config.adapter.adapter_name_or_path is not None and self._is_policys_base:
             from dpo_dist.adapters import attach_adapter

@@ -194,6 +194,10 @@ def prepare(config: RunConfig, cache_dir: Path) -> Prepared:
         choose_backend(model.attn_implementation, device, its_dtype, [attention_needs(one)], model.deterministic)
         for one, its_dtype in ((model_config, dtype), (reference_config, reference_dtype))
     ]
+    if model.use_liger_kernel:
+        from dpo_dist.model import require_liger
+
+        require_liger(device, model_config, reference_config)
     sharing = decide_sharing(model_config, model.prefix_sharing)
     decide_sharing(reference_config, "auto")
     if model_config.vocab_size != reference_config.vocab_size:

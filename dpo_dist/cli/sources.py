@@ -169,6 +169,7 @@ def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
         gradient_checkpointing=False,
         trust_remote_code=config.model.trust_remote_code,
         quantization=four_bits(config.adapter, prepared.reference_dtype) if prepared.same_base else None,
+        use_liger_kernel=config.model.use_liger_kernel,
     )
     if config.adapter.adapter_name_or_path is not None and prepared.same_base:
         from dpo_dist.adapters import attach_adapter
@@ -225,7 +226,7 @@ def _beyond_a_cache(config: RunConfig) -> str:
 def _kind(prepared: Prepared) -> tuple[str, str]:
     """What besides the weights decides a stored value: number format; arithmetic and kernel."""
     dtype = prepared.config.reference.dtype or prepared.config.model.dtype
-    return dtype, numerics_of(prepared.reference_attention[0])
+    return dtype, numerics_of(prepared.reference_attention[0], prepared.config.model.use_liger_kernel)
 
 
 def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -> Situation:

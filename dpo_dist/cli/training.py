@@ -180,6 +180,7 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
         wanted_at_loading(prepared),
         config.model.trust_remote_code,
         four_bits(config.adapter, prepared.dtype),
+        config.model.use_liger_kernel,
     )
     if config.adapter.is_used:
         from dpo_dist.adapters import attach_adapter

@@ -95,7 +95,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "aux_loss_coef": _WEIGHT,
     "use_logits_to_keep": _HEAD,
     "use_liger_loss": _HEAD,
-    "use_liger_kernel": _HEAD,
+    "enable_liger_kernel": "the name here is model.use_liger_kernel",
     "liger_fused_linear_cross_entropy": _HEAD,
     # ---- reference
     "ref_model": _REFERENCE,

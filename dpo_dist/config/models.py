@@ -40,6 +40,10 @@ class ModelConfig(Section):
     """Whether gradients are the same bits when a run is repeated on the same GPUs. `auto`: flash-attn's backward is
     asked to be, and a package that cannot is passed over; `true`: all of torch is, where it can, and warns where it
     cannot; `false`: nothing is asked to be, which is faster. On a CPU they are the same in any case."""
+    use_liger_kernel: Flag = False
+    """Compute RMSNorm, SwiGLU and RoPE by the fused kernels of the package liger-kernel, which are made to save memory
+    and time: not measured here. The same result within rounding. Needs a GPU with Triton. The output head is computed
+    as ever, in chunks."""
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
     """Compute every prompt once for all its completions. `auto`: where the architecture is known to allow it; `on`: an
     error where it is not; `off`: each completion carries its own copy of the prompt (same result, more tokens)."""

@@ -10,10 +10,12 @@ probe.py         an architecture tried on a small random model
 adapted.py       an adapter inside a model, and the model without it
 quantization.py  frozen weights in four bits
 recomputation.py  which layers compute their activations again in backward
+liger.py         fused norms, MLPs and rotations, by a package
 """
 
 from dpo_dist.model.adapted import Adapter, base_name
 from dpo_dist.model.fit import Fit, find_fit
+from dpo_dist.model.liger import require_liger
 from dpo_dist.model.operations import model_cost
 from dpo_dist.model.own_forward import own_kernel
 from dpo_dist.model.probe import Probe, try_architecture
@@ -35,6 +37,7 @@ __all__ = [
     "model_cost",
     "node_groups",
     "own_kernel",
+    "require_liger",
     "sharded_loading",
     "try_architecture",
 ]

@@ -17,6 +17,7 @@ from dpo_dist.attention.interface import register
 from dpo_dist.batch import MicroBatch, build_micro_batch
 from dpo_dist.data import Pair
 from dpo_dist.errors import ModelError
+from dpo_dist.model.liger import without_liger
 from dpo_dist.model.scoring import ScoringModel
 from dpo_dist.pretrained.folder import first_line
 from dpo_dist.pretrained.shrunk import MAX_POSITIONS, shrunk
@@ -47,6 +48,7 @@ def try_architecture(config: PretrainedConfig, key: str, share_prompts: bool, tr
     refused = f"{key}: architecture {config.model_type} cannot be trained here: "
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise ModelError(f"{refused}transformers has no causal language model of it")
+    without_liger()  # of an earlier run of this process: it computes on GPUs only
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

@@ -20,6 +20,7 @@ from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model import recomputation
 from dpo_dist.model.adapted import Adapter
+from dpo_dist.model.liger import use_liger, without_liger
 from dpo_dist.model.own_forward import own_logps
 from dpo_dist.model.packed import as_packed
 from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
@@ -115,6 +116,7 @@ def load_model(
     gradient_checkpointing: recomputation.Recomputation,
     trust_remote_code: bool,
     quantization: BitsAndBytesConfig | None = None,
+    use_liger_kernel: bool = False,
 ) -> ScoringModel:
     """Load weights, partitioned under ZeRO-3, and make the model score micro-batches.
 
@@ -127,10 +129,12 @@ def load_model(
         gradient_checkpointing: recompute activations in backward; `auto`: in all layers until `recompute_first`.
         trust_remote_code: run code that lies in the folder.
         quantization: what `quantization.four_bits` gave, for weights that stay frozen.
+        use_liger_kernel: compute by the kernels that `liger.require_liger` let pass.
 
     Raises:
         ModelError: weights are missing, damaged, or do not belong to the configuration.
     """
+    without_liger()  # what is built before it is patched must be the architecture's own
     by_slices = quantization is None and _is_partitioned(deepspeed_config)
     try:
         with node_groups(deepspeed_config):
@@ -152,6 +156,8 @@ def load_model(
             )
         raise ModelError(f"model.model_name_or_path={folder} cannot be loaded: {reason}") from error
     _keep_as_stored(model)
+    if use_liger_kernel:
+        use_liger(model)
     recomputation.enable(model, gradient_checkpointing)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -96,6 +96,7 @@ def test_the_text_has_every_finding_and_a_verdict(config: str) -> None:
         ("model.reference_name_or_path=/nowhere", "model.reference_name_or_path", "does not exist"),
         ("data.train.0.path=none.jsonl", "data.train.0", "does not exist"),
         ("model.attn_implementation=flash_attn model.dtype=bfloat16", "device", "needs a CUDA device"),
+        ("model.use_liger_kernel=true", "device", "needs a GPU with Triton"),
         ("model.dtype=float16", "device", "float16 needs a GPU"),
         ("log.report_to=[mlflow]", "settings", "needs the package mlflow"),
     ],

@@ -17,6 +17,7 @@ from dpo_dist.attention import packages
 from dpo_dist.cli import app
 from dpo_dist.metrics import TRACKER_PACKAGES
 from tests.launching import REPOSITORY, launch
+from tests.liger_package import hide_liger, install_liger
 from tests.machine import Machine
 
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -173,6 +174,33 @@ def test_kernel_that_cannot_run(
     else:
         assert f"error: model.attn_implementation={kernel} " in message
         assert message.rstrip().endswith("; use auto, which picks the best kernel that works")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("has_gpu", "is_installed", "model_type", "reason"),
+    [
+        (False, True, "llama", "needs a GPU with Triton, and this run is on cpu"),
+        (True, False, "llama", "needs the package liger-kernel; install it by pip install 'dpo-dist[liger]'"),
+        (True, True, "arcee", "liger-kernel has no kernels for architecture arcee"),
+    ],
+)
+def test_liger_that_cannot_run(
+    config: Path, machine: Machine, has_gpu: bool, is_installed: bool, model_type: str, reason: str, command: str
+) -> None:
+    if has_gpu:
+        machine.monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if is_installed:
+        install_liger(config / "cache", machine.monkeypatch)
+    else:
+        hide_liger(machine.monkeypatch)
+    (config / "model").mkdir()
+    (config / "model" / "config.json").write_text(json.dumps({**TINY, "model_type": model_type}))
+    shutil.copy(GOLDEN / "tiny_policy" / "model.safetensors", config / "model")
+    message = refuse(config, "model.use_liger_kernel=true", "model.model_name_or_path=model", command=command)
+    assert "error: model.use_liger_kernel=true" in message
+    assert reason in message
+    assert message.rstrip().endswith("leave it out: the result is the same within rounding")
 
 
 def test_output_folder_in_use(config: Path) -> None:

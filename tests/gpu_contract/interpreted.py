@@ -1,8 +1,9 @@
-"""flash-attn's own variable-length kernels on the CPU: its Triton backend in Triton's interpreter.
+"""Kernels of flash-attn and Liger on the CPU, in Triton's interpreter.
 
-The interface, the layout of arguments and the semantics (bottom-right causal, windows, GQA, empty segments, gradients)
-are the package's own; its CUDA kernels are other code, and bfloat16 is not right in the interpreter. Must be imported
-before torch in a process of its own: Triton decides when it is imported, and one CUDA function of torch is replaced.
+Of flash-attn it is the Triton backend: the interface, the layout of arguments and the semantics (bottom-right causal,
+windows, GQA, empty segments, gradients) are the package's own; its CUDA kernels are other code. Liger's kernels are the
+ones that a GPU runs. bfloat16 is not right in the interpreter. Must be imported before torch in a process of its own:
+Triton decides when it is imported, and functions of torch and Triton are replaced.
 """
 
 import contextlib
@@ -21,10 +22,8 @@ def activate() -> None:
     Raises:
         RuntimeError: the packages are not installed.
     """
-    if not PACKAGES.is_dir():
-        raise RuntimeError(f"{PACKAGES} does not exist; ./launch/test.sh installs it")
-    os.environ.update(TRITON_INTERPRET="1", FLASH_ATTENTION_TRITON_AMD_ENABLE="TRUE")
-    sys.path.append(str(PACKAGES))
+    _find_packages()
+    os.environ["FLASH_ATTENTION_TRITON_AMD_ENABLE"] = "TRUE"
 
     import torch
     import triton
@@ -40,6 +39,40 @@ def activate() -> None:
     for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
         operator = getattr(flash_attn_interface, name)
         torch.library.register_kernel(operator, "cpu", operator._init_fn)
+
+
+def activate_liger() -> None:
+    """Make Liger's norms, MLPs and rotations compute on CPU tensors.
+
+    Raises:
+        RuntimeError: the packages are not installed.
+    """
+    _find_packages()
+
+    import numpy as np
+    import triton.language as tl
+    from liger_kernel.ops import geglu, rms_norm
+    from triton.runtime import interpreter
+
+    # The interpreter has none of CUDA's mathematical functions.
+    rms_norm.rsqrt = lambda x: tl.math.rsqrt(x)  # not the function itself, which the interpreter replaces while it runs
+    geglu.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
+    stock = interpreter._implicit_cvt
+
+    def as_argument(value: Any) -> Any:
+        """A float is a number of Triton's in a kernel, as it is on a GPU; the interpreter leaves it Python's."""
+        if isinstance(value, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+        return stock(value)
+
+    interpreter._implicit_cvt = as_argument
+
+
+def _find_packages() -> None:
+    if not PACKAGES.is_dir():
+        raise RuntimeError(f"{PACKAGES} does not exist; ./launch/test.sh installs it")
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(str(PACKAGES))
 
 
 class _Driver:

@@ -117,8 +117,13 @@ def _device(config: RunConfig, policy: Path | None) -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model
     try:
-        needs = [attention_needs(load_config(policy, model.trust_remote_code))] if policy is not None else []
+        configs = [load_config(policy, model.trust_remote_code)] if policy is not None else []
+        needs = [attention_needs(one) for one in configs]
         kernel, why = choose_backend(model.attn_implementation, device, DTYPES[model.dtype], needs, model.deterministic)
+        if model.use_liger_kernel:
+            from dpo_dist.model import require_liger
+
+            require_liger(device, *configs)
         if "float16" in (model.dtype, config.reference.dtype) and device.type == "cpu":
             raise ConfigError("float16 needs a GPU, and there is none; use float32 or bfloat16")
     except DpoDistError as error:

@@ -22,6 +22,7 @@ from dpo_dist.errors import NumericsError, StorageError
 from dpo_dist.health import Health, restored
 from dpo_dist.losses import Objective
 from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile, RewardMean, Window, sum_names
+from dpo_dist.model import Compilations
 from dpo_dist.pace import Pace
 from dpo_dist.packing import Packer, StepPlan, sizes_of
 from dpo_dist.reference import CachedReference, NoReference, Reference
@@ -57,6 +58,7 @@ class Run:
     proof: Proof | None  # None where train.self_check is off
     pace: Pace
     more_room: str  # what to change where memory runs out; empty where nothing was measured
+    compilations: Compilations | None
 
     @property
     def baseline(self) -> Baseline:

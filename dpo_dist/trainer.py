@@ -86,6 +86,8 @@ def _finish_step(
     step, health = progress.step, progress.health
     _take_in(run, progress, plan, totals, grad_norm)
 
+    if run.ranks.is_first and run.compilations is not None and (text := run.compilations.news(step)):
+        logger.info(text)
     if run.is_logged(step) or health.ended:
         _write_train_line(run, progress, grad_norm, learning_rate)
     if evaluation_is_due(run, step) and not progress.stopped:  # who asks for a stop may not wait; `restore` makes up

@@ -27,17 +27,24 @@ _KERNELS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def register(backend: str, deterministic: Determinism = "auto") -> str:
+def register(backend: str, deterministic: Determinism = "auto", compiled: bool = False) -> str:
     """Make a backend that `choose_backend` gave known to transformers; returns the name to load a model with.
 
     What an earlier run of this process activated in torch is taken back: a run has what it names and nothing else.
+
+    Args:
+        backend: its name.
+        deterministic: see `choose_backend`.
+        compiled: the layers that call it are (`model/compiled.py`), and it is not.
     """
     kernel, _, implementation = backend.partition("+")
     activate(implementation or None)
     called = _KERNELS[kernel]
     if kernel == "flash_attn":
         called = partial(called, deterministic=deterministic is not False)
-    AttentionInterface.register(_NAMES[kernel], _with_layout(called))
+    attention = _with_layout(called)
+    # Its lengths are numbers, other ones in every micro-batch: inside of what is compiled each would be compiled anew.
+    AttentionInterface.register(_NAMES[kernel], torch.compiler.disable(attention) if compiled else attention)
     return _NAMES[kernel]
 
 

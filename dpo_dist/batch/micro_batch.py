@@ -102,8 +102,8 @@ def build_micro_batch(
     """Lay out examples as one packed forward.
 
     Args:
-        examples: what to score; nothing gives a filler: one token that is run and not scored, so that a rank with less
-            work still takes part in ZeRO-3's gathers.
+        examples: what to score; nothing gives a filler: two tokens that are run and not scored, so that a rank with
+            less work still takes part in ZeRO-3's gathers.
         completion_offsets: for each example, the index of its first completion among all of the rank's step.
         share_prompts: compute each prompt once, or once per completion.
         ld_alpha: weight of the tokens that a completion has beyond the shortest one of its example (LD-DPO). None: 1.
@@ -111,13 +111,12 @@ def build_micro_batch(
     laid, preferences = Arrangement(examples, share_prompts), _Preferences()
     for example in examples:
         preferences.add(example)
-    # One token that is run and not scored, where there are no examples.
-    ids_T, positions_T = (laid.input_ids(), laid.positions()) if examples else (_NOUGHT, _NOUGHT)
+    ids_T, positions_T = (laid.input_ids(), laid.positions()) if examples else (np.zeros_like(_FILLER), _FILLER)
     weights_M = None if ld_alpha is None or not laid.learned_C.any() else laid.token_weights(ld_alpha)
     return MicroBatch(
         input_ids_T=torch.tensor(ids_T),
         position_ids_T=torch.tensor(positions_T),
-        layout=laid.layout() if examples else build_layout([1], [1], _NOUGHT, 1),
+        layout=laid.layout() if examples else build_layout([2], [2], _FILLER, 2),
         score_index_M=torch.from_numpy(laid.score_index()),
         target_ids_M=torch.from_numpy(laid.targets()),
         completion_of_M=torch.from_numpy(laid.completion_of()),
@@ -135,7 +134,9 @@ def build_micro_batch(
     )
 
 
-_NOUGHT = np.zeros(1, dtype=np.int64)
+# The positions of tokens that are run and not scored, where there are no examples. Two: for a single one torch.compile
+# would compile everything anew, in the middle of a run.
+_FILLER = np.arange(2)
 
 
 class _Preferences:

@@ -24,6 +24,7 @@
     sample.py    `sample` (generating.py: the work; ranking.py: scores)
     doctoring.py `doctor`; doctor/ has what it looks at
     recomputing.py which layers recompute activations
+    compiling.py what torch.compile needs
     room.py      what to change where memory runs out
     pacing.py    what measures a run, and what is said of it at the end
     trained_model.py what is written of a trained model

@@ -22,9 +22,9 @@ def end_rank(exit_code: int) -> NoReturn:
     DeepSpeed's hooks refer to themselves in circles and keep process groups with their threads alive; now and then one
     of these aborts a process whose work is done and saved, and its launcher reports a failed run.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # What Python does first: pools are told that nothing will come any more, or their threads would be waited for in
+    # vain; then all threads are waited for.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()  # trackers and others have something to say
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,13 +6,14 @@ The data comes first: a mistake in it is found without importing DeepSpeed or a 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
 
 from dpo_dist.attention import choose_backend
 from dpo_dist.cli.architectures import Architecture, require_positions
+from dpo_dist.cli.compiling import require_compilable
 from dpo_dist.cli.data_rules import require_data_for, require_metric_in
 from dpo_dist.cli.reading import datasets_of, tokenizer_of
 from dpo_dist.cli.requirements import (
@@ -36,6 +37,9 @@ from dpo_dist.pretrained import (
 )
 from dpo_dist.sampler import Sampler
 from dpo_dist.tokenization import TokenizedDataset, TokenizerSpec
+
+if TYPE_CHECKING:
+    from dpo_dist.model import Compilations
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,13 @@ class Prepared:
 
         file = load_deepspeed(self.config.parallel.deepspeed)
         return engine_config(file, self.dtype, this_device(), self.config.train.max_grad_norm)
+
+    @cached_property
+    def compilations(self) -> "Compilations | None":
+        """Where it is counted what torch.compile compiles of policy and reference; None where it is not to."""
+        from dpo_dist.model import Compilations
+
+        return Compilations() if self.config.model.torch_compile else None
 
     @cached_property
     def unused_weights(self) -> tuple[str, ...]:
@@ -246,7 +257,8 @@ def _require_model(prepared: Prepared) -> None:
     config = prepared.config
     virtual = is_prompt_learning(config.adapter) if config.adapter.is_used else False
     require_positions(prepared.architectures, prepared.datasets, config.adapter.num_virtual_tokens if virtual else 0)
-    _ = prepared.deepspeed, prepared.unused_weights
+    _ = prepared.unused_weights
+    require_compilable(config, prepared.deepspeed, this_device())
     four_bits(config.adapter, prepared.dtype)
     if config.adapter.is_used:
         from dpo_dist.adapters import require_adapter

@@ -160,17 +160,13 @@ def reference_deepspeed(prepared: Prepared, ranks: Ranks) -> dict[str, Any]:
 def reference_engine(prepared: Prepared, ranks: Ranks) -> InferenceEngine:
     """The reference in memory, for as long as nobody releases it. Collective."""
     config, deepspeed = prepared.config, reference_deepspeed(prepared, ranks)
+    attention = register(prepared.reference_attention[0], config.model.deterministic, config.model.torch_compile)
     model = load_model(
-        prepared.reference_folder,
-        prepared.reference_config,
-        register(prepared.reference_attention[0], config.model.deterministic),
-        prepared.reference_dtype,
-        deepspeed,
-        gradient_checkpointing=False,
-        trust_remote_code=config.model.trust_remote_code,
+        prepared.reference_folder, prepared.reference_config, attention, prepared.reference_dtype, deepspeed,
+        gradient_checkpointing=False, trust_remote_code=config.model.trust_remote_code,
         quantization=four_bits(config.adapter, prepared.reference_dtype) if prepared.same_base else None,
-        use_liger_kernel=config.model.use_liger_kernel,
-    )
+        use_liger_kernel=config.model.use_liger_kernel, compilations=prepared.compilations,
+    )  # fmt: skip
     if config.adapter.adapter_name_or_path is not None and prepared.same_base:
         from dpo_dist.adapters import attach_adapter
 
@@ -225,8 +221,9 @@ def _beyond_a_cache(config: RunConfig) -> str:
 
 def _kind(prepared: Prepared) -> tuple[str, str]:
     """What besides the weights decides a stored value: number format; arithmetic and kernel."""
-    dtype = prepared.config.reference.dtype or prepared.config.model.dtype
-    return dtype, numerics_of(prepared.reference_attention[0], prepared.config.model.use_liger_kernel)
+    model, dtype = prepared.config.model, prepared.config.reference.dtype
+    kernels = prepared.reference_attention[0], model.use_liger_kernel, model.torch_compile
+    return dtype or model.dtype, numerics_of(*kernels)
 
 
 def _situation(prepared: Prepared, ranks: Ranks, cache: ReferenceCache | None) -> Situation:

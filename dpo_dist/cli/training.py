@@ -164,6 +164,7 @@ def _build(
         proof=None,
         pace=pace_of(prepared, ranks, policy, choice.source, recomputation),
         more_room=more_room(prepared, recomputation, ranks.world_size),
+        compilations=prepared.compilations,
     )
     with advising(run.more_room):
         return replace(run, proof=_prove(prepared, run))
@@ -174,13 +175,14 @@ def _policy(prepared: Prepared, ranks: Ranks) -> TrainingEngine:
     model = load_model(
         prepared.model_folder,
         prepared.model_config,
-        register(prepared.attention[0], config.model.deterministic),
+        register(prepared.attention[0], config.model.deterministic, config.model.torch_compile),
         prepared.dtype,
         prepared.deepspeed,
         wanted_at_loading(prepared),
         config.model.trust_remote_code,
         four_bits(config.adapter, prepared.dtype),
         config.model.use_liger_kernel,
+        prepared.compilations,
     )
     if config.adapter.is_used:
         from dpo_dist.adapters import attach_adapter

@@ -129,7 +129,7 @@ FOREIGN_KEYS: dict[str, str] = {
     "activation_offloading": "activations are recomputed by model.gradient_checkpointing, not offloaded",
     "model_init_kwargs": "options of the model stand in the section model",
     "disable_dropout": "dropout is always off",
-    "torch_compile": "the model is not compiled",
+    "torch_compile_mode": "only model.torch_compile: true or false",
     "chat_template_path": "the name here is data.chat_template",
     "template": "the tokenizer's chat template is used; change it in the tokenizer's folder",
     # ---- adapters and quantisation

@@ -108,6 +108,12 @@ def _model_rules(config: RunConfig) -> Iterator[Broken]:
             (("model", "dtype"),),
             "computes in bfloat16 or float16 only, and model.dtype=float32; use sdpa or auto, or another dtype",
         )
+    if model.torch_compile and model.use_liger_kernel:
+        yield (
+            ("model", "torch_compile"),
+            (("model", "use_liger_kernel"),),
+            "makes fused kernels of what model.use_liger_kernel=true computes by Liger's; leave one of them out",
+        )
     if not model.trust_remote_code:
         return
     if not is_local(model.model_name_or_path) and not COMMIT_HASH.fullmatch(model.revision or ""):

@@ -61,7 +61,8 @@ def measure_activations(policy: TrainingEngine, batch: MicroBatch) -> Activation
         policy: before its first update.
         batch: the same on every rank, of at least one token.
     """
-    with _saved_by(policy.model) as (inside, outside):
+    # Hooks within a layer would be compiled with it.
+    with policy.model.as_written(), _saved_by(policy.model) as (inside, outside):
         logps_M = policy.token_logps(batch)
     del logps_M
     tokens, num_layers = len(batch.input_ids_T), len(policy.model.switchable_layers)

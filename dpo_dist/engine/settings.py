@@ -7,12 +7,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine.operators import load_operator
 from dpo_dist.engine.whole import find_masters
 from dpo_dist.errors import ConfigError
+from dpo_dist.model import compiled_classes
 
 _LOGGER = logging.getLogger("DeepSpeed")
 _LOGGER.setLevel(logging.WARNING)
@@ -129,6 +131,9 @@ def initialize(model: nn.Module, config: dict[str, Any], **arguments: Any) -> An
         # DeepSpeed 0.19.8 takes the gradients of such a module when that of its input is there. The first layer's has
         # none where the embedding is frozen, as with adapters, and weights are let go before they are used.
         config = {**config, "zero_optimization": {k: v for k, v in zero.items() if k != "leaf_module"}}
+    if zero.get("stage", 0) == 3 and (classes := compiled_classes(model)):
+        # Else its hooks, which gather weights, run within a layer, and what is compiled ends at each.
+        set_z3_leaf_modules(model, list(classes))
     # It prints what memory it finds, on every rank.
     with redirect_stdout(io.StringIO()):
         engine = deepspeed.initialize(model=model, config=config, **arguments)[0]

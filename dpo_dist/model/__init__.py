@@ -9,11 +9,13 @@ own_forward.py   what the architecture's own class says of one sequence
 probe.py         an architecture tried on a small random model
 adapted.py       an adapter inside a model, and the model without it
 quantization.py  frozen weights in four bits
+compiled.py      decoder layers by torch.compile
 recomputation.py  which layers compute their activations again in backward
 liger.py         fused norms, MLPs and rotations, by a package
 """
 
 from dpo_dist.model.adapted import Adapter, base_name
+from dpo_dist.model.compiled import Compilations, compiled_classes
 from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.liger import require_liger
 from dpo_dist.model.operations import model_cost
@@ -26,11 +28,13 @@ from dpo_dist.model.slices import node_groups
 
 __all__ = [
     "Adapter",
+    "Compilations",
     "Fit",
     "Probe",
     "Recomputation",
     "ScoringModel",
     "base_name",
+    "compiled_classes",
     "find_fit",
     "four_bits",
     "load_model",

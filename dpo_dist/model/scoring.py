@@ -20,6 +20,7 @@ from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model import recomputation
 from dpo_dist.model.adapted import Adapter
+from dpo_dist.model.compiled import Compilations, compile_layers
 from dpo_dist.model.liger import use_liger, without_liger
 from dpo_dist.model.own_forward import own_logps
 from dpo_dist.model.packed import as_packed
@@ -49,11 +50,20 @@ def sharded_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 class ScoringModel(nn.Module):
     """A causal language model that is asked for log-probabilities of a packed micro-batch, never for logits."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, compilations: Compilations | None = None) -> None:
         super().__init__()
         self.model = model
+        self._is_compiled = compilations is not None
+        if compilations is not None:
+            compile_layers(model, compilations)
         model.set_output_embeddings(LogProbHead(_linear_head(model), logit_transform(model.config)))
         self.adapter: Adapter | None = None
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Inside, its layers are run as their class has them, and nothing is compiled."""
+        with torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext():
+            yield
 
     def adopt(self, adapter: Adapter) -> None:
         """Train what PEFT has put into the model, and nothing else."""
@@ -72,7 +82,8 @@ class ScoringModel(nn.Module):
             by_itself: by the architecture's own forward (`own_logps`), for a micro-batch of one completion.
         """
         if by_itself:
-            return own_logps(self.model if self.adapter is None else self.adapter.asked(self.model), batch)
+            with self.as_written():  # another attention, which would be compiled for this alone
+                return own_logps(self.model if self.adapter is None else self.adapter.asked(self.model), batch)
         packed = as_packed(batch) if self.adapter is None else self.adapter.pack(batch)
         packed.layout.reached.clear()  # policy and reference may be asked with the same micro-batch
         decoder = self.model.get_decoder()
@@ -117,6 +128,7 @@ def load_model(
     trust_remote_code: bool,
     quantization: BitsAndBytesConfig | None = None,
     use_liger_kernel: bool = False,
+    compilations: Compilations | None = None,
 ) -> ScoringModel:
     """Load weights, partitioned under ZeRO-3, and make the model score micro-batches.
 
@@ -130,6 +142,7 @@ def load_model(
         trust_remote_code: run code that lies in the folder.
         quantization: what `quantization.four_bits` gave, for weights that stay frozen.
         use_liger_kernel: compute by the kernels that `liger.require_liger` let pass.
+        compilations: let the decoder's layers be compiled, and count that here.
 
     Raises:
         ModelError: weights are missing, damaged, or do not belong to the configuration.
@@ -162,7 +175,7 @@ def load_model(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return ScoringModel(model)
+    return ScoringModel(model, compilations)
 
 
 def _by_transformers(

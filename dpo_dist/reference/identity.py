@@ -36,9 +36,9 @@ class CacheIdentity:
 _COMPARED = tuple(field.name for field in fields(CacheIdentity) if field.compare)
 
 
-def numerics_of(attention: str, uses_liger: bool = False) -> str:
-    """How values are computed: the version of our own arithmetic, and the kernels; `1-sdpa` or `1-sdpa-liger`."""
-    return f"{NUMERICS_VERSION}-{attention}{'-liger' if uses_liger else ''}"
+def numerics_of(attention: str, uses_liger: bool = False, is_compiled: bool = False) -> str:
+    """How values are computed: the version of our own arithmetic, and the kernels: `1-sdpa`, `1-sdpa-liger`."""
+    return f"{NUMERICS_VERSION}-{attention}{'-liger' if uses_liger else ''}{'-compiled' if is_compiled else ''}"
 
 
 def check_identity(folder: Path, identity: CacheIdentity, ignored: Collection[str]) -> bool:

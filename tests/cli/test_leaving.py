@@ -11,6 +11,7 @@ from tests.launching import environment
 
 PROGRAM = """
 import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 
 class Kept:
     def __del__(self):
@@ -20,6 +21,8 @@ kept = Kept()
 kept.itself = kept  # a circle, as DeepSpeed's
 atexit.register(lambda: print("last words", file=sys.stderr))
 threading.Thread(target=lambda: (time.sleep(2), print("a thread's", file=sys.stderr))).start()
+pool = ThreadPoolExecutor(1)  # kept by a library, as torch.compile does: its thread waits for work
+pool.submit(int).result()
 sys.argv = ["dpo-dist", *sys.argv[1:]]
 from dpo_dist.cli import main
 main()

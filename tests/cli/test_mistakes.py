@@ -124,6 +124,30 @@ TINY = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
 }  # fmt: skip
+COMPILED = "error: model.torch_compile=true "
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("adapter.peft_type=lora", "parallel.deepspeed=zero3_cpu"), "does not go with adapters under ZeRO-3, where"),
+        (("adapter.peft_type=prefix_tuning",), "does not go with virtual tokens (prefix_tuning, prompt_tuning"),
+        (("adapter.peft_type=lora", "adapter.load_in_4bit=true"), "does not go with adapter.load_in_4bit=true, whose"),
+    ],
+)
+def test_what_cannot_be_compiled(config: Path, overrides: tuple[str, ...], reason: str, command: str) -> None:
+    message = refuse(config, "model.torch_compile=true", *overrides, command=command)
+    assert COMPILED + reason in message
+    assert "leave" in message
+
+
+def test_no_compiler(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = refuse(config, "model.torch_compile=true", command="check")
+    assert COMPILED + "needs a C++ compiler on a CPU, and no-such-compiler is not found" in message
+
+
 GEMMA = {**TINY, "model_type": "gemma2", "head_dim": 256, "sliding_window": 4}
 QWEN_MOE = {**TINY, "model_type": "qwen2_moe", "use_sliding_window": True, "sliding_window": 4}
 

@@ -110,7 +110,7 @@ class _Parts:
             self.token_weights += [1.0] * public + [ld_alpha] * (length - public)
 
     def add_filler(self) -> None:
-        self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0], [0], [1], [1], [0]
+        self.ids, self.positions, self.q_lengths, self.k_lengths, self.kv_index = [0, 0], [0, 1], [2], [2], [0, 1]
 
     def finish(self, is_filler: bool) -> MicroBatch:
         layout = build_layout(self.q_lengths, self.k_lengths, self.kv_index, len(self.ids))

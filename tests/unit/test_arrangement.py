@@ -80,4 +80,5 @@ def test_nothing_learned_at_all() -> None:
 def test_two_micro_batches_have_no_memory_in_common() -> None:
     first, second = build_micro_batch([], [], True), build_micro_batch([], [], True)
     first.input_ids_T[0] = 7
-    assert second.input_ids_T.tolist() == second.position_ids_T.tolist() == [0]
+    first.position_ids_T[0] = 7
+    assert (second.input_ids_T.tolist(), second.position_ids_T.tolist()) == ([0, 0], [0, 1])

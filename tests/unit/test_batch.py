@@ -49,10 +49,10 @@ def test_unshared_layout_by_hand() -> None:
     assert batch.completion_index_C.tolist() == [4, 5]
 
 
-def test_filler_runs_one_token_and_scores_none() -> None:
+def test_filler_runs_two_tokens_and_scores_none() -> None:
     batch = build_micro_batch([], [], share_prompts=True)
-    assert (len(batch.input_ids_T), batch.num_tokens, batch.num_unshared_tokens) == (1, 0, 0)
-    assert batch.layout.q_lengths == batch.layout.k_lengths == (1,)
+    assert (len(batch.input_ids_T), batch.num_tokens, batch.num_unshared_tokens) == (2, 0, 0)
+    assert batch.layout.q_lengths == batch.layout.k_lengths == (2,)
     empty = (
         batch.score_index_M,
         batch.target_ids_M,

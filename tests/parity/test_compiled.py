@@ -1,0 +1,153 @@
+"""Compiled layers say what they said before, and are compiled once for all lengths."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_dist.attention.interface import register
+from dpo_dist.batch import MicroBatch, build_micro_batch
+from dpo_dist.config import TrainConfig, load_deepspeed
+from dpo_dist.engine import InferenceEngine, TrainingEngine, engine_config, inference_config, measure_activations
+from dpo_dist.errors import ModelError
+from dpo_dist.model import Compilations, ScoringModel, compiled_classes, load_model
+from dpo_dist.model.compiled import compile_layers
+from dpo_dist.pretrained import load_config
+from dpo_dist.reference import numerics_of
+from tests.parity.adapter_cases import examples_of_step, save_base
+from tests.tiny_engine import QUIET, only_rank
+
+pytestmark = [pytest.mark.timeout(600), *(pytest.mark.filterwarnings(rule) for rule in QUIET)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base") / "base", tied=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_compiled() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+    register("sdpa")
+
+
+def settings_of(stage: int) -> dict[str, Any]:
+    settings = engine_config(load_deepspeed(f"zero{stage}_cpu"), torch.float32, only_rank().device, 1e9)
+    settings["zero_optimization"].pop("leaf_module", None)  # what is compiled needs none of its own
+    return settings
+
+
+def load(base: Path, settings: dict[str, Any], counted: Compilations | None, recompute: bool = False) -> ScoringModel:
+    config = load_config(base, trust_remote_code=False)
+    name = register("sdpa", compiled=counted is not None)
+    return load_model(base, config, name, torch.float32, settings, recompute, False, compilations=counted)
+
+
+def trained(base: Path, stage: int, counted: Compilations | None, recompute: bool = False) -> TrainingEngine:
+    settings = settings_of(stage)
+    model = load(base, settings, counted, recompute)
+    return TrainingEngine(model, settings, TrainConfig(output_dir="unused", learning_rate=1e-2), only_rank())
+
+
+def batch_of(step: int) -> MicroBatch:
+    examples = examples_of_step(step)[: step + 1]
+    offsets = [sum(len(one.completion_ids) for one in examples[:place]) for place in range(len(examples))]
+    return build_micro_batch(examples, offsets, share_prompts=True)
+
+
+def steps(
+    engine: TrainingEngine, graphs: list[int], counted: Compilations | None = None
+) -> list[tuple[torch.Tensor, float]]:
+    """Log-probabilities and the gradient's norm of three updates, of micro-batches of other lengths."""
+    found = []
+    for step in range(3):
+        for batch in engine.accumulate([batch_of(step)]):
+            logps = engine.token_logps(batch)
+            engine.backward(logps.square().mean())
+        found.append((logps.detach(), float(engine.step(1e-2))))
+        graphs.append(counted.graphs if counted else 0)
+    return found
+
+
+@pytest.mark.parametrize(("stage", "recompute"), [(0, False), (3, True)])
+def test_the_same_training_from_one_compilation(base: Path, stage: int, recompute: bool) -> None:
+    counted = Compilations()
+    expected = steps(trained(base, stage, None, recompute), [])
+    engine = trained(base, stage, counted, recompute)
+    graphs = []
+    for (logps, norm), (stock, its_norm) in zip(steps(engine, graphs, counted), expected, strict=True):
+        torch.testing.assert_close(logps, stock, rtol=0, atol=1e-5)
+        assert norm == pytest.approx(its_norm, rel=1e-5)
+    assert len({len(batch_of(step).input_ids_T) for step in range(3)}) == 3
+    assert graphs[0] == graphs[2] > 0
+
+
+def test_under_zero_3_a_layer_is_not_cut_into_more_pieces(base: Path) -> None:
+    """DeepSpeed's hooks stand before and after a layer, not within it."""
+    graphs = {}
+    for stage in (0, 3):
+        counted = Compilations()
+        with torch.no_grad():
+            trained(base, stage, counted).token_logps(batch_of(1))
+        graphs[stage] = counted.graphs
+        torch.compiler.reset()
+    assert graphs[0] == graphs[3] > 0
+
+
+def test_policy_and_reference_are_the_same_bits_and_a_filler_is_not_compiled_for(base: Path) -> None:
+    counted = Compilations()
+    reference = InferenceEngine(load(base, {}, counted), inference_config(settings_of(0)))
+    policy = trained(base, 0, counted)
+    with torch.no_grad():
+        assert torch.equal(policy.token_logps(batch_of(1)), reference.token_logps(batch_of(1)))
+        before = counted.graphs
+        for engine in (policy, reference):
+            engine.token_logps(build_micro_batch([], [], share_prompts=True))
+            engine.own_token_logps(alone())
+            assert counted.graphs == before
+
+
+def alone() -> MicroBatch:
+    """One completion of one example."""
+    example = examples_of_step(0)[0]
+    return build_micro_batch([replace(example, completion_ids=example.completion_ids[:1], pairs=())], [0], False)
+
+
+def test_activations_are_measured(base: Path) -> None:
+    plain, compiled = (measure_activations(trained(base, 0, one), batch_of(1)) for one in (None, Compilations()))
+    assert compiled.num_layers == plain.num_layers
+    # As written: what is compiled keeps no more.
+    assert (compiled.kept, compiled.outside) == (plain.kept, plain.outside)
+
+
+def test_layers_that_transformers_does_not_know_are_refused(base: Path) -> None:
+    model = load(base, {}, None).model
+    model.get_decoder().layers = torch.nn.ModuleList()
+    with pytest.raises(ModelError, match="the layers of architecture llama cannot be compiled one by one"):
+        compile_layers(model, Compilations())
+
+
+def test_names_stay(base: Path) -> None:
+    """DeepSpeed finds layers by the names of their classes."""
+    plain, compiled = (load(base, {}, counted) for counted in (None, Compilations()))
+    kinds = [{type(layer) for layer in model.switchable_layers} for model in (plain, compiled)]
+    assert kinds[0] != kinds[1]
+    for attribute in ("__name__", "__qualname__", "__module__"):
+        assert [getattr(kind, attribute) for kind in kinds[0]] == [getattr(kind, attribute) for kind in kinds[1]]
+    assert (compiled_classes(plain), compiled_classes(compiled)) == (set(), kinds[1])
+
+
+def test_a_cache_of_values_that_were_not_compiled_is_another_one() -> None:
+    assert (numerics_of("sdpa", False, True), numerics_of("sdpa")) == ("1-sdpa-compiled", "1-sdpa")
+
+
+def test_what_is_compiled_later_is_told() -> None:
+    counted = Compilations(graphs=4, seconds=12.4)
+    assert counted.news(1) == "model.torch_compile: 4 graphs compiled until the end of step 1, in 12 s"
+    assert counted.news(2) == ""
+    counted.graphs += 3
+    assert counted.news(3) == "model.torch_compile: 3 more graphs were compiled in step 3, which was slower for it"

@@ -7,7 +7,7 @@ The head is a module that owns `lm_head`'s parameter, so that ZeRO-3's hooks gat
 again in backward; where one chunk is all there is, its probabilities are kept for backward instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-CHUNK_TOKENS = 2048  # a chunk of float32 logits of a 128k vocabulary is 1 GiB
+from dpo_dist.pointwise import AS_WRITTEN, STATISTICS, LogitTransform, Pointwise
 
-# Of the distribution p of the next token, with z the transformed logits:
-#   entropy           -sum_v p_v log p_v, nats; log V where p is uniform
-#   mean_logit        sum_v z_v / V
-#   is_top1           1 where the target is argmax_v z_v, the first of equals as in TRL's accuracy; else 0
-#   log_sum_sq_probs  log sum_v p_v^2; -log V where p is uniform, 0 where it is certain (arXiv:2406.11827, eq. 2)
-STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+CHUNK_TOKENS = 2048  # a chunk of float32 logits of a 128k vocabulary is 1 GiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,34 +27,11 @@ class TokenScores:
 
     logps_M: Float[Tensor, " M"]  # nats
     statistics_KM: Float[Tensor, "K M"]  # without gradient
-    names: tuple[str, ...] = ()  # of the K statistics, out of `STATISTICS`
+    names: tuple[str, ...] = ()  # of the K statistics, out of `pointwise.STATISTICS`
 
     def of(self, name: str) -> Float[Tensor, " M"]:
         """One of the statistics."""
         return self.statistics_KM[self.names.index(name)]
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What an architecture does between the last matrix product and the softmax."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """logits -> softcap * tanh(scale * logits / softcap)."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def gradient(self, grad: Tensor, transformed: Tensor | None) -> Tensor:
-        """d loss / d logits from that by transformed logits, and these where there is a softcap."""
-        if self.softcap is not None:
-            assert transformed is not None
-            grad = grad * (1.0 - (transformed / self.softcap) ** 2)
-        return grad * self.scale if self.scale != 1.0 else grad
 
 
 class LogProbHead(nn.Module):
@@ -69,14 +41,22 @@ class LogProbHead(nn.Module):
         linear: the model's own `lm_head`; its parameters are taken over, names and tying included.
         transform: logit scale and final softcap of the architecture.
         chunk_tokens: scored tokens whose logits exist at the same time.
+        fused: what computes on logits, compiled; None: as single operations.
     """
 
-    def __init__(self, linear: nn.Linear, transform: LogitTransform, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        transform: LogitTransform,
+        chunk_tokens: int = CHUNK_TOKENS,
+        fused: Pointwise | None = None,
+    ) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.transform = transform
         self.chunk_tokens = chunk_tokens
+        self.fused = fused if self.bias is None else None  # a bias has its gradient from float32 sums of the logits'
 
     def forward(
         self, hidden: Tensor, targets_M: Int[Tensor, " M"] | None = None, statistics: Sequence[str] = ()
@@ -89,18 +69,35 @@ class LogProbHead(nn.Module):
         Args:
             hidden: the decoder's last hidden states.
             targets_M: which token's log-probability is asked for.
-            statistics: names out of `STATISTICS`. With some, the log-probabilities come with their values in the order
-                of the names, which have no gradient and are float32, too. They are taken from the same logits.
+            statistics: names out of `pointwise.STATISTICS`. With some, the log-probabilities come with their values in
+                the order of the names, which have no gradient and are float32, too. They are taken from the same
+                logits.
         """
         if targets_M is None:
             assert not statistics, "logits come alone"
             return F.linear(hidden, self.weight, self.bias)
         assert set(statistics) <= set(STATISTICS), statistics
+        is_one_chunk = len(hidden) <= self.chunk_tokens
+        if self.fused is not None and len(hidden) > 1:  # torch compiles anew for one row, and nothing is gained there
+            return _FusedLogProbs.apply(
+                hidden, self.weight, targets_M, self.transform, self.chunk_tokens, tuple(statistics),
+                torch.is_grad_enabled() and is_one_chunk, self.fused,
+            )  # fmt: skip
         # A softcap's gradient needs the logits, which cannot be had back from probabilities that underflowed.
-        keeps = torch.is_grad_enabled() and len(hidden) <= self.chunk_tokens and self.transform.softcap is None
+        keeps = torch.is_grad_enabled() and is_one_chunk and self.transform.softcap is None
         return _ChunkedLogProbs.apply(
             hidden, self.weight, self.bias, targets_M, self.transform, self.chunk_tokens, tuple(statistics), keeps
         )
+
+    @torch.no_grad()
+    def compile_statistics(self, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Have these compiled now, if they are to be: later, in the middle of a run, all ranks would wait for one."""
+        if self.fused is None:
+            return
+        vocabulary = getattr(self.weight, "ds_shape", self.weight.shape)[0]
+        logits_mV, targets_m = torch.zeros(2, vocabulary, dtype=dtype, device=device), torch.arange(2, device=device)
+        lse_m, _ = self.fused.log_probs(logits_mV, targets_m, self.transform)
+        self.fused.statistics(logits_mV, targets_m, lse_m, self.transform, names)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -141,34 +138,100 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_M = grad_outputs[0]
         hidden_MD, targets_M, lse_M = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        weight_VD = ctx.weight
-        grad_hidden_MD = torch.empty_like(hidden_MD)
-        # float32 sums: in bfloat16 the rounding of every chunk would add up to a bias.
-        grad_weight_VD: Tensor | None = None
-        grad_bias_V = torch.zeros_like(ctx.bias, dtype=lse_M.dtype) if needs_bias else None
-        for chunk in _chunks(len(hidden_MD), ctx.chunk_tokens):
-            grad_mV = _grad_logits(ctx, chunk, hidden_MD, targets_M, lse_M, grad_M)
-            if grad_bias_V is not None:
-                grad_bias_V += grad_mV.sum(0)
-            if needs_weight:
-                # The product in the model's dtype (tensor cores), the sum over chunks in float32.
-                product_VD = grad_mV.to(hidden_MD.dtype).t() @ hidden_MD[chunk]
-                grad_weight_VD = (
-                    product_VD.to(lse_M.dtype) if grad_weight_VD is None else grad_weight_VD.add_(product_VD)
-                )
-            if needs_hidden:
-                grad_hidden_MD[chunk] = grad_mV.to(hidden_MD.dtype) @ weight_VD
-        if needs_weight and grad_weight_VD is None:
-            grad_weight_VD = torch.zeros_like(weight_VD)  # nothing is scored
-        return (
-            grad_hidden_MD if needs_hidden else None,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None else grad_bias_V.to(ctx.bias.dtype),
-            *(None,) * 5,
-        )
+
+        def grad_of(chunk: slice) -> Tensor:
+            return _grad_logits(ctx, chunk, hidden_MD, targets_M, lse_M, grad_outputs[0])
+
+        return (*_gradients(ctx, hidden_MD, lse_M.dtype, ctx.needs_input_grad[:3], grad_of), *(None,) * 5)
+
+
+class _FusedLogProbs(torch.autograd.Function):
+    """The same by compiled functions, which read logits in the model's precision; one chunk's are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Float[Tensor, "M D"],
+        weight_VD: Tensor,
+        targets_M: Int[Tensor, " M"],
+        transform: LogitTransform,
+        chunk_tokens: int,
+        names: tuple[str, ...],
+        keeps: bool,
+        fused: Pointwise,
+    ) -> Float[Tensor, " M"] | tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
+        ctx.logits_MV, found = None, []
+        for chunk in _chunks(len(hidden_MD), chunk_tokens):
+            # Copies: of a view torch would also compile for the length of what it is a part of.
+            logits_mV, targets_m = F.linear(hidden_MD[chunk], weight_VD), targets_M[chunk].clone()
+            functions = _for_rows(fused, len(targets_m))
+            lse_m, logps_m = functions.log_probs(logits_mV, targets_m, transform)
+            values = (functions.statistics(logits_mV, targets_m, lse_m, transform, names),) if names else ()
+            found.append((lse_m, logps_m, *values))
+            if keeps:
+                ctx.logits_MV = logits_mV
+        lse_M, logps_M, *statistics = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+        ctx.save_for_backward(hidden_MD, targets_M, lse_M)
+        ctx.weight, ctx.bias, ctx.transform, ctx.chunk_tokens = weight_VD, None, transform, chunk_tokens
+        ctx.fused = fused
+        if not names:
+            return logps_M
+        ctx.mark_non_differentiable(statistics[0])
+        return logps_M, statistics[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_MD, targets_M, lse_M = ctx.saved_tensors
+        kept_MV, ctx.logits_MV = ctx.logits_MV, None
+
+        def grad_of(chunk: slice) -> Tensor:
+            logits_mV = F.linear(hidden_MD[chunk], ctx.weight) if kept_MV is None else kept_MV
+            function = _for_rows(ctx.fused, len(logits_mV)).grad_logits
+            parts = (whole_M[chunk].clone() for whole_M in (targets_M, lse_M, grad_outputs[0]))
+            return function(logits_mV, *parts, ctx.transform)
+
+        needs = (*ctx.needs_input_grad[:2], False)
+        grad_hidden_MD, grad_weight_VD, _ = _gradients(ctx, hidden_MD, lse_M.dtype, needs, grad_of)
+        return (grad_hidden_MD, grad_weight_VD, *(None,) * 6)
+
+
+def _for_rows(fused: Pointwise, count: int) -> Pointwise:
+    """torch compiles anew for a single row: a last chunk may have no more."""
+    return fused if count > 1 else AS_WRITTEN
+
+
+def _gradients(
+    ctx: Any,
+    hidden_MD: Tensor,
+    precision: torch.dtype,
+    needs: Sequence[bool],
+    grad_of: Callable[[slice], Float[Tensor, "m V"]],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias, where they are needed, from that of each chunk's logits."""
+    needs_hidden, needs_weight, needs_bias = needs
+    weight_VD = ctx.weight
+    grad_hidden_MD = torch.empty_like(hidden_MD)
+    # float32 sums: in bfloat16 the rounding of every chunk would add up to a bias.
+    grad_weight_VD: Tensor | None = None
+    grad_bias_V = torch.zeros_like(ctx.bias, dtype=precision) if needs_bias else None
+    for chunk in _chunks(len(hidden_MD), ctx.chunk_tokens):
+        grad_mV = grad_of(chunk)
+        if grad_bias_V is not None:
+            grad_bias_V += grad_mV.sum(0)
+        if needs_weight:
+            # The product in the model's dtype (tensor cores), the sum over chunks in float32.
+            product_VD = grad_mV.to(hidden_MD.dtype).t() @ hidden_MD[chunk]
+            grad_weight_VD = product_VD.to(precision) if grad_weight_VD is None else grad_weight_VD.add_(product_VD)
+        if needs_hidden:
+            grad_hidden_MD[chunk] = grad_mV.to(hidden_MD.dtype) @ weight_VD
+    if needs_weight and grad_weight_VD is None:
+        grad_weight_VD = torch.zeros_like(weight_VD)  # nothing is scored
+    return (
+        grad_hidden_MD if needs_hidden else None,
+        None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
+        None if grad_bias_V is None else grad_bias_V.to(ctx.bias.dtype),
+    )
 
 
 def _take_statistics(

@@ -39,7 +39,7 @@ from dpo_dist.distributed import Ranks, Stopped, StopRequest, end_with_launcher,
 from dpo_dist.engine import InferenceEngine, TrainingEngine, adopt_process_group, release_process_group
 from dpo_dist.errors import NumericsError
 from dpo_dist.machine import deterministic_algorithms, keep_freed_memory
-from dpo_dist.metrics import MetricsFile
+from dpo_dist.metrics import LOGGED_STATISTICS, MetricsFile
 from dpo_dist.model import four_bits, load_model
 from dpo_dist.phases import reach
 from dpo_dist.pretrained import num_parameters
@@ -166,6 +166,7 @@ def _build(
         more_room=more_room(prepared, recomputation, ranks.world_size),
         compilations=prepared.compilations,
     )
+    policy.compile_statistics((*run.loss.statistics, *LOGGED_STATISTICS))
     with advising(run.more_room):
         return replace(run, proof=_prove(prepared, run))
 

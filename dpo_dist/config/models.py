@@ -52,9 +52,9 @@ class ModelConfig(Section):
     every layer; `false`: in none; `auto`: in as few layers as this device has memory for, measured at the start."""
 
     torch_compile: Flag = False
-    """Compile the decoder's layers with torch.compile, once for all lengths: the first step takes a minute or more
-    longer, the others less time. Same result within rounding. Not with 4 bits or virtual tokens, nor with adapters
-    under ZeRO-3."""
+    """Compile the decoder's layers and the output head with torch.compile, once for all lengths: the first step takes
+    a minute or more longer, the others less time. Same result within rounding. Not with 4 bits or virtual tokens, nor
+    with adapters under ZeRO-3."""
 
 
 class TrainConfig(Section):

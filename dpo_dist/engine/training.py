@@ -19,7 +19,7 @@ from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
 from dpo_dist.engine.whole import named_full_parameters
 from dpo_dist.errors import ConfigError
-from dpo_dist.logprobs import TokenScores
+from dpo_dist.logprobs import LogProbHead, TokenScores
 from dpo_dist.model import ScoringModel
 from dpo_dist.optim import parameter_groups
 from dpo_dist.phases import reach
@@ -64,6 +64,11 @@ class TrainingEngine:
             # DeepSpeed 0.19.8 makes AdamW's state by an update with zero gradients, which then counts in the bias
             # correction: the first real update would be a quarter too small. AdamW makes its state itself.
             self.engine.optimizer.optimizer.state.clear()
+
+    def compile_statistics(self, names: tuple[str, ...]) -> None:
+        """Have what `token_scores` computes of these compiled before the first step, if it is to be."""
+        head = next(module for module in self.model.modules() if isinstance(module, LogProbHead))
+        head.compile_statistics(names, self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,13 +8,13 @@ forward that is compiled, so that it is so in backward as well.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,13 +25,37 @@ from dpo_dist.errors import ModelError
 _VARIANTS = 64
 
 
-@dataclass
 class Compilations:
-    """How much has been compiled in this process, for policy and reference together."""
+    """Compiles, and counts what it has compiled in this process: of policy and reference together.
 
-    graphs: int = 0
-    seconds: float = 0.0
-    told: int = 0  # graphs that `news` has told of
+    Attributes:
+        graphs: how many.
+        seconds: that it took.
+    """
+
+    def __init__(self) -> None:
+        self.graphs, self.seconds, self._told = 0, 0.0, 0
+        self._inductor: Any = lookup_backend("inductor")
+        self._settings: dict[str, Any] = {}
+        if not torch.cuda.is_available():
+            # torch 2.13 keeps C++ for one width of vectors and compiles it for another, where ATEN_CPU_CAPABILITY or
+            # the machine changes and its cache stays: wrong numbers, and memory overwritten. Written out, the width is
+            # part of the cache's key.
+            self._settings["cpp.simdlen"] = pick_vec_isa().bit_width()
+        self._backend = self._compile_graph  # always the same object: torch keeps what it compiled by it
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function compiled, when it is first called, for all lengths."""
+        dynamo_config.recompile_limit = max(_VARIANTS, dynamo_config.recompile_limit)
+        return torch.compile(function, backend=self._backend, dynamic=True)
+
+    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._inductor(graph, inputs, config_patches=self._settings)
+        finally:
+            self.graphs += 1
+            self.seconds += time.perf_counter() - started
 
     def news(self, step: int) -> str:
         """What was compiled since this was asked last; empty where nothing was.
@@ -39,7 +63,7 @@ class Compilations:
         Args:
             step: updates made.
         """
-        new, self.told = self.graphs - self.told, self.graphs
+        new, self._told = self.graphs - self._told, self.graphs
         if not new:
             return ""
         if new == self.graphs:
@@ -61,8 +85,6 @@ def compile_layers(model: PreTrainedModel, counted: Compilations) -> None:
     Raises:
         ModelError: transformers cannot tell the layers of this class apart.
     """
-    dynamo_config.recompile_limit = max(_VARIANTS, dynamo_config.recompile_limit)
-    backend = _counting(counted)
     decoder: Any = model.get_decoder()
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -70,7 +92,7 @@ def compile_layers(model: PreTrainedModel, counted: Compilations) -> None:
             f"model.torch_compile=true: the layers of architecture {model.config.model_type} cannot be compiled one by "
             "one: transformers does not know them as such; leave it out"
         )
-    classes = {kind: _compiled_class(kind, backend) for kind in {type(layer) for layer in layers}}
+    classes = {kind: _compiled_class(kind, counted) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = classes[type(layer)]
 
@@ -80,24 +102,9 @@ def compiled_classes(model: nn.Module) -> set[type]:
     return {type(module) for module in model.modules() if isinstance(module, _Compiled)}
 
 
-def _compiled_class(kind: type[GradientCheckpointingLayer], backend: Callable[..., Any]) -> type:
+def _compiled_class(kind: type[GradientCheckpointingLayer], counted: Compilations) -> type:
     """The same class with its forward compiled; making it wraps that forward in transformers' recomputation again."""
-    forward = vars(kind)["forward"].__wrapped__
-    own = {"forward": torch.compile(forward, backend=backend, dynamic=True)}
+    own = {"forward": counted.compile(vars(kind)["forward"].__wrapped__)}
     # DeepSpeed and transformers look layers up by these names.
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (_Compiled, kind), {**own, **names})
-
-
-def _counting(counted: Compilations) -> Callable[..., Any]:
-    inductor = lookup_backend("inductor")
-
-    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        started = time.perf_counter()
-        try:
-            return inductor(graph, inputs)
-        finally:
-            counted.graphs += 1
-            counted.seconds += time.perf_counter() - started
-
-    return compile_graph

@@ -26,6 +26,7 @@ from dpo_dist.model.own_forward import own_logps
 from dpo_dist.model.packed import as_packed
 from dpo_dist.model.slices import can_read_slices, node_groups, read_slices
 from dpo_dist.peers import raise_if_peer_lost
+from dpo_dist.pointwise import AS_WRITTEN
 from dpo_dist.pretrained.architecture import logit_transform
 from dpo_dist.pretrained.folder import first_line
 
@@ -56,7 +57,9 @@ class ScoringModel(nn.Module):
         self._is_compiled = compilations is not None
         if compilations is not None:
             compile_layers(model, compilations)
-        model.set_output_embeddings(LogProbHead(_linear_head(model), logit_transform(model.config)))
+        fused = None if compilations is None else AS_WRITTEN.compiled(compilations.compile)
+        head = LogProbHead(_linear_head(model), logit_transform(model.config), fused=fused)
+        model.set_output_embeddings(head)
         self.adapter: Adapter | None = None
 
     @contextmanager

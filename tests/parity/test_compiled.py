@@ -1,5 +1,7 @@
 """Compiled layers say what they said before, and are compiled once for all lengths."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,13 @@ from dpo_dist.batch import MicroBatch, build_micro_batch
 from dpo_dist.config import TrainConfig, load_deepspeed
 from dpo_dist.engine import InferenceEngine, TrainingEngine, engine_config, inference_config, measure_activations
 from dpo_dist.errors import ModelError
+from dpo_dist.logprobs import LogProbHead
 from dpo_dist.model import Compilations, ScoringModel, compiled_classes, load_model
 from dpo_dist.model.compiled import compile_layers
+from dpo_dist.pointwise import AS_WRITTEN, STATISTICS, LogitTransform
 from dpo_dist.pretrained import load_config
 from dpo_dist.reference import numerics_of
+from tests.launching import environment
 from tests.parity.adapter_cases import examples_of_step, save_base
 from tests.tiny_engine import QUIET, only_rank
 
@@ -146,8 +151,109 @@ def test_a_cache_of_values_that_were_not_compiled_is_another_one() -> None:
 
 
 def test_what_is_compiled_later_is_told() -> None:
-    counted = Compilations(graphs=4, seconds=12.4)
+    counted = Compilations()
+    counted.graphs, counted.seconds = 4, 12.4
     assert counted.news(1) == "model.torch_compile: 4 graphs compiled until the end of step 1, in 12 s"
     assert counted.news(2) == ""
     counted.graphs += 3
     assert counted.news(3) == "model.torch_compile: 3 more graphs were compiled in step 3, which was slower for it"
+
+
+TRANSFORMS = [LogitTransform(), LogitTransform(scale=2.0, softcap=3.0)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_the_head_equals_single_operations(transform: LogitTransform) -> None:
+    """Values, statistics and gradients, in one chunk and in several; the last of 17 rows is a chunk of its own."""
+    torch.manual_seed(0)
+    counted, linear = Compilations(), torch.nn.Linear(12, 130, bias=False)
+    fused = LogProbHead(linear, transform, 8, AS_WRITTEN.compiled(counted.compile))
+    stock = LogProbHead(linear, transform, 8)
+    for rows in (8, 5, 17, 1, 0):
+        found = []
+        for head in (stock, fused):
+            hidden = torch.randn(rows, 12, generator=torch.manual_seed(rows)).requires_grad_()
+            targets, weights = torch.arange(rows) * 7 % 130, torch.linspace(-1, 2, rows)
+            logps, statistics = head(hidden, targets, STATISTICS)
+            gradients = torch.autograd.grad(logps, (hidden, linear.weight), weights)
+            found.append((logps, statistics, *gradients))
+            assert torch.equal(head(hidden, targets), logps)
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    assert counted.graphs > 0
+
+
+def test_a_head_in_bfloat16_is_as_near_to_float64() -> None:
+    torch.manual_seed(0)
+    counted, linear, hidden = Compilations(), torch.nn.Linear(12, 130, bias=False), torch.randn(40, 12)
+    targets, errors = torch.arange(40), {}
+    exact = LogProbHead(linear.double(), LogitTransform())
+    heads = {"stock": None, "fused": AS_WRITTEN.compiled(counted.compile)}
+
+    def run(head: LogProbHead, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaf = hidden.to(dtype).requires_grad_()
+        logps = head(leaf, targets)
+        return [logps, *torch.autograd.grad(logps.sum(), (leaf, head.weight))]
+
+    expected = run(exact, torch.float64)
+    low = torch.nn.Linear(12, 130, bias=False, dtype=torch.bfloat16)
+    low.weight.data.copy_(linear.weight.data)
+    for name, fused in heads.items():
+        found = run(LogProbHead(low, LogitTransform(), fused=fused), torch.bfloat16)
+        errors[name] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    assert counted.graphs > 0
+    assert all(ours <= 1.5 * theirs for ours, theirs in zip(errors["fused"], errors["stock"], strict=True)), errors
+
+
+HEADS = """
+import torch
+from dpo_dist.logprobs import LogProbHead
+from dpo_dist.model import Compilations
+from dpo_dist.pointwise import AS_WRITTEN, STATISTICS, LogitTransform
+
+counted = Compilations()
+linear, fused = torch.nn.Linear(12, 130, bias=False), AS_WRITTEN.compiled(counted.compile)
+head = LogProbHead(linear, LogitTransform(softcap=3.0), 8, fused)
+head.compile_statistics(STATISTICS, torch.float32, torch.device("cpu"))
+print(counted.graphs)
+for rows in (8, 5, 17, 1, 0, 16):
+    hidden = torch.randn(rows, 12, requires_grad=True)
+    logps, _ = head(hidden, torch.arange(rows), STATISTICS)
+    logps.sum().backward()
+print(counted.graphs)
+"""
+
+
+def test_a_head_is_compiled_once_for_all_lengths_and_its_statistics_before_the_first_step(tmp_path: Path) -> None:
+    """In a process of its own: the checks of types that tests put around functions would be pieces of their own."""
+    variables = environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", HEADS], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split()[-2:])
+    assert after == before + 1 > 2  # what computes gradients
+
+
+ON_ANOTHER_WIDTH = """
+import torch
+from dpo_dist.model import Compilations
+from dpo_dist.pointwise import LogitTransform, log_probs
+
+fused, torch_seed = Compilations().compile(log_probs), torch.manual_seed(0)
+for rows in (8, 5):
+    arguments = torch.randn(rows, 130), torch.arange(rows), LogitTransform()
+    for found, expected in zip(fused(*arguments), log_probs(*arguments), strict=True):
+        torch.testing.assert_close(found, expected)
+"""
+
+
+def test_what_was_compiled_for_other_vectors_is_not_taken(tmp_path: Path) -> None:
+    """The tests compute with AVX2, runs with what the machine has, and both may have torch's cache in one place."""
+    for capability in ("avx2", "default", None):
+        variables = environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+        variables.pop("ATEN_CPU_CAPABILITY", None)
+        if capability is not None:
+            variables["ATEN_CPU_CAPABILITY"] = capability
+        done = subprocess.run(
+            [sys.executable, "-c", ON_ANOTHER_WIDTH], env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (capability, done.stderr)

@@ -578,6 +578,10 @@ PINNED_CODE = ["model.model_name_or_path=org/name", "model.trust_remote_code=tru
         ),
         (["train.lr_scheduler_type=constant_with_warmup"], "has no warmup without train.warmup_steps"),
         (["train.max_steps=5", "train.warmup_steps=5"], "leaves no step at the full learning rate"),
+        (
+            ["model.torch_compile=true", "model.use_liger_kernel=true"],
+            "makes fused kernels of what model.use_liger_kernel=true computes by Liger's",
+        ),
         (["evaluation.eval_steps=5"], "evaluation.eval_steps=5 has no effect without data.evaluation"),
         (["evaluation.eval_on_start=true"], "evaluation.eval_on_start=true has no effect without data.evaluation"),
         (["data.evaluation.0.path=x"], 'data.evaluation=["x"] would never be evaluated; set evaluation.eval_steps'),

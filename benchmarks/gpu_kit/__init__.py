@@ -12,7 +12,7 @@ observed.py      `dpo-dist train` with an observer, for the above
 random_model.py  the model for the above
 against_trl.py   speed beside TRL's, if it is installed
 trl_run.py       what its ranks run
-variants.py      the same with activations kept, longer micro-batches, a larger model, where time and memory allow
+variants.py      the same with other settings, longer micro-batches, a larger model, where time and memory allow
 profiling.py     where the time of one step goes
 traced.py        `dpo-dist train` with one step traced, for the above
 noise.py         the self-checks of all these runs

@@ -1,6 +1,7 @@
 """The run of `throughput` with one thing changed at a time, as far as time and memory go: the part `variants`."""
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.gpu_kit.kit import Failed, Kit, Sizes, Skipped
@@ -12,6 +13,7 @@ STATE_BYTES = 2 + 2 + 4 + 12
 # and their results, queries, keys, values, attention's output, residuals; of the inner width gate, up, and what is made
 # of them. Written down from the layer's code, on the safe side.
 KEPT_WIDTHS, KEPT_INNER_WIDTHS = 10, 4
+COMPILING_SECONDS = 60.0  # more than another launch takes
 USABLE = 0.85  # of a device's memory: the rest is gathered layers, chunks of logits, fragments
 
 
@@ -26,6 +28,7 @@ class Variant:
         keeps: whether all activations are kept.
         has_own_model: whether its model is another one than that of `throughput`.
         changes: of the configuration, by section.
+        package: that must be installed, on a machine with a GPU.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Variant:
     keeps: bool = False
     has_own_model: bool = False
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    package: str = ""
 
 
 def variants_of(sizes: Sizes) -> list[Variant]:
@@ -42,9 +46,15 @@ def variants_of(sizes: Sizes) -> list[Variant]:
     # Twice the examples, so that a step still has more than one micro-batch.
     long = replace(short, max_tokens=4 * sizes.max_tokens, examples_per_rank=2 * sizes.examples_per_rank)
     usual, with_model = sizes.variant_seconds
-    keeping = {"model": {"gradient_checkpointing": False}}
+
+    def with_option(name: str, option: str, value: bool, seconds: float = usual, package: str = "") -> Variant:
+        return Variant(name, short, seconds, changes={"model": {option: value}}, package=package)
+
     return [
-        Variant("activations kept", short, usual, keeps=True, changes=keeping),
+        replace(with_option("activations kept", "gradient_checkpointing", False), keeps=True),
+        with_option("layers and head compiled", "torch_compile", True, usual + COMPILING_SECONDS),
+        with_option("gradients in any order", "deterministic", False),
+        with_option("Liger's kernels", "use_liger_kernel", True, package="liger_kernel"),
         Variant(f"{long.max_tokens} tokens at once", long, usual),
         Variant(
             f"{num_parameters(sizes.larger_model):,} parameters",
@@ -82,6 +92,8 @@ def _measured(kit: Kit, variant: Variant, name: str) -> dict[str, Any]:
     needed, room = needed_bytes(variant, kit.num_ranks), room_for_each_rank(kit)
     if needed > USABLE * room:
         raise Skipped(f"a rank needs about {needed / 2**30:.0f} GiB, and has {room / 2**30:.0f}")
+    if variant.package and not (kit.environment["gpus"] and find_spec(variant.package)):
+        raise Skipped(f"needs a GPU, and the package {variant.package}")
     if kit.left < variant.seconds:
         raise Skipped(f"no time left: it takes about {variant.seconds:.0f} s, and there are {max(kit.left, 0):.0f}")
     own = replace(kit, sizes=variant.sizes)

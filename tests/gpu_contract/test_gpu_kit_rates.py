@@ -139,7 +139,9 @@ def made(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         notes.append(("model", kit.sizes.model["hidden_size"]))
 
     def trained(kit: Kit, name: str, config: dict[str, Any]) -> dict[str, Any]:
-        notes.append((name, config["model"]["gradient_checkpointing"], config["packing"]["max_tokens"]))
+        options = {key: config["model"].get(key) for key in ("torch_compile", "deterministic")}
+        set_ = tuple(f"{key}={value}" for key, value in options.items() if value is not None)
+        notes.append((name, config["model"]["gradient_checkpointing"], config["packing"]["max_tokens"], *set_))
         assert config["train"] | {"self_check": False, "max_steps": 4} == config["train"]
         return {"pairs_per_second": 1.0}
 
@@ -151,59 +153,74 @@ def made(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_each_variant_changes_one_thing(kit: Kit, made: list[Any]) -> None:
     found = section("variants", variants.variants, kit)
-    assert found["status"] == "ok" and {run["status"] for run in found["values"]["runs"]} == {"ok"}
+    runs = found["values"]["runs"]
+    assert found["status"] == "ok"
+    assert [run.get("reason") for run in runs] == [*[None] * 3, "needs a GPU, and the package liger_kernel", None, None]
     assert made == [
-        ("model", 64), ("variant-1", False, 512), ("variant-2", True, 2048), ("model", 96), ("variant-3", True, 512)
+        ("model", 64), ("variant-1", False, 512), ("variant-2", True, 512, "torch_compile=True"),
+        ("variant-3", True, 512, "deterministic=False"), ("variant-5", True, 2048), ("model", 96),
+        ("variant-6", True, 512),
     ]  # fmt: skip
 
 
+def test_a_package_that_is_there_is_measured(kit: Kit, made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.environment, asked = {"gpus": [{"memory_gib": 80.0}]}, []
+    monkeypatch.setattr(variants, "find_spec", lambda name: asked.append(name) or object())
+    assert section("variants", variants.variants, kit)["values"]["runs"][3]["status"] == "ok"
+    assert asked == ["liger_kernel"]
+
+
 def test_what_time_does_not_allow_says_so(kit: Kit, made: list[Any]) -> None:
-    kit.started = time.monotonic() - LIMIT_SECONDS + 20.5  # enough for the first two, whose launches take 15 s
+    kit.started = time.monotonic() - LIMIT_SECONDS + 20.5  # enough for those whose launches take 15 s
     runs = section("variants", variants.variants, kit)["values"]["runs"]
-    assert [run["status"] for run in runs] == ["ok", "ok", "skipped"]
-    assert runs[2]["reason"] == "no time left: it takes about 25 s, and there are 20"
+    assert [run["status"] for run in runs] == ["ok", "skipped", "ok", "skipped", "ok", "skipped"]
+    assert [runs[place]["reason"] for place in (1, 5)] == [
+        f"no time left: it takes about {seconds} s, and there are 20" for seconds in (75, 25)
+    ]
     kit.started -= 30
     found = section("variants", variants.variants, kit)
     assert (
         found["status"] == "skipped"
-        and found["reason"].count("no time left: it takes about 15 s, and there are 0") == 2
+        and found["reason"].count("no time left: it takes about 15 s, and there are 0") == 3
     )
 
 
 @pytest.mark.parametrize(
     ("gib", "statuses"),
     [
-        (139.7, ["ok", "ok", "ok"]),
-        (79.1, ["ok", "ok", "ok"]),
-        (44.5, ["ok", "ok", "skipped"]),
-        (39.4, ["skipped", "ok", "skipped"]),
-        (23.6, ["ok", "ok", "skipped"]),  # has the smaller model
+        (139.7, "ok ok ok"),
+        (79.1, "ok ok ok"),
+        (44.5, "ok ok skipped"),
+        (39.4, "skipped ok skipped"),
+        (23.6, "ok ok skipped"),  # has the smaller model
     ],
 )
 def test_what_memory_does_not_allow_says_so(
-    kit: Kit, made: list[Any], monkeypatch: pytest.MonkeyPatch, gib: float, statuses: list[str]
+    kit: Kit, made: list[Any], monkeypatch: pytest.MonkeyPatch, gib: float, statuses: str
 ) -> None:
     gpus = [{"memory_gib": gib}]
     kit.environment, kit.num_ranks, kit.sizes = {"gpus": gpus}, 1, sizes_for(gpus)
     monkeypatch.setattr(variants, "trained", lambda kit, name, config: {"pairs_per_second": 1.0})
     found = section("variants", variants.variants, kit)
     runs = found["values"]["runs"]
-    assert found["status"] == "ok" and [run["status"] for run in runs] == statuses
-    wanting = [run["reason"] for run in runs if run["status"] == "skipped"]
+    kept, compiled, any_order, _liger, long, larger = (run["status"] for run in runs)
+    assert found["status"] == compiled == any_order == "ok" and f"{kept} {long} {larger}" == statuses
+    wanting = [run["reason"] for run in runs if run["status"] == "skipped" and run["variant"] != "Liger's kernels"]
     assert all(reason.endswith(f" GiB, and has {gib:.0f}") for reason in wanting)
 
 
 def test_to_run_out_of_memory_is_an_answer_and_another_end_a_failure(
     kit: Kit, made: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = iter([Failed("x ended with exit code 1: error: out of memory; give it less"), Skipped("late"), Failed("no")])
+    memory = Failed("x ended with exit code 1: error: out of memory; give it less")
+    ends = iter([memory, Skipped("late"), Skipped("late"), Skipped("late"), Failed("no")])
 
     def trained(*arguments: Any) -> dict[str, Any]:
         raise next(ends)
 
     monkeypatch.setattr(variants, "trained", trained)
     found = section("variants", variants.variants, kit)
-    assert [run["status"] for run in found["values"]["runs"]] == ["skipped", "skipped", "failed"]
+    assert [run["status"] for run in found["values"]["runs"]] == [*["skipped"] * 5, "failed"]
     assert (found["status"], found["reason"]) == ("failed", "353,952 parameters: no")
 
 
@@ -216,7 +233,7 @@ def test_the_number_of_parameters_is_the_models(sizes: Any) -> None:
 
 
 def test_what_a_rank_needs(report: dict[str, Any]) -> None:
-    kept, long, larger = variants.variants_of(LARGE)
+    kept, *_, long, larger = variants.variants_of(LARGE)
     states = 20 * variants.num_parameters(LARGE.model)
     # 1.2 billion parameters; a layer keeps 2 (10 x 2048 + 4 x 8192) bytes of each token, recomputed 2 x 2048.
     assert variants.needed_bytes(kept, 1) == states + 8192 * 16 * 106496

@@ -224,6 +224,7 @@ print(counted.graphs)
 """
 
 
+@pytest.mark.thorough
 def test_a_head_is_compiled_once_for_all_lengths_and_its_statistics_before_the_first_step(tmp_path: Path) -> None:
     """In a process of its own: the checks of types that tests put around functions would be pieces of their own."""
     variables = environment({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
@@ -246,6 +247,7 @@ for rows in (8, 5):
 """
 
 
+@pytest.mark.thorough
 def test_what_was_compiled_for_other_vectors_is_not_taken(tmp_path: Path) -> None:
     """The tests compute with AVX2, runs with what the machine has, and both may have torch's cache in one place."""
     for capability in ("avx2", "default", None):

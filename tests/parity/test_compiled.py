@@ -35,7 +35,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_compiled() -> Iterator[None]:
+    limit = sys.getrecursionlimit()
     yield
+    sys.setrecursionlimit(limit)  # torch's compiler raises it for the whole process
     torch.compiler.reset()
     register("sdpa")
 

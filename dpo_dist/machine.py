@@ -51,11 +51,12 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         return
     settings: Any = torch.utils.deterministic  # its attributes are made while it is imported
     fills = settings.fill_uninitialized_memory
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Else every new tensor would be filled: it costs time, and none is read here before it is written.
     settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
         settings.fill_uninitialized_memory = fills

@@ -53,8 +53,8 @@ class ModelConfig(Section):
 
     torch_compile: Flag = False
     """Compile the decoder's layers and the output head with torch.compile, once for all lengths: the first step takes
-    a minute or more longer, the others less time. Same result within rounding. Not with 4 bits or virtual tokens, nor
-    with adapters under ZeRO-3."""
+    as much longer as is logged, the others less time. Same result within rounding. Not with 4 bits or virtual tokens,
+    nor with adapters under ZeRO-3."""
 
 
 class TrainConfig(Section):

@@ -69,3 +69,14 @@ def test_torch_is_deterministic_inside_only() -> None:
             assert settings.fill_uninitialized_memory == (fills and not wanted)
         assert not torch.are_deterministic_algorithms_enabled()
         assert settings.fill_uninitialized_memory == fills
+
+
+def test_what_torch_was_before_it_is_again() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with machine.deterministic_algorithms(True):
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

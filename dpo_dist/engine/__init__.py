@@ -8,6 +8,7 @@
     inference.py  a model that is only asked
     training.py   the policy: forward, backward, update
     activation_memory.py  what a forward pass leaves for backward, and how much there is room for
+    adamw.py      AdamW in one pass on a CPU
     rank_allocation.py  AdaLoRA: penalty and ranks, once per update
 
 DeepSpeed runs at every stage from 0 to 3, also for one process and on CPU: one code path. It averages gradients over

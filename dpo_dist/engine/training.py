@@ -14,6 +14,7 @@ from dpo_dist.batch import MicroBatch
 from dpo_dist.config import TrainConfig
 from dpo_dist.distributed import Ranks
 from dpo_dist.engine import shares, traces
+from dpo_dist.engine.adamw import CPUAdamW
 from dpo_dist.engine.operators import load_operator
 from dpo_dist.engine.rank_allocation import RankAllocation
 from dpo_dist.engine.settings import initialize
@@ -223,6 +224,6 @@ def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_gpu: bool, offlo
     if offloaded and on_gpu:
         load_operator("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, adamw_mode=True)
-    # One pass over the states, where torch would make several. Not on a CPU: there it rounds an element by where it
-    # lies among others, so that ZeRO stages and orders of parameters would not give the same bits.
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=on_gpu)
+    if on_gpu:  # one pass over the states, where torch would make several
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon, fused=True)
+    return CPUAdamW(groups, lr=0.0, betas=betas, eps=train.adam_epsilon)

@@ -81,9 +81,60 @@ def test_the_dimensions_of_the_whole_parameter_count() -> None:
     assert group["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize(("size", "begin"), [(71, 7), (67, 3), (1024, 100)])
+def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    """That of a run on a CPU."""
+    return _adamw(groups, TrainConfig(output_dir="unused", adam_beta2=0.95), on_gpu=False, offloaded=False)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_on_a_cpu_it_is_torchs_own_fused_update_where_all_vectors_are_whole(threads: int) -> None:
+    drawn = [torch.randn(16 * 5001), torch.randn(4, 16)]
+    ours, theirs = ([nn.Parameter(values.clone()) for values in drawn] for _ in range(2))
+    own = adamw([{"params": ours, "weight_decay": 0.1}])
+    stock = torch.optim.AdamW(theirs, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for step in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        own.param_groups[0]["lr"] = stock.param_groups[0]["lr"] = 1e-2 * step
+        own.step()
+        stock.step()
+    torch.set_num_threads(before)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+        assert all(torch.equal(own.state[mine][name], stock.state[other][name]) for name in stock.state[other])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 3), (16,), (33,)])
+def test_on_a_cpu_it_is_adamw(shape: tuple[int, ...]) -> None:
+    """The formula in float64, a parameter without gradient beside it, and one of another group."""
+    rate, decay = 1e-2, 0.1
+    parameter, idle, other = (nn.Parameter(torch.randn(shape)) for _ in range(3))
+    optimizer = adamw([{"params": [parameter, idle], "weight_decay": decay}, {"params": [other], "weight_decay": 0.0}])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    wanted, before = [value.detach().double() for value in (parameter, other)], idle.detach().clone()
+    means, squares = ([torch.zeros_like(value) for value in wanted] for _ in range(2))
+    for step in range(1, 5):
+        for number, (value, weight_decay) in enumerate([(parameter, decay), (other, 0.0)]):
+            value.grad = torch.randn(shape)
+            gradient = value.grad.double()
+            means[number] = 0.9 * means[number] + 0.1 * gradient
+            squares[number] = 0.95 * squares[number] + 0.05 * gradient**2
+            mean, square = means[number] / (1 - 0.9**step), squares[number] / (1 - 0.95**step)
+            wanted[number] = (1 - rate * weight_decay) * wanted[number] - rate * mean / (square.sqrt() + 1e-8)
+        optimizer.step()
+        assert optimizer.state[parameter]["step"] == step
+    torch.testing.assert_close([parameter.double(), other.double()], wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(idle, before)
+    assert idle not in optimizer.state
+
+
+@pytest.mark.parametrize(("size", "begin"), [(64, 0), (71, 7), (67, 3), (79, 15), (1024, 100)])
 def test_on_a_cpu_an_element_is_updated_alike_wherever_it_lies(size: int, begin: int) -> None:
-    """ZeRO's stages, and its options, put elements at different places: the bits must not show it. Torch's fused do."""
+    """ZeRO's stages, and its options, put elements at different places: the bits must not show it. Torch's own do."""
 
     def updated(size: int, begin: int) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -91,8 +142,7 @@ def test_on_a_cpu_an_element_is_updated_alike_wherever_it_lies(size: int, begin:
         parameter = torch.nn.Parameter(torch.zeros(size))
         part = slice(begin, begin + 64)
         parameter.data[part] = draws[0]
-        groups = [{"params": [parameter], "weight_decay": 0.01}]
-        optimizer = _adamw(groups, TrainConfig(output_dir="unused"), on_gpu=False, offloaded=False)
+        optimizer = adamw([{"params": [parameter], "weight_decay": 0.01}])
         optimizer.param_groups[0]["lr"] = 1e-3
         for gradient in draws[1:]:
             parameter.grad = torch.zeros(size)

@@ -36,8 +36,9 @@ class CPUAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parts.add(parameter, parameter.grad, self._state_of(parameter))
+            parameters, gradients, means, squares = parts.columns
             adamw(
-                *parts.columns, [], parts.steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+                parameters, gradients, means, squares, [], parts.steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
             parts.write_back()

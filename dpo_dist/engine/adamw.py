@@ -38,8 +38,8 @@ class CPUAdamW(torch.optim.AdamW):
                     parts.add(parameter, parameter.grad, self._state_of(parameter))
             parameters, gradients, means, squares = parts.columns
             adamw(
-                parameters, gradients, means, squares, [], parts.steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                parameters, gradients, means, squares, [], parts.steps, fused=True, amsgrad=False, maximize=False,
+                beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
             )  # fmt: skip
             parts.write_back()
 

@@ -20,6 +20,7 @@ from dpo_dist.engine import ActivationMemory
 from dpo_dist.metrics import WALL_CLOCK
 from dpo_dist.pace import PART_NAMES
 from tests.golden.trajectories import FOLDER
+from tests.launching import launch
 
 CONFIG = (
     f"model: {{model_name_or_path: {FOLDER / 'tiny_policy'}, dtype: float32}}\n"
@@ -125,6 +126,16 @@ def test_traces_of_the_steps_that_were_asked_for(out: Path) -> None:
         names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
         assert "aten::mm" in names
     assert not (out.with_name("none") / "profile").exists()
+
+
+def test_a_recorded_step_of_two_ranks_tells_what_they_talk(out: Path) -> None:
+    settings = ("parallel.deepspeed=zero3_cpu", "log.profile_steps=[2]", "train.max_steps=2")
+    done = launch(2, "dpo_dist", "train", "run.yaml", *settings, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (step, all_of_it, alone) = map(
+        float, re.findall(r"of its (\S+) s collectives took (\S+) \(.*, (\S+) of them", done.stdout + done.stderr)[0]
+    )
+    assert step > all_of_it >= alone > 0  # weights are gathered for the first layer: nothing to compute until then
 
 
 def test_an_error_in_a_recorded_step(out: Path) -> None:

@@ -15,7 +15,7 @@ from dpo_dist import pace
 from dpo_dist.pace import PART_NAMES, TIMES, Advice, Pace, Stopwatch, peak_flops
 from dpo_dist.packing import CostModel, ExampleSize
 from dpo_dist.phases import Place, listening, reach
-from dpo_dist.profiling import StepProfiler
+from dpo_dist.profiling import Communication, StepProfiler, communication_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Phase -> seconds until the next one. Evaluation, and what completes a checkpoint, have phases of their own.
@@ -258,6 +258,47 @@ def test_a_trace_is_of_its_step_alone(tmp_path: Path) -> None:
     assert path.name == "step-000002.json.gz"
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert sum(event.get("name") == "aten::cumsum" for event in events) == 2
+    assert communication_in(events).told(1.0) == ""
+
+
+def event(kind: str, name: str, begin: float, end: float) -> dict[str, object]:
+    """As a trace has it: microseconds; here given in seconds."""
+    return {"ph": "X", "cat": kind, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6}
+
+
+GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+
+
+@pytest.mark.parametrize(
+    ("events", "seconds", "exposed"),
+    [
+        ([event("kernel", "gemm", 0, 3)], 0, 0),
+        ([event("kernel", "gemm", 0, 3), event("kernel", GATHER, 1, 2)], 1, 0),  # behind a product
+        ([event("kernel", "gemm", 0, 3), event("kernel", GATHER, 2, 5)], 3, 2),  # the product ends first
+        ([event("kernel", GATHER, 2, 5), event("kernel", "gemm", 3, 4)], 3, 2),  # before and after it
+        ([event("kernel", GATHER, 0, 2), event("kernel", GATHER, 1, 3), event("kernel", "gemm", 9, 10)], 3, 3),
+        # The host's operations, and the same collective's notes, are no work of a GPU.
+        ([event("kernel", GATHER, 0, 2), event("cpu_op", "aten::mm", 0, 9)], 2, 2),
+        ([event("kernel", GATHER, 0, 2), event("gpu_user_annotation", "nccl:_all_gather_base", 0, 9)], 2, 2),
+        ([event("kernel", GATHER, 0, 2), event("user_annotation", "gloo:all_reduce", 3, 4)], 2, 2),
+        # Without a GPU. What autograd notes around operations is also there while it waits in a hook.
+        ([event("user_annotation", "gloo:all_gather", 0, 4), event("cpu_op", "aten::mm", 1, 2)], 4, 3),
+        ([event("user_annotation", "gloo:all_gather", 0, 4), event("cpu_op", "PreBackwardFunction", 0, 9)], 4, 4),
+        ([event("cpu_op", "aten::mm", 0, 1), {"ph": "M", "name": "process_name"}], 0, 0),
+    ],
+)
+def test_collectives_count_once_and_what_is_computed_beside_them_hides_them(
+    events: list[dict], seconds: float, exposed: float
+) -> None:
+    found = communication_in(reversed(events))
+    assert (found.seconds, found.exposed) == pytest.approx((seconds, exposed))
+
+
+def test_communication_is_told_in_seconds_and_shares_of_the_step() -> None:
+    assert Communication(0.0, 0.0).told(2.0) == ""
+    assert Communication(1.0, 0.5).told(4.0) == (
+        ": of its 4 s collectives took 1 (25%), 0.5 of them (12%) while nothing was computed"
+    )
 
 
 def test_a_step_without_an_end_leaves_no_profiler_running(tmp_path: Path) -> None:

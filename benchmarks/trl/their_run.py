@@ -102,6 +102,7 @@ def arguments(settings: dict[str, Any]) -> dict[str, Any]:
         "bf16": False,
         "use_cpu": True,
         "gradient_checkpointing": settings["gradient_checkpointing"],
+        "torch_compile": settings["torch_compile"],
         "per_device_train_batch_size": settings["pairs_per_step"],
         "gradient_accumulation_steps": 1,
         "max_steps": settings["steps"],

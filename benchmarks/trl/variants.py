@@ -1,7 +1,7 @@
 """What is compared: `ours` and `trl`, each with switches, by name.
 
-`ours-packing-head` is ours with two switches off; `trl+head` is TRL with one on; `+sorted` is either on examples
-in the order of their lengths.
+`ours-packing-head` is ours with two switches off; `trl+head` is TRL with one on; `+compile` is either with torch's
+compiler, `+sorted` either on examples in the order of their lengths.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ OFF = {
     "reference": "the reference is asked in every micro-batch (reference.per_microbatch=true)",
 }
 ON = {"head": "the output head is applied to completions only, as TRL does on a GPU (`_use_triton` replaced)"}
+COMPILED = "compiled by torch ({})"
+OPTIONS = {"ours": "model.torch_compile=true", "trl": "torch_compile=True"}
 SORTED = "examples in the order of their lengths, the longest first"
 DEFAULT = (
     *("ours", *(f"ours-{switch}" for switch in OFF)),
@@ -31,6 +33,7 @@ class Variant:
     side: str  # "ours" or "trl"
     switches: frozenset[str]  # of ours those that are off, of TRL those that are on
     order: str  # of the examples: "file" or "sorted"
+    is_compiled: bool = False
 
     @classmethod
     def named(cls, name: str) -> "Variant":
@@ -41,17 +44,22 @@ class Variant:
         """
         side, sign = ("ours", "-") if name.startswith("ours") else ("trl", "+")
         rest, is_sorted = name.removesuffix("+sorted"), name.endswith("+sorted")
+        rest, is_compiled = rest.removesuffix("+compile"), rest.endswith("+compile")
         first, *switches = rest.split(sign)
         known = OFF if side == "ours" else ON
         if first != side or not set(switches) <= known.keys():
-            raise ValueError(f"{name} is no variant; there are ours, trl, and with switches {', '.join(DEFAULT)}")
-        return cls(name, side, frozenset(switches), "sorted" if is_sorted else "file")
+            raise ValueError(
+                f"{name} is no variant; there are ours, trl, with switches {', '.join(DEFAULT)}, and +compile before "
+                "+sorted"
+            )
+        return cls(name, side, frozenset(switches), "sorted" if is_sorted else "file", is_compiled)
 
     @property
     def meaning(self) -> str:
         """In words."""
         known = OFF if self.side == "ours" else ON
         parts = [known[switch] for switch in sorted(self.switches)]
+        parts += [COMPILED.format(OPTIONS[self.side])] if self.is_compiled else []
         parts += [SORTED] if self.order == "sorted" else []
         return "; ".join(parts) or ("all switches on" if self.side == "ours" else "stock")
 
@@ -97,6 +105,7 @@ def our_config(task: Task, variant: Variant, recompute: bool | None, out: Path) 
             "dtype": "float32",
             "gradient_checkpointing": "auto" if recompute is None else recompute,
             "prefix_sharing": "off" if "sharing" in variant.switches else "on",
+            "torch_compile": variant.is_compiled,
         },
         "data": {"train": [{"path": str(task.folder / f"ours-{variant.order}.jsonl")}]},
         "loss": {"loss_type": "sigmoid", "beta": BETA},
@@ -127,6 +136,7 @@ def their_settings(task: Task, variant: Variant, recompute: bool | None, out: Pa
         "threads": task.threads,
         "gradient_checkpointing": recompute is not False,
         "completion_only_head": "head" in variant.switches,
+        "torch_compile": variant.is_compiled,
         "learning_rate": LEARNING_RATE,
         "beta": BETA,
         "max_grad_norm": MAX_GRAD_NORM,

@@ -142,8 +142,20 @@ def test_the_order_of_lengths_leaves_the_warm_up_alone() -> None:
 def test_names_and_what_they_switch() -> None:
     assert Variant.named("ours-head-packing") == Variant("ours-head-packing", "ours", {"head", "packing"}, "file")
     assert Variant.named("trl+head+sorted") == Variant("trl+head+sorted", "trl", {"head"}, "sorted")
+    assert Variant.named("ours+compile+sorted") == Variant("ours+compile+sorted", "ours", frozenset(), "sorted", True)
+    assert Variant.named("trl+head+compile").switches == {"head"} and not Variant.named("trl+head").is_compiled
+    assert "model.torch_compile=true" in Variant.named("ours-head+compile").meaning
     assert all(Variant.named(name).meaning for name in DEFAULT)
-    for wrong in ("theirs", "ours+head", "trl-head", "ours-nothing", "trl+packing", "oursx"):
+    for wrong in (
+        "theirs",
+        "ours+sorted+compile",
+        "ours-compile",
+        "ours+head",
+        "trl-head",
+        "ours-nothing",
+        "trl+packing",
+        "oursx",
+    ):
         with pytest.raises(ValueError, match="is no variant"):
             Variant.named(wrong)
 
@@ -174,7 +186,9 @@ def test_our_configurations_are_valid_and_differ_in_their_switch(task: Task, tmp
     assert theirs["beta"] == ours.loss.beta and theirs["learning_rate"] == train.learning_rate
     assert theirs["max_grad_norm"] == train.max_grad_norm and train.weight_decay == 0 and not train.shuffle
     assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.9, 0.999, 1e-8)  # TRL's defaults
-    assert theirs["completion_only_head"] and not theirs["gradient_checkpointing"]
+    assert theirs["completion_only_head"] and not theirs["gradient_checkpointing"] and not theirs["torch_compile"]
+    assert their_settings(task, Variant.named("trl+compile"), False, tmp_path)["torch_compile"]
+    assert config("ours+compile").model.torch_compile and not config("ours").model.torch_compile
 
 
 def test_without_packing_every_example_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

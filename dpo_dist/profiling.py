@@ -53,12 +53,10 @@ class StepProfiler:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             running.export_chrome_trace(str(path))
-            # Read again: torch's own list of what it recorded takes fifteen times as long to make.
-            talked = communication_in(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
         except OSError as error:
             logger.warning("the trace of step %d is not written: %s", place.step, error)
         else:
-            logger.info("trace of step %d written to %s%s", place.step, path, talked.told(seconds))
+            logger.info("trace of step %d written to %s%s", place.step, path, _told(path, seconds))
 
     def stop(self) -> profile | None:
         """End the recording that is going on, and return it; also where its step does not come to an end."""
@@ -86,6 +84,14 @@ class Communication:
         )
 
 
+def _told(path: Path, seconds: float) -> str:
+    # Read again: torch's own list of what it recorded takes fifteen times as long to make.
+    try:
+        return communication_in(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]).told(seconds)
+    except (OSError, ValueError, LookupError) as error:  # names of operations may hold what is no JSON
+        return f" (what it says of communication cannot be read: {error})"
+
+
 def communication_in(events: Iterable[dict[str, Any]]) -> Communication:
     """What a trace says of it: on a GPU of its kernels, elsewhere of gloo's threads and the host's operations.
 
@@ -101,15 +107,15 @@ def communication_in(events: Iterable[dict[str, Any]]) -> Communication:
         collectives = [_span(event) for event in timed if event["name"].startswith("gloo:")]
         computed = [_span(event) for event in timed if event["name"].startswith("aten::")]
     talking, either = _covered(collectives), _covered(collectives + computed)
-    return Communication(talking, either - _covered(computed))
+    return Communication(talking / 1e6, (either - _covered(computed)) / 1e6)
 
 
 def _span(event: dict[str, Any]) -> tuple[float, float]:
-    return event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
+    return float(event["ts"]), float(event["ts"] + event["dur"])
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of them."""
+    """Time that lies in at least one of them."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.gpu_kit.kit import WARM_UP_STEPS, Failed, Kit
 from benchmarks.gpu_kit.throughput import config_of, model_of, pairs_of, write_inputs
+from dpo_dist.profiling import communication_in
 
 STEP_NAME = "one step"  # what traced.py calls the step in the trace
 TRACE_FILE = "trace.json.gz"
@@ -59,24 +60,19 @@ def summary(trace: dict[str, Any]) -> dict[str, Any]:
         raise Failed(f"the trace holds {len(steps)} steps and {len(operators)} operators")
     whole = steps[0]["dur"]
     found = {"step_seconds": whole / 1e6, "device": "gpu" if kernels else "cpu"}
+    talked = communication_in(events)
+    collectives = {
+        "calls": sum(event["name"].startswith("nccl" if kernels else "gloo:") for event in kernels or events),
+        "share": talked.seconds * 1e6 / whole,
+        "share_with_nothing_beside": talked.exposed * 1e6 / whole,
+    }
     if not kernels:
-        exchanges = [event for event in events if event["name"].startswith("gloo:")]
-        return {
-            **found,
-            "top": _top(_own_times(operators), whole),
-            "collectives": _share(exchanges, whole),
-        }
-    exchanges = [event for event in kernels if event["name"].startswith("nccl")]
-    others = [event for event in kernels if not event["name"].startswith("nccl")]
-    together = _length(_union(kernels))
+        return {**found, "top": _top(_own_times(operators), whole), "collectives": collectives}
     return {
         **found,
         "top": _top(((event["name"], event["dur"]) for event in kernels), whole),
-        "busy_share": together / whole,
-        "collectives": {
-            **_share(exchanges, whole),
-            "share_with_nothing_beside": (together - _length(_union(others))) / whole,
-        },
+        "busy_share": _length(_union(kernels)) / whole,
+        "collectives": collectives,
         "host_waits": _count(event["name"] for event in events if event["name"] in WAITS),
         "copies": _count(event["name"] for event in kernels if event["cat"] == "gpu_memcpy"),
     }
@@ -111,11 +107,6 @@ def _top(times: Iterable[tuple[str, float]], whole: float) -> list[dict[str, Any
         }
         for name in longest
     ]
-
-
-def _share(events: list[Event], whole: float) -> dict[str, Any]:
-    """Of the step's time, counted once where several run at the same time."""
-    return {"calls": len(events), "share": _length(_union(events)) / whole}
 
 
 def _union(events: list[Event]) -> list[Interval]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -259,6 +260,16 @@ def test_a_trace_is_of_its_step_alone(tmp_path: Path) -> None:
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     assert sum(event.get("name") == "aten::cumsum" for event in events) == 2
     assert communication_in(events).told(1.0) == ""
+
+
+@pytest.mark.parametrize("written", [b"", b"no gzip", gzip.compress(b'{"traceEvents": [{"name": "\\x"}]}')])
+def test_a_trace_that_cannot_be_read_again_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, written: bytes
+) -> None:
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda _, path: Path(path).write_bytes(written))
+    caplog.set_level(logging.INFO)
+    walk_recorded(StepProfiler(tmp_path / "profile", [1], CPU), ("step", 1), ("numbers", 1))
+    assert "step-000001.json.gz (what it says of communication cannot be read: " in caplog.text
 
 
 def event(kind: str, name: str, begin: float, end: float) -> dict[str, object]:

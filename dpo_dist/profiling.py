@@ -101,23 +101,19 @@ def communication_in(events: Iterable[dict[str, Any]]) -> Communication:
     timed = [event for event in events if event.get("ph") == "X"]
     kernels = [event for event in timed if event.get("cat") == "kernel"]
     if kernels:
-        collectives = [_span(kernel) for kernel in kernels if kernel["name"].startswith("nccl")]
-        computed = [_span(kernel) for kernel in kernels if not kernel["name"].startswith("nccl")]
+        collectives = [kernel for kernel in kernels if kernel["name"].startswith("nccl")]
+        computed = [kernel for kernel in kernels if not kernel["name"].startswith("nccl")]
     else:
-        collectives = [_span(event) for event in timed if event["name"].startswith("gloo:")]
-        computed = [_span(event) for event in timed if event["name"].startswith("aten::")]
-    talking, either = _covered(collectives), _covered(collectives + computed)
-    return Communication(talking / 1e6, (either - _covered(computed)) / 1e6)
+        collectives = [event for event in timed if event["name"].startswith("gloo:")]
+        computed = [event for event in timed if event["name"].startswith("aten::")]
+    talking, either = covered(collectives), covered(collectives + computed)
+    return Communication(talking / 1e6, (either - covered(computed)) / 1e6)
 
 
-def _span(event: dict[str, Any]) -> tuple[float, float]:
-    return float(event["ts"]), float(event["ts"] + event["dur"])
-
-
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Time that lies in at least one of them."""
+def covered(events: Iterable[dict[str, Any]]) -> float:
+    """Microseconds in which at least one of them runs."""
     total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
+    for begin, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):
         total += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return total

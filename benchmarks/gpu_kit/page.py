@@ -161,7 +161,7 @@ def _profile(values: dict[str, Any]) -> Iterator[str]:
     exchanges = values["collectives"]
     yield f"Collectives: {exchanges['calls']} calls, {exchanges['share']:.0%} of the step."
     if values["device"] == "gpu":
-        yield f"Nothing else ran beside them for {exchanges['share_with_nothing_beside']:.0%} of the step."
+        yield f"Nothing was computed beside them for {exchanges['share_with_nothing_beside']:.0%} of the step."
         yield f"The GPU was busy for {values['busy_share']:.0%}."
         for name in ("host_waits", "copies"):
             counts = [f"{kind} {count}" for kind, count in values[name].items()]

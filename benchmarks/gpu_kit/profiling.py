@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu_kit.kit import WARM_UP_STEPS, Failed, Kit
 from benchmarks.gpu_kit.throughput import config_of, model_of, pairs_of, write_inputs
-from dpo_dist.profiling import communication_in
+from dpo_dist.profiling import communication_in, covered
 
 STEP_NAME = "one step"  # what traced.py calls the step in the trace
 TRACE_FILE = "trace.json.gz"
@@ -20,7 +20,6 @@ ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
 
 Event = dict[str, Any]
-Interval = tuple[float, float]
 
 
 def profile(kit: Kit) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def summary(trace: dict[str, Any]) -> dict[str, Any]:
     return {
         **found,
         "top": _top(((event["name"], event["dur"]) for event in kernels), whole),
-        "busy_share": _length(_union(kernels)) / whole,
+        "busy_share": covered(kernels) / whole,
         "collectives": collectives,
         "host_waits": _count(event["name"] for event in events if event["name"] in WAITS),
         "copies": _count(event["name"] for event in kernels if event["cat"] == "gpu_memcpy"),
@@ -107,21 +106,6 @@ def _top(times: Iterable[tuple[str, float]], whole: float) -> list[dict[str, Any
         }
         for name in longest
     ]
-
-
-def _union(events: list[Event]) -> list[Interval]:
-    """The intervals in which at least one of them runs."""
-    merged: list[Interval] = []
-    for event in sorted(events, key=lambda one: one["ts"]):
-        if merged and event["ts"] <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], _end(event)))
-        else:
-            merged.append((event["ts"], _end(event)))
-    return merged
-
-
-def _length(intervals: list[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
 
 
 def _end(event: Event) -> float:

@@ -104,7 +104,7 @@ def test_a_step_on_a_gpu_is_told_by_its_kernels(report: dict[str, Any]) -> None:
     }
     report["sections"]["profile"]["values"] |= found
     text = page(report)
-    assert "Collectives: 1 calls, 30% of the step.\nNothing else ran beside them for 20% of the step.\n" in text
+    assert "Collectives: 1 calls, 30% of the step.\nNothing was computed beside them for 20% of the step.\n" in text
     assert "The GPU was busy for 65%.\nHost waits: cudaStreamSynchronize 1.\n" in text
     assert "| gemm | 2 | 4e-05 | 40.0% |" in text
 

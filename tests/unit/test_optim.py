@@ -94,14 +94,16 @@ def test_on_a_cpu_it_is_torchs_own_fused_update_where_all_vectors_are_whole(thre
     stock = torch.optim.AdamW(theirs, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    for step in range(4):
-        for mine, other in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn_like(mine)
-            other.grad = mine.grad.clone()
-        own.param_groups[0]["lr"] = stock.param_groups[0]["lr"] = 1e-2 * step
-        own.step()
-        stock.step()
-    torch.set_num_threads(before)
+    try:
+        for step in range(4):
+            for mine, other in zip(ours, theirs, strict=True):
+                mine.grad = torch.randn_like(mine)
+                other.grad = mine.grad.clone()
+            own.param_groups[0]["lr"] = stock.param_groups[0]["lr"] = 1e-2 * step
+            own.step()
+            stock.step()
+    finally:
+        torch.set_num_threads(before)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine, other)
         assert all(torch.equal(own.state[mine][name], stock.state[other][name]) for name in stock.state[other])

@@ -262,11 +262,12 @@ def test_a_trace_is_of_its_step_alone(tmp_path: Path) -> None:
     assert communication_in(events).told(1.0) == ""
 
 
-@pytest.mark.parametrize("written", [b"", b"no gzip", gzip.compress(b'{"traceEvents": [{"name": "\\x"}]}')])
+@pytest.mark.parametrize("written", ["", "no gzip", "no JSON"])
 def test_a_trace_that_cannot_be_read_again_ends_no_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, written: bytes
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
-    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda _, path: Path(path).write_bytes(written))
+    content = gzip.compress(b'{"traceEvents": [{"name": "\\x"}]}') if written == "no JSON" else written.encode()
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda _, path: Path(path).write_bytes(content))
     caplog.set_level(logging.INFO)
     walk_recorded(StepProfiler(tmp_path / "profile", [1], CPU), ("step", 1), ("numbers", 1))
     assert "step-000001.json.gz (what it says of communication cannot be read: " in caplog.text

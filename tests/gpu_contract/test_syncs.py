@@ -11,8 +11,8 @@ from tests.golden.trajectories import base_config
 from tests.launching import REPOSITORY, environment
 
 STEPS = 4  # the first one proves the run, the last one saves: the steady ones are between
-# DeepSpeed 0.19.8 reads the gradient's norm three times in its own update.
-OF_DEEPSPEED = 3
+# DeepSpeed 0.19.8 looks once whether the gradient's norm is a number; the fused AdamW reads nothing.
+OF_OTHERS = {"deepspeed/runtime/utils.py:is_invalid_grad_norm _local_scalar_dense": 1}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, i
     return json.loads((folder / "out.json").read_text())
 
 
-def _split(step: dict[str, int]) -> tuple[dict[str, int], int]:
+def _split(step: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     ours = {place: count for place, count in step.items() if place.startswith(("dpo_dist/", "tests/"))}
-    return ours, sum(count for place, count in step.items() if place not in ours)
+    return ours, {place: count for place, count in step.items() if place not in ours}
 
 
 def test_a_steady_step_has_one_copy_to_the_host(seen: dict[str, list[dict[str, int]]]) -> None:
@@ -42,7 +42,7 @@ def test_a_steady_step_has_one_copy_to_the_host(seen: dict[str, list[dict[str, i
     for step in seen["honest"][1:-1]:
         ours, of_others = _split(step)
         assert ours == {"dpo_dist/distributed/collectives.py:sum_over_ranks _to_copy": 1}
-        assert of_others == OF_DEEPSPEED, step
+        assert of_others == OF_OTHERS
 
 
 @pytest.mark.parametrize("kind", ["_local_scalar_dense", "index", "_to_copy"])
@@ -50,4 +50,4 @@ def test_a_value_that_is_read_inside_the_loop_shows(seen: dict[str, list[dict[st
     ours, of_others = _split(seen["faulty"][1])
     assert ours.pop("dpo_dist/distributed/collectives.py:sum_over_ranks _to_copy") == 1
     assert ours[f"dpo_dist/trainer.py:train {kind}"] > 1  # once for each micro-batch
-    assert of_others == OF_DEEPSPEED
+    assert of_others == OF_OTHERS

@@ -2,10 +2,10 @@
 
 torchrun --nproc_per_node 2 -m benchmarks.reference_traffic.worker FOLDER G,G,... large|defaults
 
-An all-gather counts with its output and a reduce-scatter with its input, which are all ranks' parts together; N is the
-number of the model's parameters, which two ranks divide without a remainder. What else travels in a step are sums of a
-few numbers. `large` sets DeepSpeed's limits as they act on a model that is large: nothing is kept from one use of a
-weight to the next.
+Over gloo a gather is a broadcast of each rank's part, and a reduce-scatter a reduction of each
+(`dpo_dist/engine/gloo.py`): both count with all ranks' parts together. N is the number of the model's parameters, which
+two ranks divide without a remainder. What else travels in a step are sums of a few numbers. `large` sets DeepSpeed's
+limits as they act on a model that is large: nothing is kept from one use of a weight to the next.
 """
 
 import json
@@ -50,7 +50,7 @@ LARGE = {
     "stage3_prefetch_bucket_size": 0,
     "stage3_param_persistence_threshold": 0,
 }
-COUNTED = {"_allgather_base_": "gathered", "_reduce_scatter_base_": "reduced"}
+COUNTED = {"broadcast_": "gathered", "reduce_": "reduced"}
 
 
 class Moved(TorchDispatchMode):
@@ -61,7 +61,7 @@ class Moved(TorchDispatchMode):
         self.elements = dict.fromkeys(COUNTED.values(), 0)
 
     def __torch_dispatch__(self, operator: Any, kinds: Any, arguments: Any = (), settings: Any = None) -> Any:
-        if operator.namespace == "c10d" and operator._opname not in ("allreduce_", "broadcast_", "allgather_"):
+        if operator.namespace == "c10d" and operator._opname not in ("allreduce_", "allgather_"):
             tensors = [leaf for leaf in tree_leaves((arguments, settings)) if isinstance(leaf, Tensor)]
             self.elements[COUNTED[operator._opname]] += max(tensor.numel() for tensor in tensors)
         return operator(*arguments, **(settings or {}))

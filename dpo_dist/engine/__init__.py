@@ -1,6 +1,7 @@
 """backward, step, gather: the folder that knows DeepSpeed.
 
     settings.py   DeepSpeed's configuration of policy and reference
+    gloo.py       its gathers and sums between CPU processes
     operators.py  its operators in C++: compiled by one rank, whatever was killed before
     whole.py      parameters whole, wherever their parts lie
     held_states.py  what a rank holds of parameters and of AdamW's states, to be set anew

@@ -11,6 +11,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from dpo_dist.distributed import Ranks
+from dpo_dist.engine.gloo import gather_in_place
 from dpo_dist.engine.operators import load_operator
 from dpo_dist.engine.whole import find_masters
 from dpo_dist.errors import ConfigError
@@ -27,6 +28,7 @@ def adopt_process_group() -> None:
     load_operator("ShareMemCommBuilder")
     with redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False)
+    gather_in_place()
 
 
 def release_process_group() -> None:

@@ -18,6 +18,7 @@ from dpo_dist.distributed.collectives import (
     sum_over_ranks,
 )
 from dpo_dist.distributed.groups import Ranks, end_with_launcher, is_first_of_node, launched_rank, process_group
+from dpo_dist.distributed.meeting import require_announced
 from dpo_dist.distributed.stopping import Stopped, StopRequest
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "raise_together",
     "raising_together",
     "require_agreement",
+    "require_announced",
     "sum_over_ranks",
 ]

@@ -6,7 +6,7 @@ Together with `groups` and `cli` the only place that reads environment variables
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -26,13 +26,16 @@ def is_announced() -> bool:
     return "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
-def require_announced() -> None:
+def require_announced(environment: Mapping[str, str] | None = None) -> None:
     """What the launcher has set must hold together, before anybody waits for ranks that cannot come.
 
+    Args:
+        environment: of this process, which is the default.
     Raises:
         ConfigError: naming the variable.
     """
-    values = {name: os.environ.get(name, default) for name, default in _NUMBERS.items()}
+    environment = os.environ if environment is None else environment
+    values = {name: environment.get(name, default) for name, default in _NUMBERS.items()}
     for name, value in values.items():
         if not value.isdecimal():
             raise ConfigError(

@@ -99,10 +99,18 @@ def test_the_text_has_every_finding_and_a_verdict(config: str) -> None:
         ("model.use_liger_kernel=true", "device", "needs a GPU with Triton"),
         ("model.dtype=float16", "device", "float16 needs a GPU"),
         ("log.report_to=[mlflow]", "settings", "needs the package mlflow"),
+        ("model.torch_compile=true adapter.peft_type=prompt_tuning", "settings", "does not go with virtual tokens"),
     ],
 )
 def test_what_is_asked_for_and_not_there(config: str, override: str, name: str, said: str) -> None:
     assert said in problem(doctor(config, *override.split(), exit_code=2), name)
+
+
+def test_a_compiler_that_a_run_would_miss(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert doctor(config)["findings"]["settings"]["status"] == "ok"
+    report = doctor(config, "model.torch_compile=true", exit_code=2)
+    assert "no-such-compiler is not found" in problem(report, "settings")
 
 
 def test_a_mistake_in_the_configuration_is_said_as_by_check(config: str) -> None:
@@ -347,7 +355,10 @@ def test_variables_of_a_launcher(config: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert doctor()["findings"]["launcher"]["text"] == "rank 0 of 4"
     monkeypatch.setenv("MASTER_PORT", "x")
-    assert "MASTER_PORT is no number" in problem(doctor(exit_code=2), "launcher")
+    assert "MASTER_PORT=x is not a number" in problem(doctor(exit_code=2), "launcher")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("RANK", "7")
+    assert "RANK=7 with WORLD_SIZE=4" in problem(doctor(exit_code=2), "launcher")
 
 
 def test_memory_is_no_disk(config: str) -> None:

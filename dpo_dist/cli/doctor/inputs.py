@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from dpo_dist.attention import choose_backend
+from dpo_dist.cli.compiling import require_compilable
 from dpo_dist.cli.doctor.findings import Finding
 from dpo_dist.cli.requirements import require_trackers
 from dpo_dist.config import DataSource, RunConfig, is_url, load_deepspeed
@@ -112,10 +113,13 @@ def _data(key: str, source: DataSource, is_offline: bool) -> Finding:
     return Finding(SECTION, key, f"{source.path}: there ({len(files)} file(s), {size} bytes)", values=values)
 
 
+def _where() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _device(config: RunConfig, policy: Path | None) -> Finding:
     """Whether this machine can compute as the configuration says."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = config.model
+    device, model = _where(), config.model
     try:
         configs = [load_config(policy, model.trust_remote_code)] if policy is not None else []
         needs = [attention_needs(one) for one in configs]
@@ -139,9 +143,9 @@ def _device(config: RunConfig, policy: Path | None) -> Finding:
 
 
 def _parts(config: RunConfig) -> Finding:
-    """What else a run reads or imports before it starts: DeepSpeed's file, trackers, an adapter."""
+    """What else a run reads, imports or calls: DeepSpeed's file, a compiler, trackers, an adapter."""
     try:
-        load_deepspeed(config.parallel.deepspeed)
+        require_compilable(config, load_deepspeed(config.parallel.deepspeed), _where())
         require_trackers(config)
         if (adapter := config.adapter.adapter_name_or_path) is not None:
             require_adapter_folder(adapter)

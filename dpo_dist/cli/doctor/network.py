@@ -7,6 +7,8 @@ import psutil
 
 from dpo_dist.cli.doctor.findings import Finding
 from dpo_dist.cli.redaction import is_secret
+from dpo_dist.distributed import require_announced
+from dpo_dist.errors import ConfigError
 
 SECTION = "network"
 _NAMES = frozenset(
@@ -85,11 +87,11 @@ def _launcher(environment: Mapping[str, str]) -> list[Finding]:
     """What every launcher sets, if one was used, or somebody in its place."""
     if "WORLD_SIZE" not in environment or "MASTER_ADDR" not in environment:
         return []
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if not environment.get(name, "").isdecimal()]
-    if missing:
-        text = f"WORLD_SIZE and MASTER_ADDR are set, and {', '.join(missing)} is no number"
+    try:
+        require_announced(environment)
+    except ConfigError as error:
         way_out = "start ranks with torchrun, deepspeed or launch/slurm.sbatch, or unset WORLD_SIZE for one process"
-        return [Finding(SECTION, "launcher", text, "problem", way_out)]
+        return [Finding(SECTION, "launcher", str(error), "problem", way_out)]
     text = f"rank {environment['RANK']} of {environment['WORLD_SIZE']}"
     if environment["WORLD_SIZE"] != "1" and "LOCAL_RANK" not in environment:
         way_out = "set LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun and deepspeed do, if a machine has several ranks"

@@ -35,11 +35,12 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "sdpa", "torch", "flash_attn"] = "auto"
     """Attention kernel. `flash_attn`: the flash-attn package; `torch`: PyTorch's variable-length kernel, with
     flash-attn 3 or 4 activated in it where one is installed and fits; `sdpa`: one call for each completion, runs
-    everywhere; `auto`: the fastest of these that this machine and dtype have."""
+    everywhere; `auto`: the first of these that this machine and dtype have."""
     deterministic: Literal["auto"] | Flag = "auto"
     """Whether gradients are the same bits when a run is repeated on the same GPUs. `auto`: flash-attn's backward is
     asked to be, and a package that cannot is passed over; `true`: all of torch is, where it can, and warns where it
-    cannot; `false`: nothing is asked to be, which is faster. On a CPU they are the same in any case."""
+    cannot; `false`: nothing is asked to be, which should be faster: not measured here. On a CPU they are the same in
+    any case."""
     use_liger_kernel: Flag = False
     """Compute RMSNorm, SwiGLU and RoPE by the fused kernels of the package liger-kernel, which are made to save memory
     and time: not measured here. The same result within rounding. Needs a GPU with Triton. The output head is computed
@@ -53,8 +54,8 @@ class ModelConfig(Section):
 
     torch_compile: Flag = False
     """Compile the decoder's layers and the output head with torch.compile, once for all lengths: the first step takes
-    as much longer as is logged, the others less time. Same result within rounding. Not with 4 bits or virtual tokens,
-    nor with adapters under ZeRO-3."""
+    as much longer as is logged, the others some 3 % less on a CPU; not measured on a GPU. Same result within rounding.
+    Not with 4 bits or virtual tokens, nor with adapters under ZeRO-3."""
 
 
 class TrainConfig(Section):

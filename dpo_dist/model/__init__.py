@@ -19,7 +19,7 @@ from dpo_dist.model.compiled import Compilations, compiled_classes
 from dpo_dist.model.fit import Fit, find_fit
 from dpo_dist.model.liger import require_liger
 from dpo_dist.model.operations import model_cost
-from dpo_dist.model.own_forward import own_kernel
+from dpo_dist.model.own_forward import own_kernel, rewritten_by
 from dpo_dist.model.probe import Probe, try_architecture
 from dpo_dist.model.quantization import four_bits
 from dpo_dist.model.recomputation import Recomputation
@@ -42,6 +42,7 @@ __all__ = [
     "node_groups",
     "own_kernel",
     "require_liger",
+    "rewritten_by",
     "sharded_loading",
     "try_architecture",
 ]

@@ -11,17 +11,19 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.pretrained.folder import first_line
 
-# Liger's wrong patch would change policy and reference alike, and no check at the start would see it. So each of these
-# is compared with its stock forward by tests/gpu_contract/test_liger.py.
+# The check at the start compares a beginning of one example, on the first micro-batch of each rank. Each of these is
+# compared with its stock forward by tests/gpu_contract/test_liger.py.
 LIGER_CHECKED = frozenset(
     {
         *("exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama"),
@@ -105,8 +107,38 @@ def use_liger(model: PreTrainedModel) -> None:
             _REPLACED.setdefault((module, name), stock)
 
 
+@contextmanager
+def stock_modules(model: nn.Module) -> Iterator[None]:
+    """Inside, a model computes everything itself, also where it was given to `use_liger`.
+
+    Args:
+        model: any.
+    """
+    replaced = [module for module in model.modules() if uses_liger(module)]
+    forwards = [module.__dict__.pop("forward") for module in replaced]
+    functions = {place: getattr(*place) for place in _REPLACED}
+    _put_back()
+    try:
+        yield
+    finally:
+        for module, forward in zip(replaced, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        for (module, name), function in functions.items():
+            setattr(module, name, function)
+
+
+def uses_liger(module: nn.Module) -> bool:
+    """Whether a norm or an MLP is computed by one of its kernels."""
+    function = getattr(module.__dict__.get("forward"), "__func__", None)
+    return getattr(function, "__module__", "").startswith("liger_kernel.")
+
+
 def without_liger() -> None:
     """From here on models that are built compute everything themselves, rotations too."""
+    _put_back()
+    _REPLACED.clear()
+
+
+def _put_back() -> None:
     for (module, name), stock in _REPLACED.items():
         setattr(module, name, stock)
-    _REPLACED.clear()

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_dist.batch import MicroBatch
+from dpo_dist.model.compiled import compiled_classes
+from dpo_dist.model.liger import stock_modules, uses_liger
 from dpo_dist.pretrained.architecture import attention_needs
 
 
@@ -24,7 +26,7 @@ def own_logps(model: Any, batch: MicroBatch) -> Float[Tensor, " M"]:
         batch: one completion after its prompt. Its logits are T times V numbers, so it is to be short.
     """
     ids_T = batch.input_ids_T
-    with own_attention(model):
+    with own_attention(model), _as_written(model):
         # Not `model(...)`: its modules then run in the same order as in a packed forward, which DeepSpeed has recorded
         # to fetch weights ahead.
         logits_TV = type(model).forward(model, input_ids=ids_T[None], use_cache=False).logits[0, -len(ids_T) :]
@@ -42,6 +44,19 @@ def own_kernel(model: Any) -> str:
     needs = attention_needs(model.config)
     is_plain = getattr(model, "_supports_sdpa", False) and not (needs.has_softcap or needs.has_sinks)
     return "sdpa" if is_plain and next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else "eager"
+
+
+def rewritten_by(model: Any) -> list[str]:
+    """The settings by which layers compute in another way than their classes say."""
+    found = ["model.torch_compile"] if compiled_classes(model) else []
+    return [*found, *(["model.use_liger_kernel"] if any(map(uses_liger, model.modules())) else [])]
+
+
+@contextmanager
+def _as_written(model: Any) -> Iterator[None]:
+    """Inside, layers compute what their classes say: whatever was compiled or replaced shows as a difference."""
+    with torch.compiler.set_stance("force_eager"), stock_modules(model):
+        yield
 
 
 @contextmanager

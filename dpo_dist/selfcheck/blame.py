@@ -91,15 +91,19 @@ def blame_layout(
     return []
 
 
-def blame_own_forward(excess: Mapping[str, Sequence[float]]) -> list[str]:
+def blame_own_forward(excess: Mapping[str, Sequence[float]], settings: Sequence[str] = ()) -> list[str]:
     """The fault of an architecture that computes more than the packed forward knows of.
 
     Args:
         excess: of policy and reference, their own forward against the packed one.
+        settings: by which layers compute in another way than their classes say.
     """
+    way_out = "a model of this architecture cannot be trained here"
+    if settings:
+        way_out = f"its layers are computed as {' and '.join(settings)} says, its own forward is not: try without"
     return [
         f"architecture: the packed forward of the {name} does not give the log-probabilities of its architecture's own "
-        f"forward ({describe(found)}); a model of this architecture cannot be trained here"
+        f"forward ({describe(found)}); {way_out}"
         for name, found in excess.items()
         if not is_rounding(found)
     ]

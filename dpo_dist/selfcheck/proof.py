@@ -22,6 +22,7 @@ from dpo_dist.distributed import all_gather_json, require_agreement
 from dpo_dist.engine import InferenceEngine, TrainingEngine
 from dpo_dist.errors import NumericsError
 from dpo_dist.losses import Objective, at_equality, near_equality
+from dpo_dist.model import rewritten_by
 from dpo_dist.noise import NOISE_PER_SQRT_TOKEN, RMS_LIMIT, honest, rms
 from dpo_dist.packing import StepPlan
 from dpo_dist.reference import ModelReference, Reference
@@ -141,7 +142,8 @@ def _against_own_forward(
     if isinstance(engine := getattr(reference, "engine", None), InferenceEngine):
         found["reference"] = compare_with_own_forward(engine, work, positions)
     noise = rms([value for one in found["policy"] for value in one.per_root_token()])
-    return noise, blame_own_forward({name: excess_of(comparisons) for name, comparisons in found.items()})
+    excess = {name: excess_of(comparisons) for name, comparisons in found.items()}
+    return noise, blame_own_forward(excess, rewritten_by(policy.model.model))
 
 
 def _hear(

@@ -130,9 +130,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict
             config["train"] |= {"examples_per_step": 2, "max_steps": 2, "learning_rate": 1e-3}
             config["packing"]["max_tokens"] = 10
             config["parallel"]["deepspeed"] = "zero3.json"
+            if kind == "faulty":
+                config["train"]["self_check"] = False
             if kind == "lora":
                 config["adapter"] = {"peft_type": "lora"}
             (folder / f"{names[-1]}.yaml").write_text(yaml.safe_dump(config))
+    config["train"] |= {"self_check": True, "output_dir": str(folder / "faulty-checked")}
+    names.append("faulty-checked")
+    (folder / "faulty-checked.yaml").write_text(yaml.safe_dump(config))
     _worker("liger_run_worker", "out.json", *(f"{name}.yaml" for name in names), cwd=folder)
     return folder, json.loads((folder / "out.json").read_text())
 
@@ -152,6 +157,13 @@ def test_a_run_is_the_same_within_rounding(runs: tuple[Path, dict[str, dict[str,
     # A layer's two norms, its MLP and its rotation in backward; the last norm is computed once.
     counts = calls[f"{kind}-liger"]
     assert counts["_rms_norm_backward_kernel"] / counts["_swiglu_backward_kernel"] == 5 / 2
+
+
+def test_a_kernel_that_is_wrong_for_policy_and_reference_alike_stops_the_run(
+    runs: tuple[Path, dict[str, Any]],
+) -> None:
+    said = runs[1]["faulty-checked"]["said"]
+    assert "architecture's own forward" in said and "model.use_liger_kernel" in said
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "faulty"])

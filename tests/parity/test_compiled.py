@@ -16,7 +16,7 @@ from dpo_dist.config import TrainConfig, load_deepspeed
 from dpo_dist.engine import InferenceEngine, TrainingEngine, engine_config, inference_config, measure_activations
 from dpo_dist.errors import ModelError
 from dpo_dist.logprobs import LogProbHead
-from dpo_dist.model import Compilations, ScoringModel, compiled_classes, load_model
+from dpo_dist.model import Compilations, ScoringModel, compiled_classes, load_model, rewritten_by
 from dpo_dist.model.compiled import compile_layers
 from dpo_dist.pointwise import AS_WRITTEN, STATISTICS, LogitTransform
 from dpo_dist.pretrained import load_config
@@ -116,6 +116,27 @@ def test_policy_and_reference_are_the_same_bits_and_a_filler_is_not_compiled_for
             engine.token_logps(build_micro_batch([], [], share_prompts=True))
             engine.own_token_logps(alone())
             assert counted.graphs == before
+
+
+class _Miscompiles(Compilations):
+    """A compiler whose results are off by a hundredth."""
+
+    def _compile_graph(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        return lambda *given: [value * 1.01 if torch.is_tensor(value) else value for value in graph(*given)]
+
+
+def test_the_own_forward_is_not_compiled_so_that_a_wrong_compiler_shows(base: Path) -> None:
+    """Or policy, reference and their own forward would be wrong alike, and every check at the start would pass."""
+    plain, right, wrong = (trained(base, 0, one) for one in (None, Compilations(), _Miscompiles()))
+    with torch.no_grad():
+        expected = plain.own_token_logps(alone())
+        for engine in (right, wrong):
+            packed = engine.token_logps(alone())
+            assert torch.equal(engine.own_token_logps(alone()), expected)
+            assert torch.allclose(packed, expected, rtol=0, atol=1e-5) == (engine is right)
+            assert rewritten_by(engine.model.model) == ["model.torch_compile"]
+    assert rewritten_by(plain.model.model) == []
 
 
 def alone() -> MicroBatch:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.packing import CostModel, ExampleSize
+from dpo_dist.packing import CostModel, ExampleSize, StepPlan
 from dpo_dist.phases import Place
 
 # What a phase of `phases.py` counts as. A step begins with `step` and is over with `numbers`.
@@ -141,11 +141,13 @@ class Advice:
     stage: int
     num_devices: int
 
-    def of(self, shares: dict[str, float]) -> str:
+    def of(self, shares: dict[str, float], idle: float, slots: float) -> str:
         """One sentence.
 
         Args:
             shares: of a step's time, by `PART_NAMES`.
+            idle: share of the ranks' time in which they wait for each other, by the plans of the steps.
+            slots: micro-batches of a rank in a step.
         """
         layers = f"{self.recomputed[0]} of {self.recomputed[1]} layers"
         rules = [
@@ -154,8 +156,9 @@ class Advice:
                 "The device waits for micro-batches: give each rank more CPU cores (--cpus-per-task under Slurm)",
             ),
             (
-                shares["agree"] > 0.15 and self.num_devices > 1,
-                "Ranks wait for each other: raise train.examples_per_step, over which uneven examples even out",
+                idle > 0.1,
+                f"Ranks wait for each other's examples, {idle:.0%} of their time: over a larger "
+                "train.examples_per_step uneven ones even out",
             ),
             (
                 shares["reference"] > 0.15 and self.passes > 1,
@@ -172,8 +175,13 @@ class Advice:
                 f"Activations are recomputed in {layers}: a smaller packing.max_tokens lets more be kept",
             ),
             (
+                self.stage == 3 and self.num_devices > 1 and slots > 1.5,
+                f"Weights are gathered for each of {slots:.2g} micro-batches: a larger packing.max_tokens makes fewer",
+            ),
+            (
                 self.stage == 3 and self.num_devices > 1,
-                "Weights are gathered for every micro-batch: a larger packing.max_tokens makes fewer of them",
+                "Weights are gathered for a single micro-batch: a larger train.examples_per_step makes more of it, and "
+                "a lower ZeRO stage, where its memory is there, gathers less",
             ),
         ]
         return next((text for applies, text in rules if applies), "Nothing waits: it is the model's own products")
@@ -206,11 +214,15 @@ class Pace:
     _flops: float = 0.0
     _spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PART_NAMES, 0.0))  # in all, seconds
     _all_flops: float = 0.0
+    _all_steps: int = 0
+    _all_slots: int = 0
+    _all_idle: float = 0.0
 
-    def add(self, sizes: Sequence[ExampleSize], pairs: int, tokens: int) -> None:
+    def add(self, plan: StepPlan, sizes: Sequence[ExampleSize], pairs: int, tokens: int) -> None:
         """A step is made, also one whose update was refused.
 
         Args:
+            plan: of the step.
             sizes: of its examples, on all ranks.
             pairs: of them.
             tokens: that the policy has processed.
@@ -221,6 +233,8 @@ class Pace:
         self._steps, self._pairs, self._tokens = self._steps + 1, self._pairs + pairs, self._tokens + tokens
         self._flops += flops
         self._all_flops += flops
+        self._all_steps, self._all_slots = self._all_steps + 1, self._all_slots + len(plan.micro_batches[0])
+        self._all_idle += plan.idle
 
     def line(self, seconds: float) -> dict[str, float]:
         """For a line of metrics: rates over all devices, seconds of a step and of its parts, share of the peak.
@@ -250,8 +264,9 @@ class Pace:
         shares = {part: value / total for part, value in self._spent.items()}
         most = sorted(((share, part) for part, share in shares.items() if share), reverse=True)
         told = ", ".join(f"{part} {share:.0%}" for share, part in most)
-        mfu = self._all_flops / (total * self.peak * self.num_devices)
-        return f"time of a step: {told}; mfu {mfu:.0%}. {self.advice.of(shares)}"
+        mfu, steps = self._all_flops / (total * self.peak * self.num_devices), max(self._all_steps, 1)
+        advice = self.advice.of(shares, self._all_idle / steps, self._all_slots / steps)
+        return f"time of a step: {told}; mfu {mfu:.0%}. {advice}"
 
     def _read(self) -> dict[str, float]:
         spent = self.stopwatch.read()

@@ -100,7 +100,7 @@ def _finish_step(
 def _take_in(run: Run, progress: Progress, plan: StepPlan, totals: dict[str, float], grad_norm: float) -> None:
     """Judge the step's numbers, and add them to those of the interval."""
     sizes = sizes_of(run.dataset, plan.examples)
-    run.pace.add(sizes, int(totals["num_pairs"]), int(totals["tokens_processed"]))
+    run.pace.add(plan, sizes, int(totals["num_pairs"]), int(totals["tokens_processed"]))
     step_loss = loss_of(totals)
     if text := not_finite(progress.step, {"loss": step_loss, "grad_norm": grad_norm}, lambda: run.sources_of(plan)):
         _say(run, [judge_not_finite(progress.health, text, run.config)])

@@ -37,6 +37,7 @@ class StepPlan:
     example_weight: float  # the same of examples: the denominator of losses of a whole list
     num_pairs: int
     rated_weight: float = 0.0  # sum of the weights of rated completions: the denominator of losses of one of them
+    idle: float = 0.0  # share of the ranks' time in which one waits for another one's larger micro-batch
 
     def examples_of_rank(self, rank: int) -> tuple[int, ...]:
         """Positions (in `examples`) of the rank's share of the step, ascending."""
@@ -78,6 +79,7 @@ class Packer:
             example_weight=math.fsum(size.weight for size in sizes),
             num_pairs=sum(len(size.pairs) for size in sizes),
             rated_weight=math.fsum(size.rated_weight for size in sizes),
+            idle=_idle(ranks, costs),
         )
 
     def require_fit(self, size: ExampleSize, source: str) -> None:
@@ -93,6 +95,14 @@ class Packer:
                     f"packing.{key}={budget} is smaller than an example of {tokens} packed tokens ({source}); "
                     f"raise it to at least {tokens}, or set data.max_length and data.truncation_mode"
                 )
+
+
+def _idle(ranks: Sequence[Sequence[Bin]], costs: Sequence[int]) -> float:
+    """1 minus the sum over slots of ranks' mean cost over that of their largest."""
+    loads = [[sum(costs[item] for item in one) for one in bins] for bins in ranks]
+    slots = list(zip(*loads, strict=True))
+    longest = sum(map(max, slots))
+    return 1.0 - sum(map(sum, slots)) / (len(ranks) * longest) if longest else 0.0
 
 
 def _reference_bins(

@@ -139,7 +139,7 @@ def _live_bytes() -> int:
 
 
 class Sent(TorchDispatchMode):
-    """Largest number of elements of every collective, and how many processes take part."""
+    """Largest number of elements of every collective of numbers with a point, and how many processes take part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,12 +148,15 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, kinds: Any, arguments: Any = (), settings: Any = None) -> Any:
         if operator.namespace == "c10d":
             leaves = tree_leaves((arguments, settings))
-            largest = max((leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)), default=0)
+            floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            largest = max((leaf.numel() for leaf in floats), default=0)
             objects = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
             (group,) = [one for one in objects if str(one._type()).endswith("c10d.ProcessGroup")]
             self.calls.append((operator._opname, largest, torch.distributed.ProcessGroup.unbox(group).size()))
         return operator(*arguments, **(settings or {}))
 
     def gathered(self, group_size: int) -> int:
-        """Elements that groups of that size have gathered, as each of their ranks got them."""
-        return sum(count for name, count, size in self.calls if "allgather" in name and size == group_size)
+        """Elements that groups of that size have gathered, by a broadcast of each rank's part; DeepSpeed also asks
+        whether numbers are the same everywhere.
+        """
+        return sum(count for name, count, size in self.calls if name == "broadcast_" and size == group_size)

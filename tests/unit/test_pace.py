@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from dpo_dist import pace
 from dpo_dist.pace import PART_NAMES, TIMES, Advice, Pace, Stopwatch, peak_flops
-from dpo_dist.packing import CostModel, ExampleSize
+from dpo_dist.packing import CostModel, ExampleSize, StepPlan
 from dpo_dist.phases import Place, listening, reach
 from dpo_dist.profiling import Communication, StepProfiler, communication_in
 
@@ -110,6 +111,7 @@ def test_a_step_that_came_to_no_end_is_not_counted(clock: Clock) -> None:
 
 COST = CostModel(per_token=10.0)
 SIZES = [ExampleSize(3, (2,), ())]  # 4 tokens: 40 operations forward, 120 with backward
+PLAN = StepPlan(0, (0,), (((0,),), ((),)), (((0,),), ((),)), 1.0, 2.0, 1.0, 1)
 ADVICE = Advice(recomputed=(0, 2), is_chosen=False, passes=0.0, stage=0, num_devices=2)
 
 
@@ -122,14 +124,14 @@ def test_a_line_is_of_the_steps_since_the_last_one(clock: Clock, reference: Cost
     meter = pace_with(clock, reference)
     for _ in range(2):
         clock.walk(meter.stopwatch, STEP | {"numbers": 1.0})
-        meter.add(SIZES, pairs=3, tokens=4)
+        meter.add(PLAN, SIZES, pairs=3, tokens=4)
     line = meter.line(seconds=256.0)
     assert line.pop("mfu") == pytest.approx(2 * flops / (256.0 * 100.0 * 2))
     assert line.pop("pairs_per_second") == 6 / 256 and line.pop("tokens_per_second") == 8 / 256
     assert line.pop("time/step") == 128.0
     assert line == {f"time/{part}": seconds for part, seconds in SPENT.items()} and set(line) == set(TIMES)
     clock.walk(meter.stopwatch, {"step": 7.0, "numbers": 1.0})
-    meter.add(SIZES, pairs=0, tokens=4)
+    meter.add(PLAN, SIZES, pairs=0, tokens=4)
     line = meter.line(seconds=8.0)
     assert "pairs_per_second" not in line and line["tokens_per_second"] == 0.5
     assert line["time/data"] == 7.0 and line["time/agree"] == 0.0 and line["time/step"] == 8.0
@@ -141,7 +143,7 @@ def test_a_peak_below_what_steps_have_done_was_none(clock: Clock) -> None:
     meter = pace_with(clock)
     for seconds, expected in ((0.1, 1.0), (0.2, 0.5)):
         clock.walk(meter.stopwatch, STEP | {"numbers": 1.0})
-        meter.add(SIZES, 1, 4)
+        meter.add(PLAN, SIZES, 1, 4)
         assert meter.line(seconds)["mfu"] == pytest.approx(expected)
 
 
@@ -149,13 +151,26 @@ def test_the_verdict_is_of_all_steps_with_those_that_no_line_has(clock: Clock) -
     meter = pace_with(clock)
     assert meter.verdict() == "", "no step was made"
     clock.walk(meter.stopwatch, {"step": 1.0, "forward": 2.0, "backward": 6.0, "numbers": 1.0})
-    meter.add(SIZES, 1, 4)
+    meter.add(PLAN, SIZES, 1, 4)
     meter.line(10.0)
     clock.walk(meter.stopwatch, {"step": 0.0, "forward": 1.0, "numbers": 1.0})
-    meter.add(SIZES, 1, 4)
+    meter.add(PLAN, SIZES, 1, 4)
     told = "time of a step: backward 60%, forward 30%, data 10%; mfu 12%. Nothing waits: it is the model's own products"
     assert meter.verdict() == told
     assert meter.verdict() == told
+
+
+def test_the_verdict_knows_the_plans_of_all_steps(clock: Clock) -> None:
+    meter = pace_with(clock)
+    clock.walk(meter.stopwatch, {"step": 1.0, "numbers": 1.0, "forward": 1.0})
+    for idle, slots in ((0.1, 1), (0.2, 4)):
+        bins = (((0,),) * slots, ((),) * slots)
+        meter.add(replace(PLAN, micro_batches=bins, idle=idle), SIZES, 1, 4)
+        clock.walk(meter.stopwatch, {"step": 0.0, "forward": 9.0, "numbers": 1.0})
+    assert "examples, 15% of their time" in meter.verdict()
+    meter.advice = replace(ADVICE, stage=3)
+    meter._all_idle = 0.0
+    assert "for each of 2.5 micro-batches" in meter.verdict()
 
 
 # ---- advice
@@ -165,8 +180,8 @@ def test_the_verdict_is_of_all_steps_with_those_that_no_line_has(clock: Clock) -
     ("shares", "settings", "told"),
     [
         ({"data": 0.2, "agree": 0.5}, {}, "The device waits for micro-batches: give each rank more CPU cores"),
-        ({"agree": 0.2, "reference": 0.3}, {"passes": 3.0}, "Ranks wait for each other: raise train.examples_per_step"),
-        ({"agree": 0.2}, {"num_devices": 1}, "Nothing waits"),
+        ({"reference": 0.3}, {"passes": 3.0, "idle": 0.2}, "wait for each other's examples, 20% of their time: over a"),
+        ({"agree": 0.5}, {"idle": 0.09}, "Nothing waits"),
         ({"reference": 0.3, "update": 0.3}, {"passes": 3.0}, "The reference is computed for the same examples again: "),
         ({"reference": 0.3}, {"passes": 1.0}, "Nothing waits"),
         ({"update": 0.3}, {"recomputed": (2, 2)}, "Updates are dear: a larger train.examples_per_step"),
@@ -176,13 +191,15 @@ def test_the_verdict_is_of_all_steps_with_those_that_no_line_has(clock: Clock) -
             "Activations are recomputed in 2 of 2 layers: model.gradient_checkpointing=auto",
         ),
         ({}, {"recomputed": (1, 2), "stage": 3}, "recomputed in 1 of 2 layers: a smaller packing.max_tokens"),
-        ({}, {"stage": 3}, "Weights are gathered for every micro-batch: a larger packing.max_tokens"),
+        ({}, {"stage": 3, "slots": 2.5}, "gathered for each of 2.5 micro-batches: a larger packing.max_tokens"),
+        ({}, {"stage": 3, "slots": 1.0}, "gathered for a single micro-batch: a larger train.examples_per_step"),
         ({}, {"stage": 3, "num_devices": 1}, "Nothing waits"),
     ],
 )
 def test_advice(shares: dict[str, float], settings: dict[str, Any], told: str) -> None:
-    advice = Advice(**{**vars(ADVICE), **settings})
-    assert told in advice.of(NOTHING | shares)
+    own = {name: value for name, value in settings.items() if name in vars(ADVICE)}
+    advice, plan = Advice(**{**vars(ADVICE), **own}), [settings.get(name, 0.0) for name in ("idle", "slots")]
+    assert told in advice.of(NOTHING | shares, *plan)
 
 
 # ---- peak

@@ -205,6 +205,14 @@ def test_a_rank_without_examples_gets_fillers() -> None:
     assert plan.micro_batches[3] == plan.reference_bins[3] == ((),)
 
 
+def test_what_ranks_wait_for_each_other() -> None:
+    """By hand: 7 and 4 tokens side by side; one rank alone; two of four ranks without an example."""
+    sizes = [ExampleSize(length, (1,), ()) for length in (7, 4)]
+    assert plan_of(Packer(2, 7, 7, True), sizes).idle == pytest.approx(1 - 11 / 14)
+    assert plan_of(Packer(1, 7, 7, True), sizes).idle == 0.0
+    assert plan_of(Packer(4, 10, 10, True), [ExampleSize(5, (2, 2), (Pair(0, 1),))] * 2).idle == pytest.approx(0.5)
+
+
 # ---- one example
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check and measure dpo_dist on this machine's GPUs in at most 10 minutes: benchmarks/gpu.sh [--out FOLDER] [--ranks N]
+# Check and measure dpo_dist on this machine's GPUs: benchmarks/gpu.sh [--out FOLDER] [--ranks N]
+# It takes at most 10 minutes after its imports, which from a cold disk take a minute.
 #
 # Writes FOLDER/gpu.json and FOLDER/gpu.md (default: gpu_report), which say of each part what was measured, or why not.
 # Without a GPU the same runs on two processes with tiny sizes. Uses the Python environment that is active; --help lists

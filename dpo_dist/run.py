@@ -57,7 +57,7 @@ class Run:
     stop: StopRequest
     proof: Proof | None  # None where train.self_check is off
     pace: Pace
-    more_room: str  # what to change where memory runs out; empty where nothing was measured
+    more_room: str  # what to change where memory runs out; empty: the general advice
     compilations: Compilations | None
 
     @property

@@ -65,6 +65,7 @@ def main() -> int:
         if gpus and kit.num_ranks > gpus:
             shutil.rmtree(out)
             return _refuse(f"--ranks={kit.num_ranks} is more than this machine's number of GPUs; give at most {gpus}")
+        write_report(out, sections, kit.started)  # for who is killed in the first part, which may be a long one
         for name, part in PARTS.items():
             if name not in chosen:
                 continue
@@ -144,7 +145,8 @@ def _look_around(kit: Kit, num_ranks: int | None) -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu.sh", description="Check and measure dpo_dist on this machine in at most 10 minutes."
+        prog="benchmarks/gpu.sh",
+        description="Check and measure dpo_dist on this machine, in at most 10 minutes after its imports.",
     )
     parser.add_argument("--out", default="gpu_report", help="new folder for gpu.json, gpu.md and logs (%(default)s)")
     parser.add_argument("--ranks", type=_positive, help="processes; default: one for each GPU, 2 without a GPU")

@@ -93,9 +93,10 @@ def summary(runs: Runs, warm_up: int, pairs: int, flops: int, peak_gflops: float
 
 
 def ratios(runs: Runs, warm_up: int) -> dict[str, Any]:
-    """Ours over TRL stock, over TRL's fastest variant, and over every variant: pairs per second, repeat by repeat.
+    """Ours over TRL stock, over the fastest of TRL's variants, and over every one: pairs per second, repeat by repeat.
 
-    `memory` is our peak as a share of stock's. What did not end has no ratio.
+    `memory` is our peak as a share of stock's. What did not end has no ratio. `best` says of how many variants it is
+    the fastest, and is left out where stock alone ended: that it is TRL's fastest would be no finding.
     """
 
     def seconds(run: Run) -> float:
@@ -106,12 +107,13 @@ def ratios(runs: Runs, warm_up: int) -> dict[str, Any]:
         if name != "ours" and (found := _paired(runs, name, lambda ours, other: seconds(other) / seconds(ours))):
             over[name] = spread(found)
     theirs = [name for name in over if Variant.named(name).side == "trl"]
-    best = min(theirs, key=lambda name: statistics.median(map(seconds, ended(runs[name]))), default=None)
+    others = [name for name in theirs if name != "trl"]
+    best = min(theirs, key=lambda name: statistics.median(map(seconds, ended(runs[name])))) if others else None
     memory = _paired(runs, "trl", lambda ours, other: ours["peak_bytes"] / other["peak_bytes"])
     return {
         "over": over,
         "stock": over.get("trl"),
-        "best": None if best is None else {"name": best, **over[best]},
+        "best": None if best is None else {"name": best, "of": len(theirs), **over[best]},
         "memory": spread(memory) if memory else None,
     }
 

@@ -130,7 +130,9 @@ def headlines(report: dict[str, Any], part: dict[str, Any]) -> Iterator[str]:
     if found["stock"]:
         yield f"{where}: ours over TRL stock {_spread(found['stock'])}"
     if found["best"]:
-        yield f"{where}: ours over TRL's fastest variant ({found['best']['name']}) {_spread(found['best'])}"
+        best = found["best"]
+        ran = f"{best['of']} TRL variant{'' if best['of'] == 1 else 's'}"
+        yield f"{where}: ours over the fastest of {ran} that ran ({best['name']}) {_spread(best)}"
     if found["memory"]:
         yield f"{where}: our peak memory as a share of TRL stock's {_spread(found['memory'])}"
     if ours:

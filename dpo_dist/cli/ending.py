@@ -72,10 +72,13 @@ def tell_launcher(text: str) -> None:
         Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
 
 
-_MORE_ROOM = (
-    "lower packing.max_tokens or packing.reference_max_tokens, set model.gradient_checkpointing=true, or take a "
-    "DeepSpeed file that shards or offloads more (zero3, zero3_offload)"
+_FEWER_TOKENS = "lower packing.max_tokens or packing.reference_max_tokens"
+_OTHER_FILE = (
+    "or take a DeepSpeed file that shards or offloads more (zero3, zero3_offload; with _bf16 behind it where yours has)"
 )
+# Memory may run out before, or where, nothing is known of the configuration: what it says must be true of any.
+_MORE_ROOM = f"{_FEWER_TOKENS}, set model.gradient_checkpointing=true if it is not, {_OTHER_FILE}"
+WITHOUT_RECOMPUTATION = f"{_FEWER_TOKENS}, {_OTHER_FILE}"  # where all layers recompute already, or none can
 
 _ADVICE = "dpo-dist: "  # notes of others may be there too
 

@@ -22,11 +22,15 @@ _MEASURED_TOKENS = 64  # of a prompt, and of each completion: activations grow w
 
 
 def wanted_at_loading(prepared: Prepared) -> bool | Literal["auto"]:
-    """What a model is loaded with: a recomputed layer would not see the prefix of prefix tuning."""
-    config = prepared.config
-    without = config.adapter.is_used and adapter_kind(config.adapter) == "prefix_tuning"
-    wanted = config.model.gradient_checkpointing
-    return False if without and wanted == "auto" else wanted
+    """What a model is loaded with."""
+    wanted = prepared.config.model.gradient_checkpointing
+    return wanted if wanted != "auto" or can_recompute(prepared) else False
+
+
+def can_recompute(prepared: Prepared) -> bool:
+    """A layer that computes again would not see the prefix of prefix tuning."""
+    adapter = prepared.config.adapter
+    return not (adapter.is_used and adapter_kind(adapter) == "prefix_tuning")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Where memory runs out: which settings would have left room for the step, by what was measured at the start."""
 
+from typing import Any
+
+from dpo_dist.cli.ending import WITHOUT_RECOMPUTATION
 from dpo_dist.cli.prepare import Prepared
-from dpo_dist.cli.recomputing import Recomputation
+from dpo_dist.cli.recomputing import Recomputation, can_recompute
 from dpo_dist.config import PackingConfig
 from dpo_dist.engine import ActivationMemory
 from dpo_dist.packing import input_tokens_of
@@ -11,31 +14,30 @@ _LESS = 0.85
 
 
 def more_room(prepared: Prepared, found: Recomputation, num_devices: int) -> str:
-    """What a run that is out of memory could change; empty where nothing was measured.
+    """What a run that is out of memory could change; empty: the general advice says it.
 
     Args:
         prepared: the run.
         found: what `settle_recomputation` gave.
         num_devices: of the run.
     """
+    if found.memory is None:
+        return "" if found.count < found.num_layers and can_recompute(prepared) else WITHOUT_RECOMPUTATION
     longest = int(max(input_tokens_of(prepared.dataset, prepared.sharing[0])))
-    stage = prepared.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    file = _sharding_more(prepared.config.parallel.deepspeed, stage, num_devices)
-    return ways_out(found, longest, prepared.config.packing, file)
+    file = _sharding_more(prepared.config.parallel.deepspeed, prepared.deepspeed, num_devices)
+    return ways_out(found, found.memory, longest, prepared.config.packing, file)
 
 
-def ways_out(found: Recomputation, longest: int, packing: PackingConfig, file: str) -> str:
-    """The settings, with values that would have fitted; empty where nothing was measured.
+def ways_out(found: Recomputation, memory: ActivationMemory, longest: int, packing: PackingConfig, file: str) -> str:
+    """The settings, with values that would have fitted.
 
     Args:
         found: as above.
+        memory: what was measured for it.
         longest: tokens of the longest example, which is never split.
         packing: as configured.
         file: for DeepSpeed, which takes less; empty: there is none.
     """
-    memory = found.memory
-    if memory is None:
-        return ""
     fewer, fewest = (_fitting(memory, found, count) for count in (found.count, found.num_layers))
     ways = []
     if fewer >= longest:
@@ -59,9 +61,14 @@ def _fitting(memory: ActivationMemory, found: Recomputation, count: int) -> int:
     return min(memory.most_tokens(found.free, count), int(_LESS * found.tokens * now / then))
 
 
-def _sharding_more(own: str, stage: int, num_devices: int) -> str:
-    """A file of deepspeed_configs that takes less than a run's own; empty where there is none."""
-    if num_devices > 1 and stage < 3:
-        ending = next((ending for ending in ("_bf16", "_cpu") if own.endswith(ending)), "")
-        return f"zero3{ending}"
-    return "" if own.endswith(("_cpu", "_offload")) else "zero3_offload"
+def _sharding_more(own: str, config: dict[str, Any], num_devices: int) -> str:
+    """A file of deepspeed_configs that takes less than a run's own; empty where there is none.
+
+    Where gradients are summed in float32 they stay so: who follows the advice must not lose precision unawares.
+    """
+    zero, accumulated = config.get("zero_optimization", {}), config.get("data_types", {}).get("grad_accum_dtype")
+    ending = "_bf16" if "fp32" in (config.get("communication_data_type"), accumulated) else ""
+    if num_devices > 1 and zero.get("stage", 0) < 3:
+        return "zero3_cpu" if own.endswith("_cpu") else f"zero3{ending}"
+    offloads_all = {"offload_param", "offload_optimizer"} <= zero.keys()
+    return "" if own.endswith("_cpu") or offloads_all else f"zero3_offload{ending}"

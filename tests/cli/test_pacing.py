@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from dpo_dist import phases
 from dpo_dist.cli import app
+from dpo_dist.cli.ending import out_of_memory
 from dpo_dist.cli.recomputing import Recomputation
 from dpo_dist.cli.room import _sharding_more, ways_out
 from dpo_dist.config import PackingConfig, load_deepspeed
@@ -171,6 +172,24 @@ def test_where_nothing_was_measured_the_advice_is_general(out: Path) -> None:
     assert said.startswith("error: out of memory; lower packing.max_tokens or packing.reference_max_tokens, set model.")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.gradient_checkpointing=true",),
+        ("adapter.peft_type=prefix_tuning", "adapter.num_virtual_tokens=3", "model.gradient_checkpointing=false"),
+        ("adapter.peft_type=prefix_tuning", "adapter.num_virtual_tokens=3"),
+    ],
+)
+def test_recomputation_is_not_advised_where_it_is_on_or_impossible(out: Path, settings: tuple[str, ...]) -> None:
+    said = train(*settings, code=1, faults="memory@0:1:forward").splitlines()[-1]
+    told = "lower packing.max_tokens or packing.reference_max_tokens, or take a DeepSpeed file that shards or offloads "
+    assert said.startswith(f"error: out of memory; {told}") and "gradient_checkpointing" not in said
+
+
+def test_where_the_configuration_is_unknown_the_advice_is_true_of_any() -> None:
+    assert ", set model.gradient_checkpointing=true if it is not, or take a" in out_of_memory(MemoryError("planted"))
+
+
 # A token keeps 10 bytes in each of 4 layers and 1 where a layer recomputes; one layer is whole at a time.
 MEMORY = ActivationMemory(kept=10.0, recomputed=1.0, outside=0.0, num_layers=4, fixed=0.0)
 
@@ -192,7 +211,7 @@ MEMORY = ActivationMemory(kept=10.0, recomputed=1.0, outside=0.0, num_layers=4, 
     ],
 )
 def test_what_fits(free: int, count: int, file: str, told: list[str]) -> None:
-    text = ways_out(Recomputation(count, 4, MEMORY, 2000, free), 120, PackingConfig(), file)
+    text = ways_out(Recomputation(count, 4, MEMORY, 2000, free), MEMORY, 120, PackingConfig(), file)
     assert all(one in text for one in told), text
     assert ("gradient_checkpointing" in text) == (count < 4)
     assert "deepspeed" in text if file else "deepspeed" not in text
@@ -206,7 +225,7 @@ def test_what_fits(free: int, count: int, file: str, told: list[str]) -> None:
     ],
 )
 def test_a_reference_with_less_already(packing: PackingConfig, told: str) -> None:
-    assert ways_out(Recomputation(4, 4, MEMORY, 2000, 200_000), 120, packing, "").endswith(told)
+    assert ways_out(Recomputation(4, 4, MEMORY, 2000, 200_000), MEMORY, 120, packing, "").endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +238,35 @@ def test_a_reference_with_less_already(packing: PackingConfig, told: str) -> Non
         ("zero0", 0, 1, "zero3_offload"),
         ("zero3_cpu", 3, 8, ""),
         ("zero3_offload", 3, 8, ""),
+        ("zero3_bf16", 3, 8, "zero3_offload_bf16"),
+        ("zero0_bf16", 0, 1, "zero3_offload_bf16"),
+        ("zero3_offload_bf16", 3, 8, ""),
     ],
 )
 def test_a_file_that_shards_more(own: str, stage: int, ranks: int, file: str) -> None:
-    assert _sharding_more(own, stage, ranks) == file
-    assert not file or load_deepspeed(file)
+    config = load_deepspeed(own)
+    assert config["zero_optimization"]["stage"] == stage
+    assert _sharding_more(own, config, ranks) == file
+    assert not file or _sums(load_deepspeed(file)) >= _sums(config), "less precise than before"
+
+
+def _sums(config: dict[str, Any]) -> set[tuple[str, Any]]:
+    """How a file adds gradients up, where it says so."""
+    return {(key, str(config[key])) for key in ("communication_data_type", "data_types") if key in config}
+
+
+@pytest.mark.parametrize(
+    ("more", "file"),
+    [
+        ({}, "zero3_offload"),
+        ({"communication_data_type": "fp32"}, "zero3_offload_bf16"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "zero3_offload_bf16"),
+        ({"communication_data_type": "bf16"}, "zero3_offload"),
+    ],
+)
+def test_a_file_of_ones_own_goes_by_what_it_says(more: dict[str, Any], file: str) -> None:
+    offloads_half = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert _sharding_more("mine.json", {"zero_optimization": offloads_half, **more}, 8) == file
+    assert _sharding_more("mine.json", {"zero_optimization": {"stage": 1}, **more}, 8) == file.replace("_offload", "")
+    offloads_all = offloads_half | {"offload_param": {"device": "nvme"}}
+    assert _sharding_more("mine.json", {"zero_optimization": offloads_all, **more}, 8) == ""

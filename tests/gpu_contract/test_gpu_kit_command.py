@@ -50,6 +50,18 @@ def test_who_is_killed_leaves_what_it_has(called: Path, monkeypatch: pytest.Monk
     assert "| first | ok |" in (called / "gpu.md").read_text()
 
 
+def test_who_is_killed_in_the_first_part_leaves_the_environment(called: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(kit: Kit) -> dict[str, Any]:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("benchmarks.gpu_kit.kit.BUDGETS", {"environment": 1.0, "first": 1.0})
+    monkeypatch.setattr("benchmarks.gpu_kit.__main__.PARTS", {"first": killed})
+    with pytest.raises(SystemExit):
+        main()
+    assert json.loads((called / "gpu.json").read_text())["sections"].keys() == {"environment"}
+    assert "| environment | ok |" in (called / "gpu.md").read_text()
+
+
 def test_what_is_imported_beforehand_can_be() -> None:
     subprocess.run([sys.executable, "-c", f"import {', '.join(IMPORTED)}"], check=True, capture_output=True)
 

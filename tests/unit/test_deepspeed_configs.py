@@ -17,7 +17,8 @@ from dpo_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path.stem for path in (ROOT / "deepspeed_configs").glob("*.json"))
-EXPECTED = [f"zero{stage}{kind}" for stage in range(4) for kind in ("", "_bf16", "_cpu")] + ["zero3_offload"]
+EXPECTED = [f"zero{stage}{kind}" for stage in range(4) for kind in ("", "_bf16", "_cpu")]
+EXPECTED += ["zero3_offload", "zero3_offload_bf16"]
 
 
 def problems_of(tmp_path: Path, content: Any) -> list[str]:
@@ -278,6 +279,15 @@ def test_every_shipped_file_is_known_and_explained():
         assert zero["stage"] == int(name[4])
         assert all(f"`{key}`" in readme for key in zero if key not in {"stage", "offload_param", "offload_optimizer"})
     assert RunConfig.model_fields["parallel"].get_default().deepspeed in SHIPPED
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.endswith("_bf16")])
+def test_a_file_for_bf16_is_the_plain_one_with_sums_in_float32(name):
+    plain, added = load_deepspeed(name.removesuffix("_bf16")), load_deepspeed(name)
+    sums = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    if name == "zero0_bf16":  # DeepSpeed refuses to accumulate in float32 there
+        del sums["data_types"]
+    assert added == plain | sums
 
 
 @pytest.mark.parametrize("name", SHIPPED)

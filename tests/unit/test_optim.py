@@ -1,6 +1,7 @@
 """Learning rates and decay groups against transformers' own."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen2Config, Trainer, get_scheduler
 
 from dpo_dist.config import TrainConfig
+from dpo_dist.engine.adamw import CPUAdamW
 from dpo_dist.engine.training import _adamw
 from dpo_dist.optim import learning_rate_at, parameter_groups, warmup_steps
 
@@ -79,6 +81,40 @@ def test_the_dimensions_of_the_whole_parameter_count() -> None:
     shard = nn.Parameter(torch.zeros(0))
     (group,) = parameter_groups([("proj.weight", shard, 2)], 0.5)
     assert group["weight_decay"] == 0.5
+
+
+def test_on_a_gpu_it_is_torchs_fused_update() -> None:
+    """Which torch makes on a CPU as well: what it computes is held to ours below."""
+    given = TrainConfig(output_dir="unused", adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    group = {"params": [nn.Parameter(torch.zeros(3))], "weight_decay": 0.1}
+    optimizer = _adamw([group], given, on_gpu=True, offloaded=False)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True
+    (kept,) = optimizer.param_groups
+    assert kept["fused"] is True and kept["amsgrad"] is kept["maximize"] is False
+    assert (kept["lr"], kept["betas"], kept["eps"], kept["weight_decay"]) == (0.0, (0.8, 0.95), 1e-6, 0.1)
+
+
+def test_offloaded_from_a_gpu_it_is_deepspeeds_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operator is loaded first, behind the lock that keeps ranks from compiling it side by side."""
+    asked: list[Any] = []
+    groups = [{"params": [nn.Parameter(torch.zeros(3))], "weight_decay": 0.1}]
+    stands_for_it = torch.optim.SGD(groups)
+
+    def deepspeeds(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+        asked.append((groups, settings))
+        return stands_for_it
+
+    monkeypatch.setattr(f"{_adamw.__module__}.load_operator", asked.append)
+    monkeypatch.setattr(f"{_adamw.__module__}.DeepSpeedCPUAdam", deepspeeds)
+    assert _adamw(groups, TrainConfig(output_dir="unused"), on_gpu=True, offloaded=True) is stands_for_it
+    settings = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "adamw_mode": True}
+    assert asked == ["CPUAdamBuilder", (groups, settings)]
+
+
+def test_a_run_on_a_cpu_has_nothing_to_offload() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    made = _adamw([{"params": [parameter]}], TrainConfig(output_dir="unused"), on_gpu=False, offloaded=True)
+    assert type(made) is CPUAdamW
 
 
 def adamw(groups: list[dict]) -> torch.optim.Optimizer:

@@ -95,7 +95,7 @@ def test_speed_is_of_the_timed_steps_alone(runs: judging.Runs) -> None:
 def test_ratios_are_of_neighbours_and_then_the_median(runs: judging.Runs) -> None:
     found = judging.ratios(runs, warm_up=1)
     assert found["stock"] == {"median": 3.0, "least": 2.0, "most": 4.0}
-    assert found["best"] == {"name": "trl+head", "median": 2.0, "least": 1.5, "most": 3.0}
+    assert found["best"] == {"name": "trl+head", "of": 2, "median": 2.0, "least": 1.5, "most": 3.0}
     assert found["memory"] == {"median": 0.5, "least": 0.25, "most": 0.5}
     assert "trl+sorted" not in found["over"] and "ours" not in found["over"]
 
@@ -111,6 +111,19 @@ def test_without_trl_there_is_no_ratio_to_it(runs: judging.Runs) -> None:
     found = judging.ratios({"ours": runs["ours"], "ours-head": runs["trl"]}, warm_up=1)
     assert found["stock"] is None and found["best"] is None and found["memory"] is None
     assert found["over"]["ours-head"]["median"] == 3.0
+
+
+def test_stock_alone_is_not_called_the_fastest(runs: judging.Runs) -> None:
+    """Of what failed nothing is known: it does not make stock the fastest of several either."""
+    del runs["trl+head"]
+    found = judging.ratios(runs, warm_up=1)
+    assert found["best"] is None and found["stock"]["median"] == 3.0
+
+
+def test_another_variant_without_stock_is_the_fastest_of_one(runs: judging.Runs) -> None:
+    del runs["trl"]
+    found = judging.ratios(runs, warm_up=1)
+    assert found["stock"] is None and (found["best"]["name"], found["best"]["of"]) == ("trl+head", 1)
 
 
 # ---- page and chart
@@ -147,7 +160,7 @@ def report(runs: judging.Runs) -> dict[str, Any]:
 def test_the_page_has_the_ratios_and_what_failed(report: dict[str, Any], tmp_path: Path) -> None:
     text = page(report)
     assert "hh, recomputed: ours over TRL stock 3 (2 to 4)" in text
-    assert "ours over TRL's fastest variant (trl+head) 2 (1.5 to 3)" in text
+    assert "ours over the fastest of 2 TRL variants that ran (trl+head) 2 (1.5 to 3)" in text
     assert "peak memory as a share of TRL stock's 0.5 (0.25 to 0.5)" in text
     assert "ours does 20.0% of the fastest matrix product" in text
     assert "- trl+sorted failed, in 3 of the repeats: ended by signal 9" in text
@@ -157,6 +170,14 @@ def test_the_page_has_the_ratios_and_what_failed(report: dict[str, Any], tmp_pat
     (svg,) = tmp_path.glob("*.svg")
     assert f"({svg.name})" in text and (tmp_path / "2026-01-02-hh.md").read_text() == text
     assert json.loads((tmp_path / "2026-01-02-hh.json").read_text()) == report
+
+
+def test_the_page_of_stock_alone_has_its_ratio_once(report: dict[str, Any], runs: judging.Runs) -> None:
+    few = {name: runs[name] for name in ("ours", "trl")}
+    report["parts"] = [command.part(True, few, 1, 12, 60 * 10**9, 100.0)]
+    text = page(report)
+    assert text.count("hh, recomputed: ours over") == 1 and "ours over TRL stock 3 (2 to 4)" in text
+    assert "the fastest of" not in text
 
 
 def test_other_work_has_no_ratio_on_the_page(report: dict[str, Any], runs: judging.Runs, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ T packed tokens   U gathered keys   N query heads   K key/value heads   H head d
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ from dpo_dist.attention.packages import FlashPackage, find_package
 from dpo_dist.batch import AttentionLayout
 from dpo_dist.errors import ConfigError
 
-# torch 2.11 takes fewer key heads than query heads unasked, and does not know the word; later ones want it.
-_GROUPS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+def _of_groups(function: Callable[..., Any]) -> dict[str, Any]:
+    # torch 2.11 takes fewer key heads than query heads unasked, and does not know the word; later ones want it.
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
+
+
+_GROUPS = _of_groups(varlen_attn)
 
 
 def flash_attention(

@@ -26,7 +26,7 @@ def own_logps(model: Any, batch: MicroBatch) -> Float[Tensor, " M"]:
         batch: one completion after its prompt. Its logits are T times V numbers, so it is to be short.
     """
     ids_T = batch.input_ids_T
-    with own_attention(model), _as_written(model):
+    with own_attention(model), stock_modules(model):
         # Not `model(...)`: its modules then run in the same order as in a packed forward, which DeepSpeed has recorded
         # to fetch weights ahead.
         logits_TV = type(model).forward(model, input_ids=ids_T[None], use_cache=False).logits[0, -len(ids_T) :]
@@ -50,13 +50,6 @@ def rewritten_by(model: Any) -> list[str]:
     """The settings by which layers compute in another way than their classes say."""
     found = ["model.torch_compile"] if compiled_classes(model) else []
     return [*found, *(["model.use_liger_kernel"] if any(map(uses_liger, model.modules())) else [])]
-
-
-@contextmanager
-def _as_written(model: Any) -> Iterator[None]:
-    """Inside, layers compute what their classes say: whatever was compiled or replaced shows as a difference."""
-    with torch.compiler.set_stance("force_eager"), stock_modules(model):
-        yield
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class ScoringModel(nn.Module):
             by_itself: by the architecture's own forward (`own_logps`), for a micro-batch of one completion.
         """
         if by_itself:
-            with self.as_written():  # another attention, which would be compiled for this alone
+            with self.as_written():  # what the compiler does wrong for policy and reference alike shows here
                 return own_logps(self.model if self.adapter is None else self.adapter.asked(self.model), batch)
         packed = as_packed(batch) if self.adapter is None else self.adapter.pack(batch)
         packed.layout.reached.clear()  # policy and reference may be asked with the same micro-batch

@@ -104,7 +104,7 @@ def test_an_older_torch_is_not_told_of_grouped_heads(monkeypatch: pytest.MonkeyP
         return query
 
     monkeypatch.setattr(varlen, "varlen_attn", of_2_11)
-    monkeypatch.setattr(varlen, "_GROUPS", {})
+    monkeypatch.setattr(varlen, "_GROUPS", varlen._of_groups(of_2_11))
     layout = packed(EXAMPLES, share=True).layout
     num_queries, num_keys = int(layout.cu_q[-1]), int(layout.cu_k[-1])
     query, key = torch.zeros(1, 4, num_queries, 8), torch.zeros(1, 2, num_keys, 8)

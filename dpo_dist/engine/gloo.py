@@ -18,11 +18,13 @@ SUM = dist.ReduceOp.SUM
 
 
 def gather_in_place() -> None:
-    """Let DeepSpeed's gathers and sums go through here, where its process group exists and is one of gloo."""
-    if dist.get_backend() == "gloo":
-        backend = deepspeed.comm.comm.cdb
-        backend.all_gather_function = all_gather_into_tensor
-        backend.reduce_scatter_function = reduce_scatter_tensor
+    """Let DeepSpeed's gathers and sums go through here if its process group is one of gloo, else through torch.
+
+    DeepSpeed 0.19.8 keeps its backend when a group ends, and the next one may be another's.
+    """
+    is_gloo, backend = dist.get_backend() == "gloo", deepspeed.comm.comm.cdb
+    backend.all_gather_function = all_gather_into_tensor if is_gloo else dist.all_gather_into_tensor
+    backend.reduce_scatter_function = reduce_scatter_tensor if is_gloo else dist.reduce_scatter_tensor
 
 
 def all_gather_into_tensor(

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from dpo_dist.packing.sizes import ExampleSize, Lengths
 
-HEAD_RECOMPUTES = 1.0  # logits are computed again in backward, where they are more than one chunk
+HEAD_RECOMPUTES = 1.0  # logits are computed again in backward; where they are one chunk, this is too much
 
 
 @dataclass(frozen=True)

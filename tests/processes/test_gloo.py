@@ -1,10 +1,14 @@
 """ZeRO's gathers and sums between CPU processes (`dpo_dist/engine/gloo.py`): values, places, groups of some ranks."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
+import torch.distributed as dist
 
+from dpo_dist.engine import gloo
 from tests.forking import fork_ranks
 from tests.processes.gloo_worker import SIZES
 
@@ -33,3 +37,17 @@ def test_deepspeed_gathers_and_adds_with_them(seen: list[dict[str, Any]]) -> Non
 
 def test_an_output_that_does_not_fit_is_refused(seen: list[dict[str, Any]]) -> None:
     assert all(rank["refused"] for rank in seen)
+
+
+def test_a_later_group_of_another_kind_has_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps its backend, with what was set in it, beyond the end of a group."""
+    backend = SimpleNamespace()
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", backend)
+    expected = {
+        "gloo": (gloo.all_gather_into_tensor, gloo.reduce_scatter_tensor),
+        "cpu:gloo,cuda:nccl": (dist.all_gather_into_tensor, dist.reduce_scatter_tensor),
+    }
+    for name, functions in expected.items():
+        monkeypatch.setattr(dist, "get_backend", lambda name=name: name)
+        gloo.gather_in_place()
+        assert (backend.all_gather_function, backend.reduce_scatter_function) == functions

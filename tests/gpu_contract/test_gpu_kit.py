@@ -136,7 +136,7 @@ def test_the_trace_is_that_of_the_training_loop(whole: Path, sections: dict[str,
     assert "host_name" not in trace and "traceName" not in trace
     assert summary(trace)["top"] == values["top"]
     names = {event["name"] for event in trace["traceEvents"]}
-    assert {"Optimizer.step#AdamW.step", "_ChunkedLogProbs", "_ChunkedLogProbsBackward"} <= names
+    assert {"Optimizer.step#CPUAdamW.step", "_ChunkedLogProbs", "_ChunkedLogProbsBackward"} <= names
 
 
 def test_the_page_shows_it_and_nothing_else_is_left(whole: Path, sections: dict[str, Any]) -> None:
